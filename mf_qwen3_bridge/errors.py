@@ -1,0 +1,76 @@
+"""What is wrong with the input, said to the person who can mend it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        subject: what it is about: a file, a tensor, a config key.
+        found: what is there, or what each side says (one line each).
+        remedy: what to do about it.
+    """
+
+    subject: str
+    found: str
+    remedy: str
+
+
+class BridgeError(ValueError):
+    """The input is at fault. Carries every problem that was found, not only the first; exit code 2."""
+
+    def __init__(self, headline: str, problems: Iterable[Problem] = ()) -> None:
+        self.headline = headline
+        self.problems = list(problems)
+        super().__init__(headline)
+
+    def __str__(self) -> str:
+        if not self.problems:
+            return self.headline
+        return f"{self.headline}\n{table(('what', 'found', 'what to do'), map(_row, self.problems))}"
+
+
+def _row(problem: Problem) -> tuple[str, str, str]:
+    return problem.subject, problem.found, problem.remedy
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A plain-text table with wrapped cells, as all reports of this package show them."""
+    from tabulate import tabulate  # only a report needs it
+
+    return tabulate([list(map(str, row)) for row in rows], headers=headers, tablefmt="grid", maxcolwidths=60)
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Tensor names with runs of layer numbers folded into one.
+
+    >>> fold_names(["layers.0.a", "layers.1.a", "layers.3.a", "norm"])
+    ['layers.{0..1,3}.a', 'norm']
+    """
+    families: dict[str, list[int]] = defaultdict(list)
+    for name in names:
+        match = _NUMBER.search(name)
+        key = _NUMBER.sub("{}", name, count=1) if match else name
+        families[key].append(int(match.group()) if match else -1)
+    return [key.replace("{}", _braces(sorted(numbers)), 1) for key, numbers in families.items()]
+
+
+def _braces(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    text = ",".join("..".join(map(str, run)) for run in runs)
+    return text if len(numbers) == 1 else f"{{{text}}}"
