@@ -1,0 +1,268 @@
+"""Directories of safetensors: what is in them, and the bytes. A leaf: it knows nothing of models."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mf_qwen3_bridge.errors import BridgeError, Problem
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+HF_INDEX = "model.safetensors.index.json"
+MINDFORMERS_INDEX = "param_name_map.json"
+# ms.unified_safetensors puts here what rank 0 held beside the merged weights: counters, and its slices of the
+# optimizer state.
+HYPER_PARAMETERS = "hyper_param.safetensors"
+# The limit that the safetensors library sets itself.
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a safetensors file, not read yet.
+
+    Attributes:
+        name: its name.
+        shape: its shape.
+        dtype: its dtype as safetensors spells it, such as ``BF16``.
+        file: the file it lies in.
+        start: offset of its first byte in the file.
+        nbytes: its size in bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    start: int
+    nbytes: int
+
+    def read(self, out: np.ndarray | None = None) -> np.ndarray:
+        """The tensor's elements, read in one sequential sweep.
+
+        Args:
+            out: a C-contiguous array of the same shape and dtype to read into; a new one when left out.
+
+        Raises:
+            BridgeError: the file ended early or could not be read.
+        """
+        array = np.empty(self.shape, DTYPES[self.dtype]) if out is None else out
+        target = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        done = 0
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                file.seek(self.start)
+                while done < self.nbytes and (count := file.readinto(target[done:])):
+                    done += count
+        except OSError as error:
+            raise BridgeError(f"can't read {self.name} from {self.file}: {error.strerror}") from error
+        if done != self.nbytes:
+            raise BridgeError(
+                f"{self.file} ended while {self.name} was read ({done} of {self.nbytes} bytes): it changed since its "
+                "header was read; copy it again"
+            )
+        return array
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All tensors of a directory, a file or several, and the files' metadata."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors and the metadata of one safetensors file; no tensor is read.
+
+    Format: 8 bytes little-endian length of the JSON header, the header, the tensors without gaps
+    (https://github.com/huggingface/safetensors, "Format").
+
+    Raises:
+        BridgeError: the file is truncated, or no safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(_MAX_HEADER, max(size - 8, 0)):
+                raise BridgeError(_not_safetensors(file, size))
+            header = json.loads(stream.read(length))
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: _tensor_info(name, entry, file, 8 + length) for name, entry in header.items()}
+    except OSError as error:
+        raise BridgeError(f"can't read {file}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, BridgeError):
+            raise
+        raise BridgeError(_not_safetensors(file, size)) from error
+    _check_extent(file, tensors.values(), 8 + length, size)
+    return tensors, metadata
+
+
+def _not_safetensors(file: Path, size: int) -> str:
+    if file.open("rb").read(40).startswith(b"version https://git-lfs"):
+        return f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`"
+    return f"{file} ({size} bytes) is not a whole safetensors file: copy it again"
+
+
+def _tensor_info(name: str, entry: dict[str, Any], file: Path, data_start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(n) for n in entry["shape"])
+    dtype = entry["dtype"]
+    if dtype in DTYPES and end - begin != prod(shape) * DTYPES[dtype].itemsize:
+        raise BridgeError(f"{file}: {name} says {dtype} {shape}, but has {end - begin} bytes: the file is damaged")
+    return TensorInfo(name, shape, dtype, file, data_start + begin, end - begin)
+
+
+def _check_extent(file: Path, tensors: Iterable[TensorInfo], data_start: int, size: int) -> None:
+    position = data_start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
+        if tensor.start != position:
+            raise BridgeError(f"{file}: {tensor.name} does not begin where the one before ends: the file is damaged")
+        position += tensor.nbytes
+    if position != size:
+        state = "truncated" if size < position else "longer than its header says"
+        raise BridgeError(f"{file} is {state}: {size} bytes, {position} expected; copy it again")
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The tensors of a safetensors file or of a directory of them, by headers alone.
+
+    In a directory the index says which files belong to the checkpoint (``model.safetensors.index.json``, or
+    MindFormers' ``param_name_map.json``); without one all ``*.safetensors`` do.
+
+    Raises:
+        BridgeError: files that are missing, damaged, outside the directory; tensors that lie elsewhere than the index
+            says, or twice. Lists everything.
+    """
+    if path.is_file():
+        return Checkpoint(path, *read_header(path))
+    if not path.is_dir():
+        raise BridgeError(f"{path} does not exist: give a safetensors file or a directory of them")
+    for name in (HF_INDEX, MINDFORMERS_INDEX):
+        if (path / name).is_file():
+            return _open_indexed(path, path / name)
+    files = sorted(file for file in path.glob("*.safetensors") if file.name != HYPER_PARAMETERS)
+    if not files:
+        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(kind))
+        hint = f"; it holds {', '.join(pickled[:3])}: only safetensors are read" if pickled else ""
+        raise BridgeError(f"no *.safetensors in {path}{hint}")
+    return open_files(path, files)
+
+
+def open_files(path: Path, files: Iterable[Path]) -> Checkpoint:
+    """The tensors of several files as one checkpoint.
+
+    Raises:
+        BridgeError: a damaged file, or a tensor that is in two of them.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    problems = []
+    for file in files:
+        try:
+            found, file_metadata = read_header(file)
+        except BridgeError as error:
+            problems.append(Problem(file.name, str(error), "copy the file again"))
+            continue
+        for name in sorted(tensors.keys() & found.keys()):
+            problems.append(
+                Problem(name, f"both in {tensors[name].file.name} and {file.name}", "remove the file that is stale")
+            )
+        for key, value in file_metadata.items():
+            if metadata.setdefault(key, value) != value:
+                metadata[key] = ""  # the files disagree: nobody may rely on it
+        tensors |= found
+    if problems:
+        raise BridgeError(f"{path} is not a whole checkpoint", problems)
+    return Checkpoint(path, tensors, metadata)
+
+
+def _open_indexed(directory: Path, index: Path) -> Checkpoint:
+    weight_map = _read_index(index)
+    problems = []
+    files = []
+    for name in sorted(set(weight_map.values())):
+        file = directory / name
+        if Path(name).name != name:
+            problems.append(Problem(name, f"{index.name} names a file outside {directory}", "mend the index"))
+        elif not file.is_file():
+            count = sum(1 for value in weight_map.values() if value == name)
+            problems.append(
+                Problem(name, f"missing; {index.name} says it holds {count} tensors", "download or copy the file")
+            )
+        elif name != HYPER_PARAMETERS:
+            files.append(file)
+    try:
+        checkpoint = open_files(directory, files)
+    except BridgeError as error:
+        raise BridgeError(error.headline, problems + error.problems) from error
+    for name, where in weight_map.items():
+        if where == HYPER_PARAMETERS or directory / where not in files:
+            continue
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None or tensor.file.name != where:
+            found = "in no file of the index" if tensor is None else f"in {tensor.file.name}"
+            problems.append(
+                Problem(name, f"{index.name} says it is in {where}; it is {found}", "index and files are of two sets")
+            )
+    for name in checkpoint.tensors.keys() - weight_map.keys():
+        problems.append(
+            Problem(
+                name, f"in {checkpoint.tensors[name].file.name}, but not in {index.name}", "index is of other files"
+            )
+        )
+    if problems:
+        raise BridgeError(f"{directory} is not a whole checkpoint", problems)
+    return checkpoint
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """{tensor: file} of either kind of index; per-rank MindFormers maps have no ``weight_map`` around it."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = content.get("weight_map", content)
+        if all(isinstance(name, str) and isinstance(file, str) for name, file in weight_map.items()):
+            return dict(weight_map)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        pass
+    raise BridgeError(f"{index} is not an index of safetensors: copy it again")
+
+
+def stale_files(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Safetensors files in the checkpoint's directory that are not part of it."""
+    if checkpoint.path.is_dir():
+        used = {tensor.file for tensor in checkpoint.tensors.values()}
+        yield from sorted(set(checkpoint.path.glob("*.safetensors")) - used - {checkpoint.path / HYPER_PARAMETERS})

@@ -1,0 +1,173 @@
+"""Where the rows of each Hugging Face tensor lie inside a MindFormers parameter.
+
+MindFormers fuses q, k, v into one parameter and gate, up into another. There are two ways to do so:
+
+    contiguous    all of q, then all of k, then all of v
+    interleaved   per group: the group's q rows, its k rows, its v rows; then the next group
+                  (a group is a KV head with its query heads for QKV, one row for gate/up)
+
+A fused tensor does not tell which one it has, both have the same shape, and the wrong one computes garbage.
+The inference network reads contiguous parameters; the training network's layout follows two config flags.
+
+This module is the only definition of both. A layout says, for each part, which *view* of the fused tensor shows
+the part's rows; the same view read from right to left splits the tensor again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class View:
+    """A strided look at a tensor's elements: nothing is copied, and views compose.
+
+    ``View.whole((6, 4)).unflatten(0, 2)[:, 1:]`` shows, of a tensor of 6 rows seen as 2 groups of 3, the last two
+    rows of each group: shape (2, 2, 4).
+
+    Attributes:
+        shape: shape of what is seen.
+        strides: distance between neighbours along each axis, in elements of the tensor.
+        offset: index of the first element, in elements of the tensor.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> View:
+        """All of a C-contiguous tensor of ``shape``."""
+        return cls(tuple(shape), tuple(prod(shape[axis + 1 :]) for axis in range(len(shape))))
+
+    @property
+    def size(self) -> int:
+        """Number of elements seen."""
+        return prod(self.shape)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements seen are neighbours in memory, in order."""
+        expected = View.whole(self.shape).strides
+        return all(size == 1 or got == want for size, got, want in zip(self.shape, self.strides, expected))
+
+    def unflatten(self, axis: int, groups: int) -> View:
+        """Axis ``axis`` of n entries as two axes: ``groups``, and the n / groups entries of each.
+
+        Raises:
+            ValueError: the axis cannot be divided so.
+        """
+        length, stride = self.shape[axis], self.strides[axis]
+        if groups <= 0 or length % groups:
+            raise ValueError(f"{length} rows can't be divided into {groups} groups")
+        inner = length // groups
+        return View(
+            (*self.shape[:axis], groups, inner, *self.shape[axis + 1 :]),
+            (*self.strides[:axis], stride * inner, stride, *self.strides[axis + 1 :]),
+            self.offset,
+        )
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> View:
+        """Slices (step 1) of the leading axes, with numpy's meaning."""
+        slices = index if isinstance(index, tuple) else (index,)
+        shape, offset = list(self.shape), self.offset
+        for axis, piece in enumerate(slices):
+            start, stop, step = piece.indices(self.shape[axis])
+            if step != 1:
+                raise ValueError("a view takes slices of step 1")
+            shape[axis] = max(stop - start, 0)
+            offset += start * self.strides[axis]
+        return View(tuple(shape), self.strides, offset)
+
+    def of(self, tensor: np.ndarray) -> np.ndarray:
+        """The numpy view of a C-contiguous ``tensor`` that this view describes; it shares the tensor's memory.
+
+        Raises:
+            ValueError: the tensor is not C-contiguous, or the view leaves it.
+        """
+        if not tensor.flags.c_contiguous:
+            raise ValueError("a view needs a C-contiguous tensor")
+        itemsize = tensor.itemsize
+        memory = tensor.reshape(-1).view(np.uint8)  # bfloat16 has no buffer of its own
+        # ndarray() checks the bounds, which numpy's as_strided does not.
+        return np.ndarray(
+            self.shape, tensor.dtype, memory, self.offset * itemsize, tuple(s * itemsize for s in self.strides)
+        )
+
+
+def contiguous(rows: Sequence[int], columns: Sequence[int], groups: int) -> list[View]:
+    """The parts one after the other.
+
+    Args:
+        rows: number of rows of each part.
+        columns: shape of one row.
+        groups: number of groups in which each part is shown (it does not change where the rows lie).
+
+    Returns:
+        For each part a view of shape (groups, rows of the part / groups, *columns) of the fused tensor.
+    """
+    fused = View.whole((sum(rows), *columns))
+    starts = np.cumsum([0, *rows]).tolist()
+    return [fused[start : start + n].unflatten(0, groups) for start, n in zip(starts, rows)]
+
+
+def interleaved(rows: Sequence[int], columns: Sequence[int], groups: int) -> list[View]:
+    """Group by group: the group's rows of each part, then the next group.
+
+    Args, Returns: as for :func:`contiguous`.
+    """
+    fused = View.whole((sum(rows), *columns)).unflatten(0, groups)
+    starts = np.cumsum([0, *rows]).tolist()
+    return [fused[:, start // groups : (start + n) // groups] for start, n in zip(starts, rows)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a MindFormers checkpoint or network lays out its fused parameters."""
+
+    interleaved_qkv: bool
+    interleaved_gate_up: bool
+
+    @classmethod
+    def of_training(cls, model_config: Mapping[str, Any]) -> Layout:
+        """The layout of a training network, from the ``model.model_config`` section of its YAML.
+
+        Mirrors the defaults of ``Qwen3Config`` and ``TransformerConfig`` (MindFormers 1.7 to 1.9): both interleaved.
+        """
+        return cls(
+            interleaved_qkv=not model_config.get("use_contiguous_weight_layout_attention", False),
+            interleaved_gate_up=bool(model_config.get("use_interleaved_weight_layout_mlp", True)),
+        )
+
+    @property
+    def training_flags(self) -> dict[str, bool]:
+        """The flags of a training config that ask for this layout; the reverse of :meth:`of_training`."""
+        return {
+            "use_contiguous_weight_layout_attention": not self.interleaved_qkv,
+            "use_interleaved_weight_layout_mlp": self.interleaved_gate_up,
+        }
+
+    def __str__(self) -> str:
+        words = {True: "interleaved", False: "contiguous"}
+        return f"qkv={words[self.interleaved_qkv]},gate_up={words[self.interleaved_gate_up]}"
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """The layout whose ``str()`` is ``text``.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for layout in (cls(qkv, gate_up) for qkv in (True, False) for gate_up in (True, False)):
+            if str(layout) == text:
+                return layout
+        raise ValueError(f"unknown layout {text!r}")
+
+
+TRAINING_DEFAULT = Layout(interleaved_qkv=True, interleaved_gate_up=True)
+INFERENCE = Layout(interleaved_qkv=False, interleaved_gate_up=False)

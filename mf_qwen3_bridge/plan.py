@@ -1,0 +1,225 @@
+"""A conversion as a list of copies, made from headers alone: first the plan, then the bytes.
+
+Everything that can be wrong between a checkpoint and a model comes out while the plan is made, all at once, before
+anything is built or read. What happens to the bytes afterwards (into a network, into files) is up to who runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.layouts import View
+from mf_qwen3_bridge.rules import Dialect, Rule, is_training_state, places
+
+FLOATS = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Part of a source tensor, and where it goes in the target: two views of one shape."""
+
+    source: TensorInfo
+    source_view: View
+    target_view: View
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor to be made.
+
+    Attributes:
+        name: its name in the target dialect.
+        shape: its shape.
+        dtype: its dtype as safetensors spells it.
+        copies: what it is made of; together they cover each element once.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    copies: tuple[Copy, ...]
+
+    def make(self, out: np.ndarray | None = None) -> np.ndarray:
+        """The tensor, its sources read from disk.
+
+        Bytes that keep their dtype and whose target is one run of memory are read straight into place; everything
+        else is read once and copied once. Dtypes are cast by the copy, rounding to nearest even.
+
+        Args:
+            out: a C-contiguous array of the target's shape, of any of the float dtypes; a new one when left out.
+        """
+        result = np.empty(self.shape, DTYPES[self.dtype]) if out is None else out
+        for copy in self.copies:
+            source, target = copy.source, copy.target_view.of(result)
+            reads_all = copy.source_view.is_contiguous and copy.source_view.size * result.itemsize == source.nbytes
+            if reads_all and copy.target_view.is_contiguous and DTYPES[source.dtype] == result.dtype:
+                source.read(out=target.reshape(source.shape))
+            else:
+                copy_elements(copy.source_view.of(source.read()), target)
+        return result
+
+
+def copy_elements(source: np.ndarray, target: np.ndarray) -> None:
+    """``target[...] = source``; elements of one dtype move as raw integers, which numpy does faster than bfloat16."""
+    if source.dtype == target.dtype:
+        raw = np.dtype(f"u{source.itemsize}")
+        source, target = source.view(raw), target.view(raw)
+    np.copyto(target, source, casting="unsafe")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to make of a checkpoint.
+
+    Attributes:
+        source: the dialect that it is in.
+        target: the dialect that is made.
+        targets: the tensors to make, in the model's order.
+        duplicates: pairs (kept, dropped) of source tensors that must hold the same bytes: an ``lm_head`` that is
+            stored although it is tied to the embedding.
+        ignored: source tensors that are no weights.
+    """
+
+    source: Dialect
+    target: Dialect
+    targets: tuple[Target, ...]
+    duplicates: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    ignored: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def num_source_tensors(self) -> int:
+        """Number of tensors that are read."""
+        used = {copy.source.name for target in self.targets for copy in target.copies}
+        return len(used) + len(self.duplicates)
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of the tensors that are read."""
+        used = {copy.source.name: copy.source.nbytes for target in self.targets for copy in target.copies}
+        return sum(used.values())
+
+    def check_duplicates(self) -> None:
+        """Reads each pair of duplicates and compares their bytes.
+
+        Raises:
+            BridgeError: they differ: the checkpoint's config and weights disagree on what is tied.
+        """
+        problems = [
+            Problem(
+                dropped.name,
+                f"differs from {kept.name}, but the config says that they are one (tie_word_embeddings: true)",
+                "set tie_word_embeddings to false in config.json if the model was trained untied; otherwise "
+                f"remove {dropped.name}",
+            )
+            for kept, dropped in self.duplicates
+            if not np.array_equal(kept.read().view(np.uint8), dropped.read().view(np.uint8))
+        ]
+        if problems:
+            raise BridgeError("tied tensors differ", problems)
+
+
+def make_plan(
+    rules: Iterable[Rule],
+    tensors: Mapping[str, TensorInfo],
+    source: Dialect,
+    target: Dialect,
+    dtype: str | None = None,
+) -> Plan:
+    """The plan that turns ``tensors`` from one dialect into the other.
+
+    Args:
+        rules: the model's table.
+        tensors: what the checkpoint holds.
+        source: the dialect it is in.
+        target: the dialect wanted.
+        dtype: dtype of the result as safetensors spells it; as in the checkpoint when left out.
+
+    Raises:
+        BridgeError: tensors that are missing, left over, of a wrong shape or dtype. Lists everything.
+    """
+    parts: dict[str, list[tuple[tuple[int, ...], Copy]]] = {}
+    claimed: set[str] = set()
+    missing: list[str] = []
+    misshapen: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for rule in rules:
+        for here, there in zip(places(rule, source), places(rule, target)):
+            tensor = tensors.get(here.tensor)
+            if here.tensor not in claimed and tensor is None:
+                missing.append(here.tensor)
+            claimed.add(here.tensor)
+            if tensor is None:
+                continue
+            if tensor.shape != here.shape:
+                misshapen.setdefault((tensor.shape, here.shape), []).append(here.tensor)
+                continue
+            parts.setdefault(there.tensor, []).append((there.shape, Copy(tensor, here.view, there.view)))
+
+    leftover = tensors.keys() - claimed
+    ignored = {name for name in leftover if not source.is_hf and is_training_state(name)}
+    duplicates = _duplicates(tensors, leftover, source)
+    leftover -= ignored | {dropped.name for _, dropped in duplicates}
+    problems = [
+        *(Problem(name, "missing", _remedy_for_missing(name)) for name in fold_names(missing)),
+        *(
+            Problem(name, "not a tensor of this model", _remedy_for_leftover(name))
+            for name in fold_names(sorted(leftover))
+        ),
+        *(
+            Problem(name, f"shape {got}, {want} expected", "config and weights are of two models")
+            for (got, want), names in misshapen.items()
+            for name in fold_names(dict.fromkeys(names))
+        ),
+        *_dtype_problems(tensors[name] for name in sorted(claimed & tensors.keys())),
+    ]
+    if problems:
+        raise BridgeError("the checkpoint does not fit the model", problems)
+    targets = (
+        Target(name, pieces[0][0], dtype or pieces[0][1].source.dtype, tuple(copy for _, copy in pieces))
+        for name, pieces in parts.items()
+    )
+    return Plan(source, target, tuple(targets), tuple(duplicates), tuple(sorted(ignored)))
+
+
+_EMBEDDING = {True: "model.embed_tokens.weight", False: "embedding.word_embeddings.weight"}
+_OUTPUT = {True: "lm_head.weight", False: "output_layer.weight"}
+
+
+def _duplicates(
+    tensors: Mapping[str, TensorInfo], leftover: set[str], source: Dialect
+) -> list[tuple[TensorInfo, TensorInfo]]:
+    """A tied model's output layer that is stored all the same, as several released checkpoints do."""
+    kept, dropped = _EMBEDDING[source.is_hf], _OUTPUT[source.is_hf]
+    if dropped in leftover and kept in tensors and tensors[kept].shape == tensors[dropped].shape:
+        return [(tensors[kept], tensors[dropped])]
+    return []
+
+
+def _remedy_for_missing(name: str) -> str:
+    if name in _OUTPUT.values():
+        return "if the model's embeddings are tied, set tie_word_embeddings to true in config.json; else copy the file"
+    return "copy the file that holds it, or lower num_hidden_layers if the model has fewer layers"
+
+
+def _remedy_for_leftover(name: str) -> str:
+    if name.endswith((".bias",)):
+        return "MindFormers' Qwen3 has no such bias; the checkpoint is of another architecture"
+    if any(mark in name for mark in ("weight_scale", "qweight", "qzeros", "scales", "g_idx", "scale_inv")):
+        return "the checkpoint is quantised; use the unquantised (bf16) one"
+    return "raise num_hidden_layers if the model has more layers; else remove the file it is in"
+
+
+def _dtype_problems(tensors: Iterable[TensorInfo]) -> Iterator[Problem]:
+    wrong: dict[str, list[str]] = {}
+    for tensor in tensors:
+        if tensor.dtype not in FLOATS:
+            wrong.setdefault(tensor.dtype, []).append(tensor.name)
+    for dtype, names in wrong.items():
+        for name in fold_names(names):
+            yield Problem(
+                name, f"dtype {dtype}", f"only {', '.join(FLOATS)} are weights; use the unquantised checkpoint"
+            )

@@ -1,0 +1,77 @@
+"""The numbers that a Qwen3 model's weights depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+# Each number's names: in ModelSpec; in a Hugging Face config.json; in a MindFormers YAML's model.model_config.
+# A MindFormers YAML may use the Hugging Face name as well.
+NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("num_layers", "num_hidden_layers", ("num_layers", "n_layer")),
+    ("hidden_size", "hidden_size", ()),
+    ("num_attention_heads", "num_attention_heads", ("num_heads", "n_head")),
+    ("num_query_groups", "num_key_value_heads", ("num_query_groups", "n_kv_heads")),
+    ("head_dim", "head_dim", ("kv_channels",)),
+    ("ffn_hidden_size", "intermediate_size", ("ffn_hidden_size",)),
+    ("vocab_size", "vocab_size", ()),
+    ("tie_word_embeddings", "tie_word_embeddings", ()),
+)
+
+HF_NAME = {field: hf_name for field, hf_name, _ in NAMES}
+MINDFORMERS_NAMES = {field: (*names, hf_name) for field, hf_name, names in NAMES}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A dense Qwen3 model's dimensions, in Megatron's and MindFormers' terms.
+
+    Attributes:
+        num_layers: transformer layers.
+        hidden_size: width of the residual stream.
+        num_attention_heads: query heads.
+        num_query_groups: key/value heads; each serves num_attention_heads / num_query_groups query heads.
+        head_dim: width of one head. In Qwen3 it is a number of its own, not hidden_size / num_attention_heads.
+        ffn_hidden_size: width of the gated MLP.
+        vocab_size: rows of the embedding.
+        tie_word_embeddings: whether the output layer is the embedding.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
+        """From a normalised config.json (:func:`mf_qwen3_bridge.config.normalise`)."""
+        return cls(**{field.name: config[HF_NAME[field.name]] for field in fields(cls)})
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of q_proj."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_rows(self) -> int:
+        """Rows of k_proj, and of v_proj."""
+        return self.num_query_groups * self.head_dim
+
+
+def numbers_in(model_config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """What the ``model.model_config`` section of a MindFormers YAML says about a ModelSpec's fields.
+
+    Returns:
+        {field: (the key it stood under, its value)}, only for what the section names.
+    """
+    return {
+        field: (key, model_config[key])
+        for field, keys in MINDFORMERS_NAMES.items()
+        for key in keys
+        if model_config.get(key) is not None
+    }

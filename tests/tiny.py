@@ -1,0 +1,80 @@
+"""Tiny checkpoints with random weights, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from mf_qwen3_bridge.rules import HF, Dialect, dense_rules, places
+from mf_qwen3_bridge.spec import HF_NAME, ModelSpec
+
+SPEC = ModelSpec(
+    num_layers=2,
+    hidden_size=12,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=4,
+    ffn_hidden_size=10,
+    vocab_size=16,
+    tie_word_embeddings=False,
+)
+NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+Tensors = dict[str, np.ndarray]
+
+
+def hf_config(spec: ModelSpec = SPEC, **changes: Any) -> dict[str, Any]:
+    """A config.json as the Hub has it."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+        "torch_dtype": "float32",
+        **{HF_NAME[field]: value for field, value in vars(spec).items()},
+        **changes,
+    }
+
+
+def random_tensors(spec: ModelSpec = SPEC, dialect: Dialect = HF, dtype: str = "F32", seed: int = 0) -> Tensors:
+    """Random weights under the dialect's names; no two elements of a tensor are alike, in float32."""
+    random = np.random.default_rng(seed)
+    shapes = {place.tensor: place.shape for rule in dense_rules(spec) for place in places(rule, dialect)}
+    return {
+        name: random.standard_normal(shape).astype(np.float32).astype(NUMPY[dtype]) for name, shape in shapes.items()
+    }
+
+
+def write(
+    directory: Path,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any] | None = None,
+    shards: int = 1,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """A Hugging Face directory; with several shards the tensors are dealt in turn, and there is an index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if config is not None:
+        (directory / "config.json").write_text(json.dumps(config))
+    metadata = {"format": "pt", **(metadata or {})}
+    if shards == 1:
+        save_file(dict(tensors), directory / "model.safetensors", metadata)
+        return directory
+    names: Sequence[str] = list(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        mine = names[shard::shards]
+        save_file({name: tensors[name] for name in mine}, directory / file, metadata)
+        weight_map |= dict.fromkeys(mine, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory

@@ -1,0 +1,152 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from mf_qwen3_bridge.config import normalise, read_hf_config, read_mindformers_config
+from mf_qwen3_bridge.errors import BridgeError
+
+# The numbers of Qwen3-14B's config.json, as the Hub has it.
+QWEN3_14B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "initializer_range": 0.02,
+    "intermediate_size": 17408,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 40,
+    "model_type": "qwen3",
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def with_transformers_5_keys(config, **rope):
+    """The same config as transformers 5 writes it."""
+    config = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    parameters = {"rope_type": "default", "rope_theta": 1000000} | rope
+    layer_types = ["full_attention"] * config["num_hidden_layers"]
+    return config | {"dtype": "bfloat16", "rope_parameters": parameters, "layer_types": layer_types}
+
+
+def test_configs_of_every_age_are_one():
+    assert normalise(with_transformers_5_keys(QWEN3_14B)) == normalise(QWEN3_14B)
+    assert normalise(QWEN3_14B)["torch_dtype"] == "bfloat16"
+    assert normalise(QWEN3_14B)["rope_theta"] == 1000000
+
+
+@pytest.mark.parametrize("kind", ["type", "rope_type"])
+def test_yarn_with_plain_keys_gets_every_number_that_mindformers_needs(kind):
+    scaling = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    expected = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.0,
+    }
+    assert normalise(QWEN3_14B | {"rope_scaling": scaling})["rope_scaling"] == expected
+    of_transformers_5 = with_transformers_5_keys(
+        QWEN3_14B, rope_type="yarn", factor=4.0, original_max_position_embeddings=32768
+    )
+    assert normalise(of_transformers_5)["rope_scaling"] == expected
+
+
+def test_an_attention_factor_that_says_what_is_computed_anyway_is_fine():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.1386294361119891}
+    assert normalise(QWEN3_14B | {"rope_scaling": scaling})["rope_scaling"]["mscale"] == 1.0
+
+
+def test_other_entries_do_not_reach_mindformers():
+    assert normalise(QWEN3_14B | {"_name_or_path": "x", "some_new_key": 1}) == normalise(QWEN3_14B)
+
+
+def test_fields_that_transformers_supplies():
+    config = normalise({key: value for key, value in QWEN3_14B.items() if key not in ("head_dim", "torch_dtype")})
+    assert config["head_dim"] == 128
+    assert normalise(QWEN3_14B | {"num_key_value_heads": None})["num_key_value_heads"] == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True, "sliding_window": 4096}, "sliding window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 2.0}}, "attention_factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate"),
+        ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"num_key_value_heads": 7}, "num_key_value_heads"),
+        ({"head_dim": 127}, "head_dim"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"num_hidden_layers": "40"}, "num_hidden_layers"),
+    ],
+)
+def test_what_mindformers_cannot_compute_is_refused_by_name(change, named):
+    with pytest.raises(BridgeError, match=named):
+        normalise(QWEN3_14B | change)
+
+
+def test_everything_is_refused_at_once():
+    with pytest.raises(BridgeError) as error:
+        normalise(QWEN3_14B | {"attention_bias": True, "use_sliding_window": True, "head_dim": 0})
+    assert [problem.subject for problem in error.value.problems] == ["attention_bias", "sliding window", "head_dim"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
+def test_a_config_that_is_no_config(tmp_path: Path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BridgeError, match=r"config\.json"):
+        read_hf_config(tmp_path)
+
+
+def test_no_config(tmp_path: Path):
+    with pytest.raises(BridgeError, match=r"config\.json is missing"):
+        read_hf_config(tmp_path)
+    with pytest.raises(BridgeError, match="not a directory"):
+        read_hf_config(tmp_path / "absent")
+
+
+def test_overrides_go_before_the_file(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_14B))
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32768}
+    assert read_hf_config(tmp_path)["rope_scaling"] is None
+    assert read_hf_config(tmp_path, {"rope_scaling": scaling})["rope_scaling"]["factor"] == 2.0
+
+
+@pytest.mark.parametrize("content", ["model: [", "model: 3", "a: 1", "- 1"])
+def test_a_yaml_that_is_none(tmp_path: Path, content):
+    path = tmp_path / "predict.yaml"
+    path.write_text(content)
+    with pytest.raises(BridgeError, match=r"predict\.yaml"):
+        read_mindformers_config(path)
+    with pytest.raises(BridgeError, match="can't read"):
+        read_mindformers_config(tmp_path / "absent.yaml")
