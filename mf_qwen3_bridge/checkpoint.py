@@ -116,33 +116,39 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         with open(file, "rb") as stream:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(_MAX_HEADER, max(size - 8, 0)):
-                raise BridgeError(_not_safetensors(file, size))
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise _damaged(file, *_no_header(file, size))
             header = json.loads(stream.read(length))
         metadata = header.pop("__metadata__", {})
         tensors = {name: _tensor_info(name, entry, file, 8 + length) for name, entry in header.items()}
     except OSError as error:
-        raise BridgeError(f"can't read {file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, BridgeError):
-            raise
-        raise BridgeError(_not_safetensors(file, size)) from error
+        raise _damaged(file, f"can't be read: {error.strerror}", "look at its permissions and its disk") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(file, "its header can't be understood") from error
     _check_extent(file, tensors.values(), 8 + length, size)
     return tensors, metadata
 
 
-def _not_safetensors(file: Path, size: int) -> str:
-    if file.open("rb").read(40).startswith(b"version https://git-lfs"):
-        return f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`"
-    return f"{file} ({size} bytes) is not a whole safetensors file: copy it again"
+def _damaged(file: Path, found: str, remedy: str = "copy the file again") -> BridgeError:
+    return BridgeError(f"{file} is damaged", [Problem(file.name, found, remedy)])
+
+
+def _no_header(file: Path, size: int) -> tuple[str, str]:
+    with open(file, "rb") as stream:
+        if stream.read(40).startswith(b"version https://git-lfs"):
+            return "a Git LFS pointer, not the weights", "fetch them with `git lfs pull`"
+    return f"{size} bytes, not a whole safetensors file", "copy the file again"
 
 
 def _tensor_info(name: str, entry: dict[str, Any], file: Path, data_start: int) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(n) for n in entry["shape"])
+    try:
+        begin, end = entry["data_offsets"]
+        shape = tuple(int(n) for n in entry["shape"])
+    except ValueError as error:
+        raise _damaged(file, f"the header entry of {name} can't be understood") from error
     dtype = entry["dtype"]
     if dtype in DTYPES and end - begin != prod(shape) * DTYPES[dtype].itemsize:
-        raise BridgeError(f"{file}: {name} says {dtype} {shape}, but has {end - begin} bytes: the file is damaged")
+        raise _damaged(file, f"{name} says {dtype} {shape}, but has {end - begin} bytes")
     return TensorInfo(name, shape, dtype, file, data_start + begin, end - begin)
 
 
@@ -150,11 +156,11 @@ def _check_extent(file: Path, tensors: Iterable[TensorInfo], data_start: int, si
     position = data_start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
         if tensor.start != position:
-            raise BridgeError(f"{file}: {tensor.name} does not begin where the one before ends: the file is damaged")
+            raise _damaged(file, f"{tensor.name} does not begin where the tensor before it ends")
         position += tensor.nbytes
     if position != size:
         state = "truncated" if size < position else "longer than its header says"
-        raise BridgeError(f"{file} is {state}: {size} bytes, {position} expected; copy it again")
+        raise _damaged(file, f"{state}: {size} bytes, {position} expected")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -195,7 +201,7 @@ def open_files(path: Path, files: Iterable[Path]) -> Checkpoint:
         try:
             found, file_metadata = read_header(file)
         except BridgeError as error:
-            problems.append(Problem(file.name, str(error), "copy the file again"))
+            problems += error.problems
             continue
         for name in sorted(tensors.keys() & found.keys()):
             problems.append(

@@ -1,0 +1,119 @@
+"""The ``mf-qwen3`` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mf_qwen3_bridge import __version__
+from mf_qwen3_bridge.errors import BridgeError
+
+_DIRECTORY = click.Path(path_type=Path)
+
+
+def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which checkpoint is meant."""
+    for option in (
+        click.option("--load_checkpoint", type=_DIRECTORY, metavar="DIR", help="Weights, when not in --model_dir."),
+        click.option("--config", type=_DIRECTORY, metavar="YAML", help="MindFormers YAML to hold them against."),
+        click.option("--model_dir", type=_DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mf-qwen3")
+def cli() -> None:
+    """Qwen3 weights between Hugging Face and MindFormers: right, or with a clear refusal."""
+
+
+@cli.command()
+@_model_options
+def check(model_dir: Path, config: Path | None, load_checkpoint: Path | None) -> None:
+    """Check config.json, the YAML and the tensors' names, shapes and dtypes against each other (headers only).
+
+    Exit code 0: they fit. 2: they don't; a table says what to change.
+    """
+    from mf_qwen3_bridge import preflight
+
+    model = preflight.check(model_dir, config, load_checkpoint)
+    for line in preflight.summary(model):
+        click.echo(line)
+
+
+@cli.command()
+@_model_options
+@click.option("--use_training_conversion", is_flag=True, help="Convert with MindFormers' own training class.")
+@click.option("--tokenizer_path", type=_DIRECTORY, metavar="DIR", help="Tokenizer directory  [default: --model_dir].")
+@click.option("--test_mode", type=click.Choice(["generate", "chat", "both"]), default="generate", show_default=True)
+@click.option("--prompt", multiple=True, help="Text to continue or answer; may be given several times.")
+@click.option("--device_target", type=click.Choice(["auto", "Ascend", "CPU"]), default="auto", show_default=True)
+@click.option("--max_new_tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--do_sample/--greedy", default=False, help="Sample, or take the most likely token  [default: greedy].")
+@click.option("--temperature", type=float, help="With --do_sample.")
+@click.option("--top_k", type=int, help="With --do_sample.")
+@click.option("--top_p", type=float, help="With --do_sample.")
+@click.option("--repetition_penalty", type=float, help="Above 1: repeat less.")
+@click.option("--enable_thinking/--no_thinking", default=False, help="Chat template's switch  [default: no_thinking].")
+def infer(
+    model_dir: Path,
+    config: Path | None,
+    load_checkpoint: Path | None,
+    use_training_conversion: bool,
+    tokenizer_path: Path | None,
+    test_mode: str,
+    prompt: tuple[str, ...],
+    device_target: str,
+    enable_thinking: bool,
+    **generation: Any,
+) -> None:
+    """Run a Hugging Face checkpoint in MindFormers' inference model, and say at each step what was found."""
+    from mf_qwen3_bridge import preflight
+
+    model = preflight.check(model_dir, config, load_checkpoint)
+    for line in preflight.summary(model):
+        click.echo(line)
+
+    from mf_qwen3_bridge.mindformers import infer as inference  # takes seconds; what is wrong is known before
+
+    tokenizer = inference.load_tokenizer(tokenizer_path or model_dir)
+    network = inference.build_network(model, device_target)
+    plan = inference.load_network(network, model, use_training_conversion=use_training_conversion)
+    road = "MindFormers' training conversion" if use_training_conversion else "the bridge's loader"
+    click.echo(f"converted   {plan.num_source_tensors} tensors to {len(plan.targets)} parameters, by {road}")
+    click.echo(f"loaded      {len(plan.targets)} of {len(network.parameters_dict())} parameters of the network")
+    click.echo("values      no parameter is all zero, none holds NaN or infinities")
+    generation = {name: value for name, value in generation.items() if value is not None}
+    for mode in ("generate", "chat") if test_mode == "both" else (test_mode,):
+        texts = inference.generate_texts(
+            network,
+            tokenizer,
+            prompt or _PROMPTS[mode],
+            chat=mode == "chat",
+            enable_thinking=enable_thinking,
+            eos_token_id=inference.stop_tokens(model_dir),
+            **generation,
+        )
+        for question, text in zip(prompt or _PROMPTS[mode], texts):
+            click.echo(f"\n{mode:<11} {question}\n         -> {text}")
+
+
+_PROMPTS = {"generate": ("Beijing is the capital of",), "chat": ("你好，你是谁？",)}
+
+
+def main(arguments: list[str] | None = None, command: click.Command = cli) -> None:
+    """Runs a command. Exit codes: 0 done, 1 unexpected, 2 the input is at fault."""
+    try:
+        command(arguments)
+    except BridgeError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Directories that are whole, and all the ways in which they are not."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from mf_qwen3_bridge.checkpoint import HYPER_PARAMETERS, open_checkpoint, open_files, read_header, stale_files
+from mf_qwen3_bridge.errors import BridgeError
+from tests.tiny import NUMPY, random_tensors, write
+
+
+@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_reads_what_the_safetensors_library_wrote(tmp_path: Path, dtype, shards):
+    tensors = random_tensors(dtype=dtype)
+    checkpoint = open_checkpoint(write(tmp_path, tensors, shards=shards))
+    assert checkpoint.tensors.keys() == tensors.keys()
+    assert checkpoint.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert checkpoint.metadata == {"format": "pt"}
+    for name, info in checkpoint.tensors.items():
+        assert info.shape == tensors[name].shape
+        assert info.read().tobytes() == tensors[name].tobytes()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shapes=st.dictionaries(st.text(min_size=1, max_size=8), st.lists(st.integers(0, 4), max_size=3), max_size=5),
+    dtype=st.sampled_from([np.float32, np.float16, np.int64, np.uint8, np.bool_]),
+)
+def test_headers_agree_with_the_safetensors_library(tmp_path_factory, shapes, dtype):
+    shapes.pop("__metadata__", None)
+    file = tmp_path_factory.mktemp("header") / "x.safetensors"
+    save_file({name: np.ones(shape, dtype) for name, shape in shapes.items()}, file)
+    tensors, _ = read_header(file)
+    expected = load_file(file)
+    assert {name: info.shape for name, info in tensors.items()} == {n: t.shape for n, t in expected.items()}
+    assert all(info.read().tobytes() == expected[name].tobytes() for name, info in tensors.items())
+
+
+def test_reads_into_an_array_that_is_given(tmp_path: Path):
+    tensors = random_tensors()
+    info = open_checkpoint(write(tmp_path, tensors)).tensors["model.norm.weight"]
+    out = np.zeros(12, np.float32)
+    assert info.read(out) is out
+    assert out.tobytes() == tensors["model.norm.weight"].tobytes()
+
+
+def message(path: Path) -> str:
+    with pytest.raises(BridgeError) as error:
+        open_checkpoint(path)
+    rows = (f"{problem.subject} {problem.found} {problem.remedy}" for problem in error.value.problems)
+    return "\n".join([error.value.headline, *rows])
+
+
+def test_a_missing_shard(tmp_path: Path):
+    write(tmp_path, random_tensors(), shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert "model-00002-of-00003.safetensors" in message(tmp_path)
+    assert "missing" in message(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 7, 8, 100, -1])
+def test_a_truncated_shard(tmp_path: Path, keep):
+    write(tmp_path, random_tensors(), shards=3)
+    shard = tmp_path / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:keep])
+    assert "model-00002-of-00003.safetensors" in message(tmp_path)
+    assert "copy" in message(tmp_path)
+
+
+def test_a_file_that_grew(tmp_path: Path):
+    write(tmp_path, random_tensors())
+    with (tmp_path / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    assert "longer" in message(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b"[]",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [1]}}',
+    ],
+)
+def test_a_damaged_header(tmp_path: Path, header):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
+    assert "model.safetensors" in message(file)
+
+
+def test_a_git_lfs_pointer(tmp_path: Path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git lfs pull" in message(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])
+def test_an_index_that_leaves_the_directory(tmp_path: Path, name):
+    write(tmp_path, random_tensors(), shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = name
+    index.write_text(json.dumps(content))
+    assert "outside" in message(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": {"a": 1}}', '{"weight_map": []}'])
+def test_an_index_that_is_none(tmp_path: Path, content):
+    write(tmp_path, random_tensors(), shards=2)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert "is not an index" in message(tmp_path)
+
+
+def test_an_index_of_other_files(tmp_path: Path):
+    tensors = random_tensors()
+    write(tmp_path, tensors, shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["model.norm.weight"]
+    content["weight_map"]["absent.weight"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    assert "model.norm.weight" in message(tmp_path)
+    assert "absent.weight" in message(tmp_path)
+
+
+def test_a_tensor_in_two_files(tmp_path: Path):
+    tensors = random_tensors()
+    write(tmp_path, tensors)
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, tmp_path / "stale.safetensors")
+    assert "stale.safetensors" in message(tmp_path)
+    with pytest.raises(BridgeError, match="stale"):
+        open_files(tmp_path, [tmp_path / "model.safetensors", tmp_path / "stale.safetensors"])
+
+
+def test_a_stale_file_beside_an_index_is_not_read(tmp_path: Path):
+    tensors = random_tensors()
+    write(tmp_path, tensors, shards=2)
+    save_file({"model.norm.weight": np.zeros(12, np.float32)}, tmp_path / "consolidated.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.tensors["model.norm.weight"].read().tobytes() == tensors["model.norm.weight"].tobytes()
+    assert [file.name for file in stale_files(checkpoint)] == ["consolidated.safetensors"]
+
+
+def test_hyper_parameters_are_no_weights(tmp_path: Path):
+    write(tmp_path, random_tensors())
+    save_file({"global_step": np.zeros(1, np.int32)}, tmp_path / HYPER_PARAMETERS)
+    assert "global_step" not in open_checkpoint(tmp_path).tensors
+
+
+@pytest.mark.parametrize("weight_map", [lambda m: m, lambda m: {"metadata": {}, "weight_map": m}])
+def test_mindformers_index(tmp_path: Path, weight_map):
+    tensors = random_tensors()
+    save_file(tensors, tmp_path / "part0.safetensors")
+    save_file({"model.norm.weight": np.zeros(1, np.float32)}, tmp_path / "left-behind.safetensors")
+    index = weight_map(dict.fromkeys(tensors, "part0.safetensors"))
+    (tmp_path / "param_name_map.json").write_text(json.dumps(index))
+    assert open_checkpoint(tmp_path).tensors.keys() == tensors.keys()
+
+
+def test_pickles_are_not_read(tmp_path: Path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert "only safetensors are read" in message(tmp_path)
+    assert "does not exist" in message(tmp_path / "absent")
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path):
+    info = open_checkpoint(write(tmp_path, random_tensors())).tensors["model.norm.weight"]
+    info.file.write_bytes(info.file.read_bytes()[: info.start + 4])
+    with pytest.raises(BridgeError, match=r"ended while model\.norm\.weight was read"):
+        info.read()
+    info.file.unlink()
+    with pytest.raises(BridgeError, match=r"can't read model\.norm\.weight"):
+        info.read()

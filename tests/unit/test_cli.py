@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import hf_config, random_tensors, write
+
+ROOT = Path(__file__).parents[2]
+
+
+def mf_qwen3(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mf_qwen3_bridge.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_check_says_what_it_found(tmp_path: Path):
+    result = mf_qwen3("check", "--model_dir", write(tmp_path, random_tensors(), hf_config(), shards=2))
+    assert result.returncode == 0
+    assert "config and weights fit" in result.stdout
+    assert result.stderr == ""
+
+
+def test_check_refuses_with_a_table(tmp_path: Path):
+    result = mf_qwen3("check", "--model_dir", write(tmp_path, random_tensors(), hf_config(hidden_size=8)))
+    assert result.returncode == 2
+    assert "set hidden_size to 12 in config.json" in " ".join(result.stderr.replace("|", " ").split())
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("check",), ("check", "--model_dir", "/nowhere"), ("check", "--nonsense"), ("nonsense",)],
+)
+def test_bad_usage_is_the_inputs_fault(arguments):
+    result = mf_qwen3(*arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_infer_finds_bad_input_before_it_imports_mindformers(tmp_path: Path):
+    write(tmp_path, random_tensors(), hf_config(num_hidden_layers=3))
+    script = (
+        "import sys; from mf_qwen3_bridge.cli import infer, main\n"
+        "try: main(['--model_dir', sys.argv[1]], infer)\n"
+        "finally: assert 'mindspore' not in sys.modules"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "num_hidden_layers" in result.stderr
+
+
+@pytest.mark.parametrize("argument", ["--help", "check"])
+def test_neither_importing_nor_checking_imports_mindspore(tmp_path: Path, argument):
+    write(tmp_path, random_tensors(), hf_config())
+    arguments = ["--help"] if argument == "--help" else ["check", "--model_dir", str(tmp_path)]
+    script = (
+        "import sys, mf_qwen3_bridge; from mf_qwen3_bridge.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as exit: assert exit.code == 0, exit\n"
+        "loaded = {'mindspore', 'mindformers', 'transformers', 'torch'} & sys.modules.keys(); assert not loaded, loaded"
+    )
+    command = [sys.executable, "-c", script, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,163 @@
+"""config.json x YAML x tensors: what does not fit is said once, with what to change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import yaml
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.layouts import Layout
+from mf_qwen3_bridge.preflight import LAYOUT_STAMP, check, summary
+from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect
+from tests.tiny import SPEC, hf_config, random_tensors, write
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return write(tmp_path / "hf", random_tensors(), hf_config(), shards=2)
+
+
+def yaml_file(path: Path, **model_config) -> Path:
+    path.write_text(yaml.safe_dump({"run_mode": "predict", "model": {"model_config": model_config}}))
+    return path
+
+
+def problems(*args, **kwargs):
+    with pytest.raises(BridgeError) as error:
+        check(*args, **kwargs)
+    return {problem.subject: problem for problem in error.value.problems}
+
+
+def test_what_fits_fits(directory: Path, tmp_path: Path):
+    model = check(directory, yaml_file(tmp_path / "p.yaml", num_layers=2, hidden_size=12, params_dtype="bfloat16"))
+    assert model.spec == SPEC
+    assert model.dialect == HF
+    assert model.options == {"params_dtype": "bfloat16"}
+    text = "\n".join(summary(model))
+    assert "25 tensors become 19 MindFormers parameters" in text
+
+
+def test_the_hidden_size_of_another_model(directory: Path):
+    """SPEC A.2, in small: the tensors are 12 wide, config.json says 8."""
+    write(directory, {}, hf_config(hidden_size=8), shards=1)
+    (directory / "model.safetensors").unlink()
+    found = problems(directory)
+    assert list(found) == ["hidden_size"]  # one row, not one for each of 25 tensors
+    assert "config.json: 8" in found["hidden_size"].found
+    assert "weights: 12 (model.embed_tokens.weight (16, 12))" in found["hidden_size"].found
+    assert "set hidden_size to 12 in config.json" in found["hidden_size"].remedy
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 3),
+        ("num_hidden_layers", 1),
+        ("hidden_size", 16),
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 4),
+        ("num_key_value_heads", 1),
+        ("head_dim", 8),
+        ("head_dim", 2),
+        ("intermediate_size", 8),
+        ("vocab_size", 15),
+    ],
+)
+@pytest.mark.parametrize("dialect", [HF, INFER, TRAIN])
+def test_each_wrong_number_is_named_alone(tmp_path: Path, field, value, dialect):
+    stamp = {} if dialect.is_hf else {LAYOUT_STAMP: str(dialect.layout)}
+    write(tmp_path, random_tensors(dialect=dialect), hf_config(**{field: value}), metadata=stamp)
+    assert list(problems(tmp_path)) == [field]
+
+
+def test_wrong_in_yaml_and_as_argument(directory: Path, tmp_path: Path):
+    config = yaml_file(tmp_path / "predict.yaml", hidden_size=16, kv_channels=2, n_kv_heads=2)
+    found = problems(directory, config, overrides={"num_layers": 4})
+    assert list(found) == ["num_hidden_layers", "hidden_size", "head_dim"]
+    assert f"set kv_channels to 4 in {config}" in found["head_dim"].remedy
+    assert "set num_layers to 2 in arguments" in found["num_hidden_layers"].remedy
+
+
+def test_tying_of_which_only_the_yaml_knows(directory: Path, tmp_path: Path):
+    assert list(problems(directory, yaml_file(tmp_path / "p.yaml", tie_word_embeddings=True))) == [
+        "tie_word_embeddings"
+    ]
+
+
+def test_a_wrong_number_does_not_hide_a_missing_tensor(tmp_path: Path):
+    tensors = random_tensors()
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    write(tmp_path, tensors, hf_config(vocab_size=15))
+    assert list(problems(tmp_path)) == ["vocab_size", "model.layers.0.mlp.up_proj.weight"]
+
+
+def test_a_missing_tensor_alone(tmp_path: Path):
+    tensors = random_tensors()
+    del tensors["model.layers.1.self_attn.v_proj.weight"]
+    write(tmp_path, tensors, hf_config())
+    assert list(problems(tmp_path)) == ["model.layers.1.self_attn.v_proj.weight"]
+
+
+def test_yarn_from_the_yaml_goes_before_config_json(directory: Path, tmp_path: Path):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    model = check(directory, yaml_file(tmp_path / "p.yaml", rope_scaling=scaling))
+    assert model.hf_config["rope_scaling"]["beta_fast"] == 32
+    assert "rope_scaling" not in model.options
+
+
+class TestMindFormersWeights:
+    """Nothing in a tensor says how QKV and gate/up lie in it."""
+
+    @pytest.fixture
+    def weights(self, tmp_path: Path) -> Path:
+        return write(tmp_path / "unified_safe", random_tensors(dialect=TRAIN))
+
+    def test_without_a_word_about_the_layout_they_are_refused(self, directory: Path, weights: Path):
+        with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
+            check(directory, weights=weights)
+
+    @pytest.mark.parametrize("qkv", [True, False])
+    @pytest.mark.parametrize("gate_up", [True, False])
+    def test_the_yaml_says_it(self, directory: Path, weights: Path, tmp_path: Path, qkv, gate_up):
+        layout = Layout(qkv, gate_up)
+        model = check(directory, yaml_file(tmp_path / "train.yaml", **layout.training_flags), weights)
+        assert model.dialect == Dialect(layout)
+
+    def test_a_yaml_without_the_flags_means_the_defaults(self, directory: Path, weights: Path, tmp_path: Path):
+        assert check(directory, yaml_file(tmp_path / "train.yaml", offset=0), weights).dialect == TRAIN
+
+    def test_the_stamp_says_it(self, directory: Path, tmp_path: Path):
+        stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_STAMP: str(INFER.layout)})
+        assert check(directory, weights=stamped).dialect == INFER
+        assert check(directory, yaml_file(tmp_path / "p.yaml", params_dtype="float32"), stamped).dialect == INFER
+
+    def test_stamp_and_yaml_may_not_contradict_each_other(self, directory: Path, tmp_path: Path):
+        stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_STAMP: str(INFER.layout)})
+        config = yaml_file(tmp_path / "p.yaml", use_contiguous_weight_layout_attention=False)
+        with pytest.raises(BridgeError, match="contradict"):
+            check(directory, config, stamped)
+
+    def test_stamps_that_differ_between_files_are_worth_nothing(self, directory: Path, tmp_path: Path):
+        tensors = random_tensors(dialect=INFER)
+        half = {name: tensors.pop(name) for name in list(tensors)[::2]}
+        weights = write(tmp_path / "s", tensors, metadata={LAYOUT_STAMP: str(INFER.layout)})
+        write(tmp_path / "t", half, metadata={LAYOUT_STAMP: str(TRAIN.layout)})
+        (tmp_path / "t" / "model.safetensors").rename(weights / "other.safetensors")
+        with pytest.raises(BridgeError, match="nothing says"):
+            check(directory, weights=weights)
+
+
+def test_tensors_of_nobody(directory: Path, tmp_path: Path):
+    weights = write(tmp_path / "x", {"transformer.h.0.attn": np.zeros(3, np.float32)})
+    with pytest.raises(BridgeError, match="neither Hugging Face's nor MindFormers'"):
+        check(directory, weights=weights)
+
+
+def test_tied(tmp_path: Path):
+    spec = replace(SPEC, tie_word_embeddings=True)
+    model = check(write(tmp_path, random_tensors(spec), hf_config(spec)))
+    assert "24 tensors become 18 MindFormers parameters" in "\n".join(summary(model))
