@@ -1,0 +1,1 @@
+"""The only part of the bridge that imports MindSpore and MindFormers."""

@@ -1,0 +1,206 @@
+"""The delegated road: MindFormers' own training class converts the weights, in the layout that the consumer reads.
+
+``TrainingQwen3ForCausalLM`` knows how to rename and fuse Hugging Face weights, but only as a method of a built training
+network, in that network's layout. Here its methods run on an object that is no network, with the numbers and the layout
+flags that the *consumer* needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
+from mindformers.parallel_core.utils.model_mixin import TrainModelMixin
+
+from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo
+from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.layouts import INFERENCE, TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.plan import Plan, make_plan
+from mf_qwen3_bridge.rules import HF, INFER, dense_rules
+from mf_qwen3_bridge.spec import ModelSpec, numbers_in
+
+# MindFormers 1.7 to 1.9 wait for ever for a tensor that another process should deliver; 2.0 waits this long.
+_PATIENCE_SECONDS = 600
+
+
+class TrainingConversion(TrainModelMixin):
+    """The conversion methods of ``TrainingQwen3ForCausalLM``, without a network around them.
+
+    Args:
+        spec: the model's numbers.
+        layout: the layout to fuse in.
+    """
+
+    weight_mapping = TrainingQwen3ForCausalLM.weight_mapping
+    convert_weight_dict = TrainingQwen3ForCausalLM.convert_weight_dict
+    convert_map_dict = TrainingQwen3ForCausalLM.convert_map_dict
+
+    def __init__(self, spec: ModelSpec, layout: Layout) -> None:
+        self.transformer_config = SimpleNamespace(
+            num_attention_heads=spec.num_attention_heads,
+            num_query_groups=spec.num_query_groups,
+            kv_channels=spec.head_dim,
+            ffn_hidden_size=spec.ffn_hidden_size,
+            **layout.training_flags,
+        )
+
+    def get_gpt_transformer_config(self) -> SimpleNamespace:
+        """What upstream's methods ask for their numbers and flags."""
+        return self.transformer_config
+
+    def convert_name(self, weight_name: str) -> str:
+        """Upstream's ``ModelMixin.convert_name``, which refuses to work before a MindFormers context is set."""
+        for hf_name, mindformers_name in self.weight_mapping:
+            weight_name = weight_name.replace(hf_name, mindformers_name)
+        return weight_name
+
+
+def convert_weight_dict(
+    owner: Any,
+    source_dict: Mapping[str, Any],
+    *,
+    model_config: Any = None,
+    qkv_dict: Any = None,
+    condition: Any = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """Hugging Face weights under MindFormers' names, fused for whoever reads them.
+
+    Mirrors and delegates to ``convert_weight_dict`` of ``mindformers/models/qwen3/modeling_qwen3_train.py`` (1.7 to
+    1.9). MindFormers calls it in two ways:
+
+    - with all weights, and gives the result to ``load_param_into_net``: the result is in the inference layout, as
+      ``Parameter``;
+    - in one process per file, with ``qkv_dict`` and ``condition`` to pass tensors between them, writes the result to
+      files and gives those to ``load_weights``, which reads the training network's default layout: the result is in
+      that layout, as numpy arrays.
+
+    Args:
+        owner: the inference network, or its class.
+        source_dict: Hugging Face name -> Parameter, Tensor or numpy array.
+        model_config: the model's numbers, needed when called on the class: a MindFormers config or a mapping.
+        qkv_dict: upstream's dictionary that the processes share.
+        condition: upstream's lock for it.
+
+    Raises:
+        BridgeError: tensors are missing, left over or of a wrong shape (all are listed), or there is no config.
+        TimeoutError: another process never delivered a tensor.
+    """
+    spec = _spec_of(owner, model_config)
+    arrays = {name: _as_numpy(value) for name, value in source_dict.items()}
+    if condition is not None:
+        logic = TrainingConversion(spec, TRAINING_DEFAULT)
+        return logic.convert_weight_dict(arrays, qkv_dict=qkv_dict, condition=_ImpatientCondition(condition))
+    for dropped in _check_arrays(spec, arrays):
+        del arrays[dropped]
+    converted = TrainingConversion(spec, INFERENCE).convert_weight_dict(arrays)
+    return {name: as_parameter(name, value) for name, value in converted.items()}
+
+
+def convert_map_dict(
+    owner: Any, source_dict: Mapping[str, str], *, model_config: Any = None, **_: Any
+) -> dict[str, str]:
+    """{Hugging Face name: file} as {MindFormers name: file}; a fused parameter lies where its first part lay.
+
+    Mirrors and delegates to ``convert_map_dict`` of ``mindformers/models/qwen3/modeling_qwen3_train.py`` (1.7 to 1.9).
+
+    Raises:
+        BridgeError: the map lacks parts of a fused parameter.
+    """
+    spec = _spec_of(owner, model_config)
+    missing = [
+        Problem(name, "not in the map", "use the index that came with the checkpoint")
+        for rule in dense_rules(spec)
+        for name in rule.tensors
+        if name not in source_dict
+    ]
+    if missing:
+        raise BridgeError("the name map is not of this model", missing)
+    return TrainingConversion(spec, INFERENCE).convert_map_dict(dict(source_dict))
+
+
+def obtain_name_map(owner: Any, load_checkpoint_files: Iterable[str | Path]) -> dict[str, str]:
+    """Refuses: a map of names can't say that three tensors make one parameter.
+
+    MindFormers would pass the result to ``ms.load_distributed_checkpoint``, which skips without a word what the map
+    does not name: QKV and gate/up would stay zero.
+
+    Raises:
+        BridgeError: always.
+    """
+    files = ", ".join(str(file) for file in load_checkpoint_files)
+    raise BridgeError(
+        f"QKV and gate/up of {files} have to be fused, which renaming can't do: set qkv_concat: True in "
+        "model.model_config, or load with mf_qwen3_bridge.from_pretrained"
+    )
+
+
+def as_parameter(name: str, value: np.ndarray | ms.Tensor) -> ms.Parameter:
+    """A Parameter of that name; on a CPU it shares the array's memory."""
+    tensor = value if isinstance(value, ms.Tensor) else ms.Tensor.from_numpy(np.ascontiguousarray(value))
+    return ms.Parameter(tensor, name=name, requires_grad=False)
+
+
+def _as_numpy(value: Any) -> np.ndarray:
+    return value.asnumpy() if isinstance(value, ms.Tensor) else np.asarray(value)
+
+
+def _spec_of(owner: Any, model_config: Any) -> ModelSpec:
+    """The numbers of a network, or of the config that came with a call on its class."""
+    is_network = not isinstance(owner, type)
+    config = owner.config if is_network else model_config
+    if isinstance(config, ModelSpec):
+        return config
+    if config is None:
+        raise BridgeError(
+            f"{owner.__name__}.convert_weight_dict: pass model_config=, the model's config or a dictionary"
+        )
+    mapping = config if isinstance(config, Mapping) else vars(config)
+    found = {"tie_word_embeddings": False} | {field: value for field, (_, value) in numbers_in(mapping).items()}
+    missing = [field.name for field in fields(ModelSpec) if field.name not in found]
+    if missing:
+        raise BridgeError(f"model_config does not say {', '.join(missing)}")
+    return ModelSpec(**found)
+
+
+def _check_arrays(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Holds arrays in memory to the rules that files are held to; returns what is stored although it is tied."""
+    spelling = {dtype.name: name for name, dtype in DTYPES.items()}
+    infos = {
+        name: TensorInfo(name, array.shape, spelling.get(array.dtype.name, str(array.dtype)), Path(), 0, array.nbytes)
+        for name, array in arrays.items()
+    }
+    plan: Plan = make_plan(dense_rules(spec), infos, HF, INFER)
+    for kept, dropped in plan.duplicates:
+        if arrays[kept.name].tobytes() != arrays[dropped.name].tobytes():
+            raise BridgeError(f"{dropped.name} differs from {kept.name}, but the config says that they are tied")
+    return [dropped.name for _, dropped in plan.duplicates]
+
+
+class _ImpatientCondition:
+    """Upstream's condition, whose ``wait_for`` gives up instead of waiting for ever."""
+
+    def __init__(self, condition: Any) -> None:
+        self._condition = condition
+
+    def __enter__(self) -> Any:
+        return self._condition.__enter__()
+
+    def __exit__(self, *exception: Any) -> Any:
+        return self._condition.__exit__(*exception)
+
+    def notify_all(self) -> None:
+        self._condition.notify_all()
+
+    def wait_for(self, predicate: Any) -> None:
+        if not self._condition.wait_for(predicate, timeout=_PATIENCE_SECONDS):
+            raise TimeoutError(
+                f"another process did not deliver a part of QKV or gate/up within {_PATIENCE_SECONDS} s: a file of the "
+                "checkpoint is missing or damaged; run `mf-qwen3 check` on it"
+            )

@@ -1,0 +1,179 @@
+"""Weights into a network: the direct road, the delegated road, and what both are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+
+from mf_qwen3_bridge.checkpoint import DTYPES, Checkpoint, open_checkpoint, open_files
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.mindformers import conversion
+from mf_qwen3_bridge.plan import Plan
+from mf_qwen3_bridge.preflight import Model
+from mf_qwen3_bridge.progress import progress_bar
+from mf_qwen3_bridge.rules import INFER
+from mf_qwen3_bridge.values import find_fault
+
+_NUMPY_DTYPES = {ms.float32: DTYPES["F32"], ms.float16: DTYPES["F16"], ms.bfloat16: DTYPES["BF16"]}
+
+
+def load_network(network: Any, model: Model, *, use_training_conversion: bool = False) -> Plan:
+    """Fills an inference network with a checkpoint's weights, all of them or none.
+
+    Args:
+        network: an ``InferenceQwen3ForCausalLM`` built from ``model``'s config.
+        model: the checkpoint, as :func:`mf_qwen3_bridge.preflight.check` returns it.
+        use_training_conversion: convert with MindFormers' training class (``convert_weight_dict``) and load with
+            ``load_param_into_net``, instead of the bridge's own loader. Both give the same bits.
+
+    Returns:
+        The plan that was carried out, or that the delegated road was held to.
+
+    Raises:
+        BridgeError: the network's parameters are not the model's; anything was left unloaded.
+    """
+    plan = model.plan(INFER)
+    parameters = network.parameters_dict()
+    _check_parameters(parameters, plan)
+    plan.check_duplicates()
+    if use_training_conversion:
+        _load_converted(network, model)
+    else:
+        _load_directly(parameters, plan)
+    check_values(parameters)
+    network.process_weights_after_loading(network.model)  # as upstream's load_weights ends
+    return plan
+
+
+def check_values(parameters: Mapping[str, ms.Parameter]) -> None:
+    """Looks at what the network holds now.
+
+    Raises:
+        BridgeError: parameters that are all zero, or hold NaN or infinities; lists them.
+    """
+    faults: dict[str, list[str]] = {}
+    for name, parameter in parameters.items():
+        if fault := find_fault(parameter.asnumpy()):
+            faults.setdefault(fault, []).append(name)
+    if faults:
+        remedy = "the checkpoint is damaged: compare the files' checksums with their source"
+        raise BridgeError(
+            "weights that no trained model has",
+            [Problem(name, fault, remedy) for fault, names in faults.items() for name in fold_names(names)],
+        )
+
+
+def _check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
+    shapes = {target.name: target.shape for target in plan.targets}
+    problems = [
+        *(
+            Problem(name, "in the network, not in the checkpoint", "the network was built from another config")
+            for name in fold_names(parameters.keys() - shapes.keys())
+        ),
+        *(
+            Problem(name, "in the checkpoint, not in the network", "the network was built from another config")
+            for name in fold_names(shapes.keys() - parameters.keys())
+        ),
+        *(
+            Problem(name, f"shape {shape} in the checkpoint, {parameters[name].shape} in the network", "as above")
+            for name, shape in shapes.items()
+            if name in parameters and tuple(parameters[name].shape) != shape
+        ),
+        *(
+            Problem(name, f"the network holds it as {parameter.dtype}", "use float32, float16 or bfloat16")
+            for name, parameter in parameters.items()
+            if parameter.dtype not in _NUMPY_DTYPES
+        ),
+    ]
+    if problems:
+        raise BridgeError("the checkpoint does not fit the network", problems)
+
+
+def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
+    """Each tensor's bytes are read once, in the network's layout and dtype, and handed to the Parameter."""
+    with progress_bar("loading", plan.source_nbytes) as advance:
+        for target in plan.targets:
+            parameter = parameters[target.name]
+            array = target.make(np.empty(target.shape, _NUMPY_DTYPES[parameter.dtype]))
+            parameter.set_data(ms.Tensor.from_numpy(array))
+            advance(sum(copy.source.nbytes for copy in target.copies))
+
+
+def _load_converted(network: Any, model: Model) -> None:
+    """The road that the documentation of MindFormers describes, with the right layout and nothing left unsaid."""
+    if not model.dialect.is_hf:
+        raise BridgeError(
+            f"--use_training_conversion converts Hugging Face weights; {model.checkpoint.path} holds MindFormers' "
+            "already: leave the flag out"
+        )
+    converted = conversion.convert_weight_dict(network, load_checkpoint(_files(model.checkpoint)))
+    unloaded, unused = ms.load_param_into_net(network, converted)
+    if unloaded or unused:
+        raise BridgeError(
+            "load_param_into_net did not load everything",
+            [
+                *(Problem(name, "parameter was not loaded", "please report this") for name in fold_names(unloaded)),
+                *(Problem(name, "weight was not used", "please report this") for name in fold_names(unused)),
+            ],
+        )
+
+
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    return sorted({tensor.file for tensor in checkpoint.tensors.values()})
+
+
+def load_checkpoint(
+    ckpt_file_name: str | Path | Sequence[str | Path],
+    net: Any = None,
+    strict_load: bool = False,
+    filter_prefix: Any = None,
+    dec_key: bytes | None = None,
+    dec_mode: str = "AES-GCM",
+    specify_prefix: Any = None,
+    choice_func: Any = None,
+    crc_check: bool = False,
+    remove_redundancy: bool = False,
+    format: str = "safetensors",
+) -> dict[str, ms.Parameter]:
+    """``mindspore.load_checkpoint`` for a file, a list of files or a directory: always ``dict[str, Parameter]``.
+
+    Mirrors ``mindspore.load_checkpoint`` (2.7 to 2.9), which reads each file. A Parameter's name is its key; bfloat16
+    stays bfloat16.
+
+    Args:
+        ckpt_file_name: a file, several, or a directory, whose index is obeyed.
+        format: ``safetensors``, or ``ckpt`` for MindSpore's own format (one file).
+        net, strict_load: a network to load into, as upstream.
+        filter_prefix, dec_key, dec_mode, specify_prefix, choice_func, crc_check, remove_redundancy: as upstream.
+
+    Raises:
+        BridgeError: a file is missing or damaged, or a tensor is in two files.
+    """
+    single_file = {
+        "strict_load": strict_load,
+        "filter_prefix": filter_prefix,
+        "dec_key": dec_key,
+        "dec_mode": dec_mode,
+        "specify_prefix": specify_prefix,
+        "choice_func": choice_func,
+        "crc_check": crc_check,
+        "remove_redundancy": remove_redundancy,
+    }
+    if format != "safetensors":
+        files = [Path(str(ckpt_file_name))]
+    elif isinstance(ckpt_file_name, str | Path):
+        files = _files(open_checkpoint(Path(ckpt_file_name)))
+    else:
+        paths = [Path(file) for file in ckpt_file_name]
+        files = _files(open_files(paths[0].parent, paths))
+    parameters: dict[str, ms.Parameter] = {}
+    for file in files:
+        for name, value in ms.load_checkpoint(str(file), format=format, **single_file).items():
+            parameters[name] = conversion.as_parameter(name, value)
+    if net is not None:
+        ms.load_param_into_net(net, parameters, strict_load, remove_redundancy)
+    return parameters
