@@ -1,0 +1,288 @@
+"""Stand-ins for operators that only Ascend has, so that MindFormers' own inference network runs on a CPU.
+
+The classes, their parameters, the bookkeeping of the paged KV cache and ``generate()`` stay upstream's.
+:func:`install` replaces these attributes and nothing else, and only while MindSpore's device target is CPU:
+
+============================== ======================================== =========================================
+replaced                       because a CPU lacks                      stand-in
+============================== ======================================== =========================================
+``GPTModel.construct``         (nothing: upstream's phase flag goes bad) phase from the inputs, then upstream's
+``RMSNorm.construct``          ``RmsNorm``                              NumPy, float32
+``RotaryEmbedding.construct``  ``ApplyRotaryPosEmb``                    NumPy, float32
+``FlashAttention.construct``   ``ReshapeAndCache``,                     NumPy, float32; always reads the KV cache
+                               ``FlashAttentionScore``,
+                               ``PagedAttention``
+``MLP.construct``              ``Sigmoid``, ``Mul`` of bfloat16         upstream's, on float32
+``ops.Gather.__call__``        ``Gather`` of bfloat16                   NumPy; other dtypes upstream's
+``ops.MatMul.__call__``        ``MatMul`` of bfloat16                   upstream's in float32, then rounded
+``mint.cumsum``                ``CumsumExt``                            ``ops.cumsum``
+``mint.argmax``                ``ArgMaxExt``                            ``ops.argmax``
+``mint.zeros``                 ``Zeros`` of bfloat16 (MindSpore 2.7)    NumPy, memory taken on first write
+``mint.empty``                 a default device (MindSpore 2.7: Ascend) upstream's, with ``device="CPU"``
+============================== ======================================== =========================================
+
+The classes are those of ``mindformers.parallel_core.inference``, alike in MindFormers 1.7.0, 1.8.0 and 1.9.0, in
+PyNative mode (``ENFORCE_EAGER``). In shapes, T is the number of tokens of all sequences of a batch, laid one after
+the other without padding; B the number of sequences, N of heads, G of query groups (KV heads), D the head_dim.
+
+A network must be built after :func:`install`: building takes ``mint.zeros``, and its generator keeps the
+``mint.argmax`` that it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import mindspore as ms
+import ml_dtypes
+import numpy as np
+from mindformers.parallel_core.inference.base_models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from mindformers.parallel_core.inference.base_models.gpt.gpt_model import GPTModel
+from mindformers.parallel_core.inference.transformer.flash_attention import FlashAttention
+from mindformers.parallel_core.inference.transformer.mlp import MLP
+from mindformers.parallel_core.inference.transformer.norm import RMSNorm
+from mindspore import Tensor, mint, ops
+
+__all__ = ["install", "uninstall"]
+
+Owner = type | ModuleType
+
+#: What ``install()`` has replaced; empty while nothing is installed.
+_UPSTREAM: dict[tuple[Owner, str], Callable[..., Any]] = {}
+
+
+def install() -> None:
+    """Puts the stand-ins in place; does nothing where they already are, or when the device target isn't CPU."""
+    if _UPSTREAM or ms.get_context("device_target") != "CPU":
+        return
+    # Look everything up before changing anything: a name that upstream moved must not leave half of it replaced.
+    _UPSTREAM.update({(owner, name): vars(owner)[name] for owner, name, _ in _STAND_INS})
+    for owner, name, stand_in in _STAND_INS:
+        setattr(owner, name, stand_in)
+
+
+def uninstall() -> None:
+    """Gives every replaced attribute its upstream value again; does nothing when nothing is installed."""
+    for (owner, name), upstream in _UPSTREAM.items():
+        setattr(owner, name, upstream)
+    _UPSTREAM.clear()
+
+
+# ---------------------------------------------------------------------------------------------------------- the phase
+
+
+def _gpt_model_construct(self: GPTModel, *args: Any, context_lens_tensor: Tensor, **kwargs: Any) -> Tensor:
+    """Chooses between prefill and decode by what the inputs say, then runs upstream's ``GPTModel.construct``.
+
+    A batch is a prefill when no sequence has tokens in the cache yet: ``context_lens_tensor``, int32 (B,), is all
+    zero. Upstream's flag for it is set during a network's first ``generate()`` only, because graph mode compiles a
+    graph per phase then; in PyNative mode the prefill of the second ``generate()`` would run as a decode.
+    """
+    self.is_prefill = not context_lens_tensor.asnumpy().any()
+    return _UPSTREAM[GPTModel, "construct"](self, *args, context_lens_tensor=context_lens_tensor, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------- norm, rotary, attention
+
+
+def _rms_norm_construct(self: RMSNorm, x: Tensor) -> Tensor:
+    """``RmsNorm`` over the last axis of ``x`` (..., hidden_size); returns ``x``'s shape and dtype.
+
+    Like Ascend's operator: the input is rounded to ``layernorm_compute_dtype``, the sum of squares is float32's.
+    """
+    rows = _float32(x.astype(self.compute_type))
+    variance = np.mean(np.square(rows), axis=-1, keepdims=True)
+    normed = rows / np.sqrt(variance + np.float32(self.eps)) * _float32(self.weight)
+    return _tensor(normed, self.compute_type).astype(x.dtype)
+
+
+def _rotary_embedding_construct(
+    self: RotaryEmbedding,
+    query: Tensor,
+    key: Tensor,
+    rotary_pos_cos: Tensor,
+    rotary_pos_sin: Tensor,
+    seq_lens_tensor: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``ApplyRotaryPosEmb`` in its mode "rotate_half".
+
+    Args:
+        query: (T, N*D).
+        key: (T, G*D).
+        rotary_pos_cos: the whole table (positions, D) in prefill, a row per token (T, D) in decode.
+        rotary_pos_sin: likewise.
+        seq_lens_tensor: int32 (B,), the length of each sequence with what is cached.
+
+    Returns:
+        ``query`` and ``key``, rotated, in their own shapes and dtypes.
+    """
+    if self.rotary_percent < 1.0:
+        raise NotImplementedError("the CPU stand-in for RotaryEmbedding rotates whole heads only")
+    seq_lens, cos, sin = (tensor.asnumpy() for tensor in (seq_lens_tensor, rotary_pos_cos, rotary_pos_sin))
+    if seq_lens.sum() == query.shape[0]:  # nothing is cached: prefill
+        positions = np.concatenate([np.arange(length) for length in seq_lens])
+        cos, sin = cos[positions], sin[positions]
+    cos, sin = cos.astype(np.float32), sin.astype(np.float32)
+    return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
+def _rotate(x: Tensor, cos: np.ndarray, sin: np.ndarray) -> Tensor:
+    """Rotates every head of ``x`` (T, heads*D) by its token's angles, ``cos`` and ``sin`` float32 (T, D)."""
+    num_tokens, head_dim = cos.shape
+    heads = _float32(x).reshape(num_tokens, -1, head_dim)
+    first, second = np.split(heads, 2, axis=-1)
+    half_rotated = np.concatenate([-second, first], axis=-1)
+    rotated = heads * cos[:, None] + half_rotated * sin[:, None]
+    return _tensor(rotated.reshape(x.shape), x.dtype)
+
+
+def _flash_attention_construct(
+    self: FlashAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    batch_valid_length: Tensor,
+    context_lens_tensor: Tensor,
+    q_seq_lens: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    **_: Any,
+) -> Tensor:
+    """``ReshapeAndCache``, then causal attention over the cache: prefill, decode and what is between in one way.
+
+    Args:
+        query: (T, N*D).
+        key: (T, G*D), like ``value``.
+        slot_mapping: int32 (T,), each token's place in the cache.
+        block_tables: int32 (B, max blocks), each sequence's blocks, padded with -1.
+        batch_valid_length: int32 (B,), all tokens of each sequence, cached and new.
+        context_lens_tensor: int32 (B,), the cached ones.
+        q_seq_lens: int32 (B,), the new ones.
+        key_cache: (blocks, block_size, G, D), like ``value_cache``; written in place.
+        _: what else upstream passes (masks, actual_seq_qlen...); it says the same in another way.
+
+    Returns:
+        (T, N*D) in ``query``'s dtype.
+    """
+    slots, blocks = slot_mapping.asnumpy(), block_tables.asnumpy()
+    q_lens, kv_lens = q_seq_lens.asnumpy(), batch_valid_length.asnumpy()
+    block_size, head_dim = key_cache.shape[1], key_cache.shape[3]
+    _write_cache(key_cache, slots, key)
+    _write_cache(value_cache, slots, value)
+
+    queries = _float32(query).reshape(len(slots), -1, head_dim)
+    context = np.empty_like(queries)
+    stops = np.cumsum(q_lens)
+    for start, stop, kv_len, table in zip(stops - q_lens, stops, kv_lens, blocks, strict=True):
+        cached = table[: -(-kv_len // block_size)]
+        keys, values = (_read_cache(cache, cached)[:kv_len] for cache in (key_cache, value_cache))
+        context[start:stop] = _causal_attention(queries[start:stop], keys, values, self.flash_attention.scale_value)
+    return _tensor(context.reshape(query.shape), query.dtype)
+
+
+def _write_cache(cache: Tensor, slots: np.ndarray, rows: Tensor) -> None:
+    """Writes ``rows`` (T, G*D) to ``slots`` (T,) of ``cache`` (blocks, block_size, G, D), in place.
+
+    On a CPU ``asnumpy()`` is a view of the tensor's own memory.
+    """
+    flat = cache.asnumpy().reshape(-1, cache.shape[-2] * cache.shape[-1])
+    flat[slots] = rows.asnumpy()
+
+
+def _read_cache(cache: Tensor, blocks: np.ndarray) -> np.ndarray:
+    """The tokens held by ``blocks``, in order: float32 (len(blocks) * block_size, G, D)."""
+    return cache.asnumpy()[blocks].astype(np.float32).reshape(-1, *cache.shape[-2:])
+
+
+def _causal_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float) -> np.ndarray:
+    """Attention of the last tokens of a sequence to all tokens up to themselves, float32.
+
+    ``query`` (Q, N, D), ``key`` and ``value`` (K, G, D) with Q <= K; returns (Q, N, D).
+    """
+    (q_len, num_heads, head_dim), (kv_len, num_groups, _) = query.shape, key.shape
+    grouped = query.reshape(q_len, num_groups, num_heads // num_groups, head_dim).transpose(1, 2, 0, 3)
+    scores = grouped @ key.transpose(1, 2, 0)[:, None] * np.float32(scale)  # (G, N/G, Q, K)
+    future = np.triu(np.ones((q_len, kv_len), dtype=bool), k=kv_len - q_len + 1)
+    scores[..., future] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    context = weights @ value.transpose(1, 0, 2)[:, None]  # (G, N/G, Q, D)
+    return context.transpose(2, 0, 1, 3).reshape(query.shape)
+
+
+# --------------------------------------------------------------------------------------- bfloat16 arithmetic in float32
+
+
+def _gather(self: ops.Gather, input_params: Tensor, input_indices: Tensor, axis: int) -> Tensor:
+    """Slices ``input_indices`` (any shape, int) of ``input_params`` along ``axis``, without batch dimensions."""
+    if input_params.dtype != ms.bfloat16:
+        return _UPSTREAM[ops.Gather, "__call__"](self, input_params, input_indices, axis)
+    return Tensor.from_numpy(input_params.asnumpy().take(input_indices.asnumpy(), axis))
+
+
+def _matmul(self: ops.MatMul, input: Tensor, mat2: Tensor) -> Tensor:
+    """Product of two matrices; as on Ascend, sums of bfloat16 products are kept in float32 and rounded once."""
+    upstream = _UPSTREAM[ops.MatMul, "__call__"]
+    if input.dtype != ms.bfloat16:
+        return upstream(self, input, mat2)
+    return upstream(self, input.astype(ms.float32), mat2.astype(ms.float32)).astype(ms.bfloat16)
+
+
+def _mlp_construct(self: MLP, hidden_states: Tensor) -> Tensor:
+    """Upstream's MLP on ``hidden_states`` (T, hidden_size), with the activation between its two layers in float32."""
+    output = _UPSTREAM[MLP, "construct"](self, hidden_states.astype(ms.float32))
+    return output.astype(hidden_states.dtype)
+
+
+# --------------------------------------------------------------------------------------------------- mindspore.mint
+
+
+def _cumsum(input: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    return ops.cumsum(input, dim, dtype)
+
+
+def _argmax(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    return ops.argmax(input, dim, keepdim)
+
+
+def _zeros(size: Any, *, dtype: Any = None) -> Tensor:
+    """NumPy's zeros take memory when they are first written to: upstream's default KV cache is several GB."""
+    numpy_dtype = {None: np.float32, ms.float32: np.float32, ms.bfloat16: ml_dtypes.bfloat16}.get(dtype)
+    if numpy_dtype is None:
+        return _UPSTREAM[mint, "zeros"](size, dtype=dtype)
+    return Tensor.from_numpy(np.zeros(size, numpy_dtype))
+
+
+def _empty(*size: Any, device: str | None = None, **kwargs: Any) -> Tensor:
+    return _UPSTREAM[mint, "empty"](*size, device=device or "CPU", **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------------- conversions
+
+
+def _float32(x: Tensor) -> np.ndarray:
+    return x.asnumpy().astype(np.float32, copy=False)
+
+
+def _tensor(array: np.ndarray, dtype: Any) -> Tensor:
+    return Tensor.from_numpy(array).astype(dtype)
+
+
+_STAND_INS: tuple[tuple[Owner, str, Callable[..., Any]], ...] = (
+    (GPTModel, "construct", _gpt_model_construct),
+    (RMSNorm, "construct", _rms_norm_construct),
+    (RotaryEmbedding, "construct", _rotary_embedding_construct),
+    (FlashAttention, "construct", _flash_attention_construct),
+    (ops.Gather, "__call__", _gather),
+    (ops.MatMul, "__call__", _matmul),
+    (MLP, "construct", _mlp_construct),
+    (mint, "cumsum", _cumsum),
+    (mint, "argmax", _argmax),
+    (mint, "zeros", _zeros),
+    (mint, "empty", _empty),
+    # Qwen3-MoE (TopkExt, MoeInitRoutingV2, MoeTokenUnpermute, GroupedMatmulV4) goes here.
+)

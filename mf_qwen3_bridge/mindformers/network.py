@@ -1,0 +1,127 @@
+"""MindFormers' inference network, built from a config alone: no YAML, no run_mindformer.py, Ascend or CPU."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindformers import build_context, set_context
+from mindformers.core.context.build_context import Context
+from mindformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
+from mindformers.parallel_core import transformer_config_utils
+from mindformers.parallel_core.inference.base_models.common.embeddings import rope_utils
+
+from mf_qwen3_bridge.mindformers import cpu_ops
+
+# Ascend: as in upstream's predict_qwen3.yaml. A CPU is faster in float32, and has no bfloat16 arithmetic of its own.
+_DTYPES = {
+    "Ascend": {"params_dtype": "bfloat16", "compute_dtype": "bfloat16", "rotary_dtype": "bfloat16"},
+    "CPU": {"params_dtype": "float32", "compute_dtype": "float32", "rotary_dtype": "float32"},
+}
+_FLOAT32_DTYPES = {"layernorm_compute_dtype": "float32", "softmax_compute_dtype": "float32"}
+_CONTEXT = {
+    "Ascend": {"mode": ms.GRAPH_MODE, "ascend_config": {"precision_mode": "must_keep_origin_dtype"}},
+    "CPU": {"mode": ms.PYNATIVE_MODE},
+}
+
+
+def build_inference_network(
+    model_config: Mapping[str, Any], *, device_target: str = "auto", **overrides: Any
+) -> InferenceQwen3ForCausalLM:
+    """Builds the network that MindFormers runs for ``run_mode: predict``; its parameters are zeros (norms: ones).
+
+    Several networks may live in one process. Upstream's ``network.generate`` wants prompts of one length, padded on the
+    right with ``pad_token_id``, and ``eos_token_id`` as a list. It takes every ``pad_token_id`` at a prompt's end for
+    padding, so give one that no prompt ends with: -1 will do.
+
+    Args:
+        model_config: a normalised config.json, and anything else that may stand in a YAML's ``model.model_config``:
+            ``params_dtype``, ``compute_dtype``, ``seq_length`` (prompt and answer, 4096 by default), ``block_size`` and
+            ``num_blocks`` (of the KV cache: together they must hold all tokens of a batch)...
+        device_target: ``Ascend``, ``CPU``, or ``auto``: Ascend when there is one.
+        overrides: go before ``model_config``.
+
+    Raises:
+        RuntimeError: this process already computes on another device.
+    """
+    target = _device_target(device_target)
+    _enter_predict_mode(target)
+    cpu_ops.install()
+    _forget_earlier_networks()
+    merged = _FLOAT32_DTYPES | _DTYPES[target] | dict(model_config) | overrides
+    return InferenceQwen3ForCausalLM(Qwen3Config(**copy.deepcopy(merged)))  # upstream writes into rope_scaling
+
+
+def network_logits(network: InferenceQwen3ForCausalLM, token_ids: Sequence[int]) -> np.ndarray:
+    """The logits of all positions of one sequence, float32 (len(token_ids), vocab_size), from one prefill.
+
+    Upstream's own forward gathers the last position's before the output layer. PyNative mode only: a compiled graph
+    would not notice ``return_hidden_states``.
+    """
+    model = network.model
+    num_tokens, block_size = len(token_ids), network.config.block_size
+    network._set_kv_cache()
+    network._set_lower_triangle_mask()
+    inputs, _ = network.prepare_inputs_for_generation_mcore(
+        input_ids=np.asarray(token_ids),
+        valid_length_each_example=np.array([num_tokens]),
+        block_tables=np.arange(-(-num_tokens // block_size), dtype=np.int32)[None],
+        slot_mapping=np.arange(num_tokens, dtype=np.int32),
+        prefill=True,
+    )
+    model.return_hidden_states = True
+    try:
+        hidden_states = network(**inputs)
+    finally:
+        model.return_hidden_states = False
+    return model.output_layer(hidden_states).astype(ms.float32).asnumpy()
+
+
+def _device_target(requested: str) -> str:
+    """``auto`` is what MindSpore chose when it was imported, or what the user set since."""
+    if requested != "auto":
+        return requested
+    return "Ascend" if ms.get_context("device_target") == "Ascend" else "CPU"
+
+
+def _enter_predict_mode(target: str) -> None:
+    """Sets what MindFormers keeps per process: environment, its context, MindSpore's mode and device. Repeatable.
+
+    A context that somebody else built (run_mindformer.py, a parallel run) is kept.
+    """
+    os.environ["RUN_MODE"] = "predict"  # upstream's jit decorator refuses anything else
+    if target == "CPU":
+        os.environ["ENFORCE_EAGER"] = "true"  # what upstream calls PyNative mode: no jit, no graph phases
+        os.environ.setdefault("CPU_AFFINITY", "False")  # else upstream pins the process to CPUs 0 to n-1
+    if Context.is_exists():
+        set_context(run_mode="predict", use_legacy=False)
+    else:
+        build_context(
+            {
+                "run_mode": "predict",
+                "use_legacy": False,
+                "context": {"device_target": target, **copy.deepcopy(_CONTEXT[target])},
+                "parallel": {},
+            }
+        )
+    if target == "CPU":
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+    if ms.get_context("device_target") != target:
+        raise RuntimeError(
+            f"this process computes on {ms.get_context('device_target')}, not on {target}: start another one"
+        )
+
+
+def _forget_earlier_networks() -> None:
+    """Clears what upstream keeps per process although it belongs to one network.
+
+    ``get_rope`` takes two networks whose YaRN factors differ for the same; networks hold on to their own tables.
+    MindFormers 1.8.0 collects config errors, and reports those of an earlier network again.
+    """
+    rope_utils._ROPE_DICT.clear()
+    getattr(transformer_config_utils, "ERROR_LOG", {}).clear()
