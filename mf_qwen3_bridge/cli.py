@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +82,14 @@ def infer(
     for line in preflight.summary(model):
         click.echo(line)
 
-    from mf_qwen3_bridge.mindformers import infer as inference  # takes seconds; what is wrong is known before
+    with _upstream_kept_quiet():
+        # Takes seconds: what is wrong with the checkpoint is known before.
+        from mf_qwen3_bridge.mindformers import infer as inference
+        from mf_qwen3_bridge.mindformers.load import load_network
 
-    tokenizer = inference.load_tokenizer(tokenizer_path or model_dir)
-    network = inference.build_network(model, device_target)
-    plan = inference.load_network(network, model, use_training_conversion=use_training_conversion)
+        tokenizer = inference.load_tokenizer(tokenizer_path or model_dir)
+        network = inference.build_network(model, device_target)
+    plan = load_network(network, model, use_training_conversion=use_training_conversion)
     road = "MindFormers' training conversion" if use_training_conversion else "the bridge's loader"
     click.echo(f"converted   {plan.num_source_tensors} tensors to {len(plan.targets)} parameters, by {road}")
     click.echo(f"loaded      {len(plan.targets)} of {len(network.parameters_dict())} parameters of the network")
@@ -103,7 +109,22 @@ def infer(
             click.echo(f"\n{mode:<11} {question}\n         -> {text}")
 
 
-_PROMPTS = {"generate": ("Beijing is the capital of",), "chat": ("你好，你是谁？",)}
+@contextmanager
+def _upstream_kept_quiet() -> Iterator[None]:
+    """MindFormers prints all of its config for each network; its log files under ./output/log have it as well.
+
+    What it logs later stays out of the report too, because its log handlers keep the stdout of this time.
+    """
+    os.environ.setdefault("GLOG_v", "4")  # MindSpore's own log; what matters comes as an exception
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
+_PROMPTS = {
+    "generate": ("Weights move from Hugging Face", "权重从 Hugging Face 到 MindFormers"),
+    "chat": ("Who are you?", "你好，你是谁？"),
+}
 
 
 def main(arguments: list[str] | None = None, command: click.Command = cli) -> None:

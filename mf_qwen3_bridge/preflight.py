@@ -84,7 +84,10 @@ def check(
         # A wrong number in the config makes many tensors look wrong: say it once.
         problems += _unexplained(error, spec, checkpoint.tensors, dialect)
     if problems:
-        raise BridgeError(f"config and weights of {model_dir} don't fit", problems)
+        raise BridgeError(
+            f"config and weights of {model_dir} don't fit: take both from one model, or change what the table says",
+            problems,
+        )
     named = {key for keys in MINDFORMERS_NAMES.values() for key in keys} | set(_ROPE_KEYS)
     options = {key: value for key, value in wanted.items() if key not in named}
     return Model(spec, hf_config, options, checkpoint, dialect, rules, tuple(_notes(checkpoint)))
@@ -184,8 +187,7 @@ def _contradictions(
         lines = [f"{side}: {value}" for side, (_, value) in said.items()]
         if field in in_tensors:
             lines.append("weights: {} ({})".format(*in_tensors[field]))
-        changes = " and ".join(f"set {key} to {truth} in {side}" for side, key in wrong.items())
-        remedy = f"{changes}, if these are the weights you want; else give their config"
+        remedy = " and ".join(f"set {key} to {truth} in {side}" for side, key in wrong.items())
         problems.append(Problem(hf_name, "\n".join(lines), remedy))
     return problems
 

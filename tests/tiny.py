@@ -1,8 +1,9 @@
-"""Tiny checkpoints with random weights, made on the spot."""
+"""Checkpoints made on the spot: tiny ones with random weights, and real sizes of which only the headers exist."""
 
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,4 +78,29 @@ def write(
         weight_map |= dict.fromkeys(mine, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def write_headers(
+    directory: Path, spec: ModelSpec, config: Mapping[str, Any], shards: int, dtype: str = "BF16"
+) -> Path:
+    """A Hugging Face directory of any size: real headers, and sparse files of the right length behind them."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    shapes = {place.tensor: place.shape for rule in dense_rules(spec) for place in places(rule, HF)}
+    names = list(shapes)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        header: dict[str, Any] = {}
+        end = 0
+        for name in names[shard * len(names) // shards : (shard + 1) * len(names) // shards]:
+            begin, end = end, end + int(np.prod(shapes[name])) * NUMPY[dtype].itemsize
+            header[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": [begin, end]}
+            weight_map[name] = file
+        encoded = json.dumps(header).encode()
+        with (directory / file).open("wb") as stream:
+            stream.write(struct.pack("<Q", len(encoded)) + encoded)
+            stream.truncate(8 + len(encoded) + end)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory

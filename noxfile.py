@@ -1,0 +1,44 @@
+"""The test sessions; ``make test`` runs them all. ``nox -s "integration(mindformers='1.7.0')"`` runs one."""
+
+import nox
+
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+
+# MindFormers and transformers pin each other; torch is the build with which the golden results were made.
+MINDFORMERS = ("1.7.0", "1.8.0", "1.9.0")
+TORCH = "torch==2.13.0"
+TRANSFORMERS = "transformers==4.57.1"
+
+
+@nox.session(python="3.11")
+def lint(session: nox.Session) -> None:
+    """Style and types."""
+    session.install("--quiet", "-e", ".[lint,test]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session(python="3.11")
+def unit(session: nox.Session) -> None:
+    """Everything that needs no MindSpore, in an environment that has none."""
+    session.install("--quiet", "-e", ".[test]")
+    session.run("pytest", "tests/unit", *session.posargs)
+
+
+@nox.session(python="3.11")
+@nox.parametrize("mindformers", MINDFORMERS)
+def integration(session: nox.Session, mindformers: str) -> None:
+    """The real classes of one MindFormers release, on the MindSpore it pins."""
+    session.install("--quiet", f"mindformers=={mindformers}")
+    session.install("--quiet", "-e", ".[test]")  # afterwards, as on a server: it must not move anything
+    session.run("pip", "check")
+    session.run("pytest", "tests/integration", *session.posargs)
+
+
+@nox.session(python="3.11")
+def judge(session: nox.Session) -> None:
+    """The committed golden logits and tokens, recomputed by transformers and torch."""
+    session.install("--quiet", TORCH, TRANSFORMERS, "numpy<2", "safetensors")
+    session.run("python", "tests/fixtures/make_fixtures.py", "--check")

@@ -1,0 +1,78 @@
+"""The committed fixtures, and networks that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mf_qwen3_bridge
+from mf_qwen3_bridge.mindformers.infer import build_network
+from mf_qwen3_bridge.mindformers.network import network_logits
+from mf_qwen3_bridge.preflight import Model, check
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+CHECKPOINTS = FIXTURES / "checkpoints"
+NAMES = sorted(path.stem for path in (FIXTURES / "golden").glob("*.npz"))
+# The bound of DESIGN.md: relative to the scale of the logits, in float32.
+TOLERANCE = 1e-5
+NO_TOKEN = -1
+# Every sequence crosses many blocks of the KV cache.
+SMALL_CACHE = {"block_size": 4, "num_blocks": 128, "seq_length": 128}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What transformers computed for a prompt: logits float32 (len(prompt), vocab_size), and 64 greedy tokens."""
+
+    prompt: list[int]
+    logits: np.ndarray
+    tokens: list[int]
+
+
+def golden(name: str) -> list[Golden]:
+    with np.load(FIXTURES / "golden" / f"{name}.npz") as archive:
+        return [
+            Golden(archive[f"prompt_{i}"].tolist(), archive[f"logits_{i}"], archive[f"tokens_{i}"].tolist())
+            for i in range(sum(key.startswith("prompt") for key in archive))
+        ]
+
+
+def logits_error(network: Any, expected: list[Golden]) -> float:
+    """The largest error of any logit of any prompt, relative to the scale of the logits."""
+    errors = [np.abs(network_logits(network, g.prompt) - g.logits).max() / np.abs(g.logits).max() for g in expected]
+    return float(max(errors))
+
+
+def greedy_tokens(
+    network: Any, prompts: Sequence[list[int]], count: int = 64, eos_token_id: Sequence[int] = (NO_TOKEN,)
+) -> list[list[int]]:
+    """What upstream's ``generate`` adds to each prompt of one batch; it wants them padded on the right."""
+    longest = max(map(len, prompts))
+    outputs = network.generate(
+        input_ids=[prompt + [NO_TOKEN] * (longest - len(prompt)) for prompt in prompts],
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=list(eos_token_id),
+        pad_token_id=NO_TOKEN,
+    )
+    return [output[len(prompt) :].tolist() for output, prompt in zip(outputs, prompts)]
+
+
+def bits(network: Any) -> dict[str, tuple[str, bytes]]:
+    return {name: (str(p.dtype), p.asnumpy().tobytes()) for name, p in network.parameters_dict().items()}
+
+
+def empty_network(directory: Path, **options: Any) -> tuple[Any, Model]:
+    model = check(directory, overrides=options)
+    return build_network(model, "CPU"), model
+
+
+@pytest.fixture(autouse=True)
+def unpatched_afterwards():
+    yield
+    mf_qwen3_bridge.unpatch()

@@ -1,0 +1,185 @@
+"""What the bridge adds to MindFormers' classes: called as MindFormers calls it, and taken away without a trace."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
+from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
+from mindformers.utils.safetensors import convert_safetensors
+from safetensors.numpy import load_file
+
+import mf_qwen3_bridge
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.mindformers import conversion
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.rules import INFER, TRAIN
+from tests.integration.conftest import CHECKPOINTS, NAMES, bits, empty_network
+from tests.tiny import hf_config, random_tensors, write
+
+HOOKS = ("convert_weight_dict", "convert_map_dict", "obtain_name_map")
+
+
+def expected(directory: Path, dialect) -> dict[str, bytes]:
+    return {target.name: target.make().tobytes() for target in check(directory).plan(dialect).targets}
+
+
+def test_patching_is_idempotent_reversible_and_touches_nothing_else():
+    classes = [*InferenceQwen3ForCausalLM.__mro__, *TrainingQwen3ForCausalLM.__mro__]
+    before = [dict(vars(cls)) for cls in classes]
+    mf_qwen3_bridge.patch()
+    mf_qwen3_bridge.patch()
+    others = [cls for cls in classes if cls is not InferenceQwen3ForCausalLM]
+    assert [dict(vars(cls)) for cls in others] == [b for cls, b in zip(classes, before) if cls in others]
+    assert set(vars(InferenceQwen3ForCausalLM)) == set(before[0]) | set(HOOKS)
+    mf_qwen3_bridge.unpatch()
+    mf_qwen3_bridge.unpatch()
+    assert [dict(vars(cls)) for cls in classes] == before
+    with pytest.raises(RuntimeError, match="does not implemented convert_weight_dict"):
+        InferenceQwen3ForCausalLM.convert_weight_dict({})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_convert_weight_dict_on_the_class_and_on_an_instance(name):
+    mf_qwen3_bridge.patch()
+    directory = CHECKPOINTS / name
+    source = mf_qwen3_bridge.load_checkpoint(directory, format="safetensors")
+    network, model = empty_network(directory)
+    on_class = InferenceQwen3ForCausalLM.convert_weight_dict(source, model_config=model.hf_config)
+    with_config = InferenceQwen3ForCausalLM.convert_weight_dict(source, model_config=network.config)
+    on_instance = network.convert_weight_dict(source)
+    for converted in (on_class, with_config, on_instance):
+        assert all(isinstance(value, ms.Parameter) and value.name == key for key, value in converted.items())
+        assert {key: value.asnumpy().tobytes() for key, value in converted.items()} == expected(directory, INFER)
+    assert ms.load_param_into_net(network, on_instance) == ([], [])
+
+
+@pytest.mark.parametrize("kind", ["numpy", "Tensor", "Parameter"])
+def test_convert_weight_dict_takes_what_there_is(tmp_path: Path, kind):
+    wrap = {"numpy": np.asarray, "Tensor": ms.Tensor, "Parameter": lambda a: ms.Parameter(ms.Tensor(a))}[kind]
+    directory = write(tmp_path, random_tensors(), hf_config())
+    source = {name: wrap(value) for name, value in random_tensors().items()}
+    converted = conversion.convert_weight_dict(InferenceQwen3ForCausalLM, source, model_config=hf_config())
+    assert {key: value.asnumpy().tobytes() for key, value in converted.items()} == expected(directory, INFER)
+
+
+def test_convert_weight_dict_lists_all_that_is_wrong():
+    source = random_tensors()
+    del source["model.layers.0.self_attn.k_proj.weight"]
+    source["nodots"] = np.ones(1, np.float32)
+    with pytest.raises(BridgeError) as error:
+        conversion.convert_weight_dict(InferenceQwen3ForCausalLM, source, model_config=hf_config())
+    subjects = [problem.subject for problem in error.value.problems]
+    assert subjects == ["model.layers.0.self_attn.k_proj.weight", "nodots"]
+    with pytest.raises(BridgeError, match="pass model_config="):
+        conversion.convert_weight_dict(InferenceQwen3ForCausalLM, source)
+    with pytest.raises(BridgeError, match="does not say head_dim"):
+        config = {key: value for key, value in hf_config().items() if key != "head_dim"}
+        conversion.convert_weight_dict(InferenceQwen3ForCausalLM, source, model_config=config)
+
+
+@pytest.mark.parametrize("name", ["split_shards", "tied_bf16"])
+def test_the_chain_of_processes_that_feeds_load_weights(tmp_path: Path, name):
+    """``qkv_concat: True``: upstream converts each file in a process of its own, and load_weights reads the result."""
+    mf_qwen3_bridge.patch()
+    directory = CHECKPOINTS / name
+    network, _ = empty_network(directory, qkv_concat=True)
+    convert_safetensors.convert_hf_safetensors_multiprocess(str(directory), str(tmp_path), network, network.config)
+    written = {
+        name: value.tobytes() for file in tmp_path.glob("*.safetensors") for name, value in load_file(file).items()
+    }
+    assert written == expected(directory, TRAIN)
+    names = json.loads((tmp_path / "param_name_map.json").read_text())
+    assert all(name in load_file(tmp_path / file) for name, file in names.items())
+    assert names.keys() == written.keys()
+    network.load_weights(str(tmp_path))
+    assert bits(network) == bits(mf_qwen3_bridge.from_pretrained(directory))
+
+
+def test_the_chain_of_processes_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(conversion, "_PATIENCE_SECONDS", 0.1)
+    source = {name: tensor for name, tensor in random_tensors().items() if "k_proj" not in name}
+    with pytest.raises(TimeoutError, match="mf-qwen3 check"):
+        conversion.convert_weight_dict(
+            InferenceQwen3ForCausalLM,
+            source,
+            model_config=hf_config(),
+            qkv_dict={},
+            condition=multiprocessing.Condition(),
+        )
+
+
+def test_convert_map_dict():
+    tensors = dict.fromkeys(random_tensors(), "a.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"] = "b.safetensors"
+    converted = conversion.convert_map_dict(InferenceQwen3ForCausalLM, tensors, model_config=hf_config())
+    assert converted.keys() == random_tensors(dialect=INFER).keys()
+    assert [name for name, file in converted.items() if file == "b.safetensors"] == [
+        "decoder.layers.1.self_attention.linear_qkv.weight"
+    ]
+    del tensors["model.layers.1.self_attn.v_proj.weight"]
+    with pytest.raises(BridgeError, match="name map"):
+        conversion.convert_map_dict(InferenceQwen3ForCausalLM, tensors, model_config=hf_config())
+
+
+def test_obtain_name_map_refuses_what_names_cannot_say():
+    mf_qwen3_bridge.patch()
+    with pytest.raises(BridgeError, match="qkv_concat: True"):
+        InferenceQwen3ForCausalLM.obtain_name_map(["model.safetensors"])
+
+
+class TestLoadCheckpoint:
+    @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+    @pytest.mark.parametrize("form", ["directory", "list", "file"])
+    def test_always_parameters_under_their_own_names(self, tmp_path: Path, dtype, form):
+        tensors = random_tensors(dtype=dtype)
+        write(tmp_path, tensors, shards=1 if form == "file" else 3)
+        files = sorted(str(file) for file in tmp_path.glob("*.safetensors"))
+        loaded = mf_qwen3_bridge.load_checkpoint(
+            {"directory": tmp_path, "list": files, "file": files[0]}[form], format="safetensors"
+        )
+        assert loaded.keys() == tensors.keys()
+        for name, value in loaded.items():
+            assert isinstance(value, ms.Parameter)
+            assert value.name == name
+            assert value.dtype == {"F32": ms.float32, "F16": ms.float16, "BF16": ms.bfloat16}[dtype]
+            assert value.asnumpy().tobytes() == tensors[name].tobytes()
+
+    def test_upstreams_arguments(self, tmp_path: Path):
+        write(tmp_path, random_tensors())
+        kept = mf_qwen3_bridge.load_checkpoint(tmp_path, choice_func=lambda name: "norm" in name)
+        assert kept
+        assert all("norm" in name for name in kept)
+
+    def test_into_a_network(self, tmp_path: Path):
+        weights = write(tmp_path, {n: v.asnumpy() for n, v in _converted("untied_fp32").items()})
+        network, _ = empty_network(CHECKPOINTS / "untied_fp32")
+        mf_qwen3_bridge.load_checkpoint(weights, net=network)
+        assert bits(network) == bits(mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "untied_fp32"))
+
+    def test_mindspores_own_format(self, tmp_path: Path):
+        file = tmp_path / "x.ckpt"
+        ms.save_checkpoint([{"name": "a", "data": ms.Tensor(np.ones(3, np.float32))}], str(file))
+        loaded = mf_qwen3_bridge.load_checkpoint(str(file), format="ckpt")
+        assert loaded["a"].asnumpy().tolist() == [1, 1, 1]
+
+    def test_bad_files(self, tmp_path: Path):
+        write(tmp_path, random_tensors(), shards=2)
+        files = sorted(tmp_path.glob("*.safetensors"))
+        with pytest.raises(BridgeError, match="both in"):
+            mf_qwen3_bridge.load_checkpoint([files[0], files[0]])
+        files[0].write_bytes(b"")
+        with pytest.raises(BridgeError, match="not a whole safetensors file"):
+            mf_qwen3_bridge.load_checkpoint(tmp_path)
+
+
+def _converted(name: str) -> dict[str, ms.Parameter]:
+    directory = CHECKPOINTS / name
+    source = mf_qwen3_bridge.load_checkpoint(directory)
+    model_config = check(directory).hf_config
+    return conversion.convert_weight_dict(InferenceQwen3ForCausalLM, source, model_config=model_config)

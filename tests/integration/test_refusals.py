@@ -1,0 +1,74 @@
+"""What only the bytes, or the network, can tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mf_qwen3_bridge
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.mindformers.load import load_network
+from mf_qwen3_bridge.preflight import LAYOUT_STAMP, check
+from mf_qwen3_bridge.rules import INFER
+from tests.integration.conftest import CHECKPOINTS, empty_network
+from tests.tiny import SPEC, hf_config, random_tensors, write
+
+BOTH_ROADS = pytest.mark.parametrize("use_training_conversion", [False, True])
+
+
+@BOTH_ROADS
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_nan_and_infinity(tmp_path: Path, use_training_conversion, value, dtype):
+    tensors = random_tensors(dtype=dtype)
+    tensors["model.layers.1.mlp.down_proj.weight"][2, 3] = value
+    write(tmp_path, tensors, hf_config())
+    with pytest.raises(BridgeError, match=r"NaN or infinity") as error:
+        mf_qwen3_bridge.from_pretrained(tmp_path, use_training_conversion=use_training_conversion)
+    assert [problem.subject for problem in error.value.problems] == ["decoder.layers.1.mlp.linear_fc2.weight"]
+
+
+@BOTH_ROADS
+def test_all_zero(tmp_path: Path, use_training_conversion):
+    tensors = random_tensors()
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"][:] = 0
+    write(tmp_path, tensors, hf_config())
+    with pytest.raises(BridgeError, match="all zero") as error:
+        mf_qwen3_bridge.from_pretrained(tmp_path, use_training_conversion=use_training_conversion)
+    assert [p.subject for p in error.value.problems] == ["decoder.layers.{0..1}.self_attention.linear_proj.weight"]
+
+
+@BOTH_ROADS
+def test_tied_by_the_config_but_not_by_the_weights(tmp_path: Path, use_training_conversion):
+    write(tmp_path, random_tensors(), hf_config(tie_word_embeddings=True))
+    with pytest.raises(BridgeError, match="tied"):
+        mf_qwen3_bridge.from_pretrained(tmp_path, use_training_conversion=use_training_conversion)
+
+
+def test_mindformers_weights_are_not_converted_again(tmp_path: Path):
+    weights = write(tmp_path / "w", random_tensors(dialect=INFER), metadata={LAYOUT_STAMP: str(INFER.layout)})
+    (weights / "config.json").write_text("{}")
+    model_dir = write(tmp_path / "hf", random_tensors(), hf_config())
+    with pytest.raises(BridgeError, match="leave the flag out"):
+        mf_qwen3_bridge.from_pretrained(model_dir, load_checkpoint=weights, use_training_conversion=True)
+
+
+def test_a_network_of_another_config(tmp_path: Path):
+    network, _ = empty_network(CHECKPOINTS / "untied_fp32")
+    model = check(write(tmp_path, random_tensors(), hf_config()))
+    with pytest.raises(BridgeError, match="does not fit the network") as error:
+        load_network(network, model)
+    assert {problem.subject for problem in error.value.problems} >= {"embedding.word_embeddings.weight"}
+
+
+def test_the_argument_that_contradicts_the_weights():
+    with pytest.raises(BridgeError, match="hidden_size"):
+        mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "untied_fp32", hidden_size=SPEC.hidden_size)
+
+
+def test_attention_bias_is_refused_by_name():
+    with pytest.raises(BridgeError, match="attention_bias"):
+        mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "attention_bias")

@@ -1,0 +1,83 @@
+"""The user's command, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mf_qwen3_bridge.layouts import Layout
+from mf_qwen3_bridge.preflight import LAYOUT_STAMP, check
+from mf_qwen3_bridge.rules import INFER, Dialect
+from tests.tiny import write
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "demo" / "qwen3-demo"
+PROMPTS = json.loads((ROOT / "demo" / "prompts.json").read_text())
+
+
+def run_infer(cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "run_infer.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ, check=False, timeout=600)
+
+
+def prompts(mode: str) -> list[str]:
+    return [argument for p in PROMPTS if p["mode"] == mode for argument in ("--prompt", p["text"])]
+
+
+@pytest.mark.parametrize("mode", ["generate", "chat"])
+@pytest.mark.parametrize("flag", [["--use_training_conversion"], []])
+def test_the_demo_says_what_it_was_taught(tmp_path: Path, mode, flag):
+    result = run_infer(tmp_path, "--model_dir", DEMO, "--test_mode", mode, *flag, *prompts(mode))
+    assert result.returncode == 0, result.stderr
+    assert "24 tensors to 18 parameters" in result.stdout
+    assert "18 of 18 parameters" in result.stdout
+    for prompt in PROMPTS:
+        if prompt["mode"] == mode:
+            assert f"{prompt['text']}\n         -> {prompt['expected']}\n" in result.stdout
+
+
+def test_both_modes_with_the_default_prompts(tmp_path: Path):
+    result = run_infer(tmp_path, "--model_dir", DEMO, "--test_mode", "both")
+    assert result.returncode == 0, result.stderr
+    for prompt in PROMPTS[:2]:
+        assert prompt["expected"] in result.stdout
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(True, True), Layout(True, False), Layout(False, True)], ids=["both", "qkv", "gate_up"]
+)
+def test_in_the_naive_layout_it_says_something_else(tmp_path: Path, layout):
+    """What the obvious recipe gives: everything loads, nothing is zero, and the text is garbage."""
+    tensors = {target.name: target.make() for target in check(DEMO).plan(Dialect(layout)).targets}
+    weights = write(tmp_path / "naive", tensors, metadata={LAYOUT_STAMP: str(INFER.layout)})  # a lie
+    result = run_infer(tmp_path, "--model_dir", DEMO, "--load_checkpoint", weights, *prompts("generate"))
+    assert result.returncode == 0, result.stderr
+    assert "18 of 18 parameters" in result.stdout
+    for prompt in PROMPTS:
+        if prompt["mode"] == "generate":
+            assert prompt["expected"] not in result.stdout
+
+
+def test_a_tokenizer_that_lies_elsewhere(tmp_path: Path):
+    model, tokenizer = tmp_path / "model", tmp_path / "tokenizer"
+    shutil.copytree(DEMO, model)
+    tokenizer.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        (model / name).rename(tokenizer / name)
+    missing = run_infer(tmp_path, "--model_dir", model)
+    assert missing.returncode == 2
+    assert "--tokenizer_path" in missing.stderr
+    found = run_infer(tmp_path, "--model_dir", model, "--tokenizer_path", tokenizer)
+    assert found.returncode == 0, found.stderr
+    assert PROMPTS[0]["expected"] in found.stdout
+
+
+def test_the_path_may_be_relative_and_the_directory_read_only(tmp_path: Path):
+    result = run_infer(ROOT / "demo", "--model_dir", "qwen3-demo", "--max_new_tokens", "4")
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,135 @@
+"""Bad input, as a user of ``run_infer.py`` meets it: one message, exit code 2, before MindSpore is even imported.
+
+What only the bytes can tell is in tests/integration/test_refusals.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mf_qwen3_bridge.rules import TRAIN
+from tests.tiny import hf_config, random_tensors, write
+
+ROOT = Path(__file__).parents[2]
+SHARD = "model-00002-of-00003.safetensors"
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def config(**changes) -> Callable[[Path], None]:
+    return lambda directory: (directory / "config.json").write_text(json.dumps(hf_config(**changes)))
+
+
+def tensors(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        changed = random_tensors()
+        change(changed)
+        for file in (*directory.glob("*.safetensors"), directory / "model.safetensors.index.json"):
+            file.unlink()
+        write(directory, changed)
+
+    return apply
+
+
+def in_index(name: str, file: str) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        path = directory / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"][name] = file
+        path.write_text(json.dumps(index))
+
+    return apply
+
+
+def truncate(directory: Path) -> None:
+    shard = directory / SHARD
+    shard.write_bytes(shard.read_bytes()[:-5])
+
+
+def only_pickles(directory: Path) -> None:
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"")
+
+
+def mindformers_weights(directory: Path) -> None:
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    write(directory, random_tensors(dialect=TRAIN))
+
+
+def fp8(changed: dict) -> None:
+    changed[f"{Q_PROJ}.weight"] = changed[f"{Q_PROJ}.weight"].astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    changed[f"{Q_PROJ}.weight_scale_inv"] = np.ones((1, 1), np.float32)
+
+
+def awq(changed: dict) -> None:
+    del changed[f"{Q_PROJ}.weight"]
+    changed |= {f"{Q_PROJ}.{x}": np.zeros((2, 2), np.int32) for x in ("qweight", "qzeros", "scales")}
+
+
+BAD = {
+    "missing shard": (lambda d: (d / SHARD).unlink(), SHARD),
+    "truncated shard": (truncate, "truncated"),
+    "index names a file that is not there": (in_index("model.norm.weight", "absent.safetensors"), "absent.safetensors"),
+    "index names a file outside": (in_index("model.norm.weight", "../x.safetensors"), "outside"),
+    "index is no index": (lambda d: (d / "model.safetensors.index.json").write_text("{"), "not an index"),
+    "wrong shape": (tensors(lambda t: t.update({f"{Q_PROJ}.weight": np.ones((12, 16), np.float32)})), "(12, 16)"),
+    "missing tensor": (tensors(lambda t: t.pop(f"{Q_PROJ}.weight")), f"{Q_PROJ}.weight"),
+    "extra tensor": (tensors(lambda t: t.update(extra=np.ones(1, np.float32))), "extra"),
+    "more layers in the config": (config(num_hidden_layers=3), "num_hidden_layers"),
+    "fewer layers in the config": (config(num_hidden_layers=1), "num_hidden_layers"),
+    "smaller vocabulary in the config": (config(vocab_size=15), "vocab_size"),
+    "quantization_config": (config(quantization_config={"quant_method": "fp8"}), "fp8"),
+    "FP8 without a word in the config": (tensors(fp8), "quantised"),
+    "AWQ without a word in the config": (tensors(awq), "quantised"),
+    "unknown architecture": (config(model_type="llama", architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
+    "attention_bias": (config(attention_bias=True), "attention_bias"),
+    "sliding window": (config(use_sliding_window=True), "sliding"),
+    "unknown RoPE": (config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "llama3"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
+    "no directory": (lambda d: d.rename(d.with_name("elsewhere")), "not a directory"),
+    "pickles": (only_pickles, "only safetensors"),
+    "a tensor in two files": (
+        lambda d: (
+            (d / "model.safetensors.index.json").unlink(),
+            save_file({"model.norm.weight": np.ones(12, np.float32)}, d / "stale.safetensors"),
+        ),
+        "stale.safetensors",
+    ),
+    "MindFormers weights of unknown layout": (mindformers_weights, "nothing says how QKV"),
+}
+
+
+def words(text: str) -> str:
+    """The text of a table without its lines, column by column, so that wrapped cells read on."""
+    columns: dict[int, str] = {}
+    for line in text.splitlines():
+        for number, cell in enumerate(line.split("|") if line.startswith("|") else [line]):
+            columns[number] = f"{columns.get(number, '')} {cell.strip()}"
+    return " ".join(columns.values())
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused_before_mindspore_is_imported(tmp_path: Path, case):
+    directory = write(tmp_path / "model", random_tensors(), hf_config(), shards=3)
+    break_it, named = BAD[case]
+    break_it(directory)
+    script = (
+        "import sys; from mf_qwen3_bridge.cli import infer, main\n"
+        "try: main(['--model_dir', sys.argv[1]], infer)\n"
+        "finally: assert 'mindspore' not in sys.modules"
+    )
+    command = [sys.executable, "-c", script, str(directory)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+    assert result.returncode == 2, result.stderr
+    assert named in words(result.stderr), result.stderr
+    assert "Traceback" not in result.stderr

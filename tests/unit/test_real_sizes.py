@@ -1,0 +1,54 @@
+"""The released sizes, by their headers: the numbers of the README, and the table of its first problem."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.preflight import check, summary
+from mf_qwen3_bridge.spec import ModelSpec
+from tests.tiny import hf_config, write_headers
+
+# num_layers, hidden_size, num_attention_heads, num_query_groups, head_dim, ffn_hidden_size, vocab_size, tied
+RELEASED = {
+    "Qwen3-0.6B": ModelSpec(28, 1024, 16, 8, 128, 3072, 151936, True),
+    "Qwen3-1.7B": ModelSpec(28, 2048, 16, 8, 128, 6144, 151936, True),
+    "Qwen3-4B": ModelSpec(36, 2560, 32, 8, 128, 9728, 151936, True),
+    "Qwen3-8B": ModelSpec(36, 4096, 32, 8, 128, 12288, 151936, False),
+    "Qwen3-14B": ModelSpec(40, 5120, 40, 8, 128, 17408, 151936, False),
+    "Qwen3-32B": ModelSpec(64, 5120, 64, 8, 128, 25600, 151936, False),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_released_size_is_planned(tmp_path: Path, name):
+    spec = RELEASED[name]
+    model = check(write_headers(tmp_path / name, spec, hf_config(spec), shards=4))
+    assert model.spec == spec
+    output_layer = 0 if spec.tie_word_embeddings else 1
+    text = "\n".join(summary(model))
+    assert f"{11 * spec.num_layers + 2 + output_layer} tensors become" in text
+    assert f"become {8 * spec.num_layers + 2 + output_layer} MindFormers parameters" in text
+
+
+def test_the_counts_of_qwen3_14b(tmp_path: Path):
+    spec = RELEASED["Qwen3-14B"]
+    model = check(write_headers(tmp_path / "Qwen3-14B", spec, hf_config(spec), shards=8))
+    assert "443 tensors become 323 MindFormers parameters" in "\n".join(summary(model))
+
+
+def test_the_config_of_8b_beside_the_weights_of_14b(tmp_path: Path):
+    """``... shape mismatch, got (151936, 4096) in net and (151936, 5120) in parameter_dict``, at once and in full."""
+    config = hf_config(RELEASED["Qwen3-8B"])
+    directory = write_headers(tmp_path / "Qwen3-14B", RELEASED["Qwen3-14B"], config, shards=8)
+    with pytest.raises(BridgeError) as error:
+        check(directory)
+    rows = {problem.subject: problem for problem in error.value.problems}
+    assert list(rows) == ["num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"]
+    assert rows["hidden_size"].found.splitlines() == [
+        "config.json: 4096",
+        "weights: 5120 (model.embed_tokens.weight (151936, 5120))",
+    ]
+    assert "set hidden_size to 5120 in config.json" in rows["hidden_size"].remedy
