@@ -179,7 +179,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise BridgeError(f"{path} does not exist: give a safetensors file or a directory of them")
     for name in (HF_INDEX, MINDFORMERS_INDEX):
         if (path / name).is_file():
-            return _open_indexed(path, path / name)
+            checkpoint = _open_indexed(path, path / name)
+            _refuse_second_checkpoint(checkpoint, path / name)
+            return checkpoint
     files = sorted(file for file in path.glob("*.safetensors") if file.name != HYPER_PARAMETERS)
     if not files:
         pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(kind))
@@ -253,6 +255,15 @@ def _open_indexed(directory: Path, index: Path) -> Checkpoint:
     if problems:
         raise BridgeError(f"{directory} is not a whole checkpoint", problems)
     return checkpoint
+
+
+def _refuse_second_checkpoint(checkpoint: Checkpoint, index: Path) -> None:
+    """transformers takes ``model.safetensors`` where there is one, whatever the index says."""
+    single = index.parent / "model.safetensors"
+    if index.name == HF_INDEX and single in stale_files(checkpoint):
+        raise BridgeError(
+            f"{index.parent} holds two checkpoints: {single.name}, and the files that {index.name} names; remove one"
+        )
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -87,7 +87,7 @@ def infer(
         from mf_qwen3_bridge.mindformers import infer as inference
         from mf_qwen3_bridge.mindformers.load import load_network
 
-        tokenizer = inference.load_tokenizer(tokenizer_path or model_dir)
+        tokenizer = inference.load_tokenizer(tokenizer_path or model.hf_dir)
         network = inference.build_network(model, device_target)
     plan = load_network(network, model, use_training_conversion=use_training_conversion)
     road = "MindFormers' training conversion" if use_training_conversion else "the bridge's loader"
@@ -101,8 +101,9 @@ def infer(
             tokenizer,
             prompt or _PROMPTS[mode],
             chat=mode == "chat",
+            max_length=model.max_length,
             enable_thinking=enable_thinking,
-            eos_token_id=inference.stop_tokens(model_dir),
+            eos_token_id=inference.stop_tokens(model.hf_dir),
             **generation,
         )
         for question, text in zip(prompt or _PROMPTS[mode], texts):
@@ -133,6 +134,11 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
         command(arguments)
     except BridgeError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in ("mindspore", "mindformers"):
+            raise
+        click.echo(f"error: {error.name} is not installed: pip install 'mf-qwen3-bridge[mindformers]'", err=True)
         sys.exit(2)
 
 

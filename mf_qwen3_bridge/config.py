@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
-from mf_qwen3_bridge.layouts import Layout
+from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
 
 # What a normalised config holds: the key, and the value that transformers takes when a config.json leaves it out
 # (None: it has to be there).
@@ -29,6 +29,7 @@ _KEYS: dict[str, Any] = {
 }
 _INTEGERS = [key for key, value in _KEYS.items() if value is None or type(value) is int]
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+LAYOUT_FLAGS = TRAINING_DEFAULT.training_flags.keys()
 _ARCHITECTURE, _MODEL_TYPE = "Qwen3ForCausalLM", "qwen3"
 
 
@@ -42,18 +43,29 @@ def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) 
     Raises:
         BridgeError: there is none, it is no JSON, or it describes what :func:`normalise` refuses.
     """
-    path = model_dir / "config.json"
     if not model_dir.is_dir():
         raise BridgeError(f"{model_dir} is not a directory: give the directory that holds config.json")
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise BridgeError(f"{path} is missing: copy it from where the checkpoint came from")
+    return normalise(read_json(path) | dict(overrides or {}), str(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        BridgeError: it can't be read, or is none.
+    """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BridgeError(f"{path} is missing: copy it from where the checkpoint came from") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BridgeError(f"can't read {path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BridgeError(f"{path} is not valid JSON ({error}): copy it again") from error
-    if not isinstance(raw, dict):
+    if not isinstance(content, dict):
         raise BridgeError(f"{path} holds no JSON object: copy it again")
-    return normalise(raw | dict(overrides or {}), str(path))
+    return content
 
 
 def normalise(raw: Mapping[str, Any], origin: str = "config.json") -> dict[str, Any]:
@@ -116,6 +128,8 @@ def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         )
     if raw.get("hidden_act", "silu") != "silu":
         yield "hidden_act", repr(raw["hidden_act"]), "Qwen3 uses silu"
+    if raw.get("partial_rotary_factor") not in (None, 1, 1.0):
+        yield "partial_rotary_factor", repr(raw["partial_rotary_factor"]), "Qwen3 rotates whole heads"
 
 
 def _bad_numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -223,9 +237,17 @@ class MindFormersConfig:
         return self.document.get("run_mode") in ("train", "finetune", "train_with_eval")
 
     @property
-    def training_layout(self) -> Layout:
-        """The layout of what a training run with this YAML saves."""
-        return Layout.of_training(self.model_config)
+    def training_layout(self) -> Layout | None:
+        """The layout of what a training run with this YAML saves; None if it says nothing about training."""
+        if self.is_for_training or LAYOUT_FLAGS & self.model_config.keys():
+            return Layout.of_training(self.model_config)
+        return None
+
+    @property
+    def pretrained_model_dir(self) -> Path | None:
+        """The Hugging Face directory that it names."""
+        named = self.document.get("pretrained_model_dir")
+        return Path(named) if named else None
 
 
 def read_mindformers_config(path: Path) -> MindFormersConfig:

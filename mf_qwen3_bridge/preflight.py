@@ -14,10 +14,12 @@ from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.plan import Plan, make_plan
 from mf_qwen3_bridge.rules import HF, INFER, Dialect, Rule, dense_rules
-from mf_qwen3_bridge.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec, numbers_in
+from mf_qwen3_bridge.spec import COMPUTED, HF_NAME, MINDFORMERS_NAMES, RUN_OPTIONS, ModelSpec, numbers_in
 
 # Every file that the bridge writes says in its metadata how its fused parameters lie.
 LAYOUT_STAMP = "mf_qwen3_bridge.layout"
+# Of MindFormers' TransformerConfig (1.7 to 1.9).
+DEFAULT_SEQ_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,17 @@ class Model:
     """A checkpoint that has been found to be whole and to fit its config.
 
     Attributes:
+        hf_dir: the directory with config.json and, as a rule, the tokenizer.
         spec: its numbers.
         hf_config: its normalised config.json.
-        options: what the YAML and the caller say about the network beside the model's numbers: dtypes, cache blocks.
+        options: what the YAML and the caller say about the run: dtypes, cache blocks.
         checkpoint: its tensors.
         dialect: how they are named and laid out.
         rules: its table.
         notes: what is unusual, but right.
     """
 
+    hf_dir: Path
     spec: ModelSpec
     hf_config: dict[str, Any]
     options: dict[str, Any]
@@ -42,13 +46,22 @@ class Model:
     rules: tuple[Rule, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def max_length(self) -> int:
+        """Most tokens of prompt and answer together: the positions RoPE has, and MindFormers' ``seq_length``."""
+        scaling = self.hf_config["rope_scaling"]
+        positions = self.hf_config["max_position_embeddings"]
+        if scaling:
+            positions = int(scaling["factor"] * scaling["original_max_position_embeddings"])
+        return min(positions, self.options.get("seq_length", DEFAULT_SEQ_LENGTH))
+
     def plan(self, target: Dialect, dtype: str | None = None) -> Plan:
         """The plan that turns the checkpoint into ``target``."""
         return make_plan(self.rules, self.checkpoint.tensors, self.dialect, target, dtype)
 
 
-# What a YAML or an argument may say in place of config.json: it is computed from, not stored in the weights.
-_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings")
+# What a YAML may add to config.json: YaRN is asked for so.
+_ADDITIONS = ("rope_scaling", "max_position_embeddings")
 
 
 def check(
@@ -60,8 +73,9 @@ def check(
     """Checks a checkpoint against its config, and both against a YAML.
 
     Args:
-        model_dir: directory with config.json, and the weights unless ``weights`` says otherwise.
-        config: a MindFormers YAML. Numbers that it names must be the checkpoint's.
+        model_dir: directory with config.json, and the weights unless ``weights`` says otherwise. It may hold weights
+            alone if the YAML's ``pretrained_model_dir`` is the directory with config.json.
+        config: a MindFormers YAML. What it says about the model must be so.
         weights: a directory or file with the weights, for weights that lie apart from config.json: those of a
             MindFormers training run, for example.
         overrides: entries of ``model.model_config`` that go before the YAML's.
@@ -70,14 +84,21 @@ def check(
         BridgeError: with a table of everything that does not fit, and what to change.
     """
     yaml = read_mindformers_config(config) if config else MindFormersConfig()
+    hf_dir = model_dir
+    if yaml.pretrained_model_dir and model_dir.is_dir() and not (model_dir / "config.json").is_file():
+        hf_dir, weights = yaml.pretrained_model_dir, weights or model_dir
     wanted = ({} if yaml.is_for_training else yaml.model_config) | dict(overrides or {})
-    hf_config = read_hf_config(model_dir, {key: wanted[key] for key in _ROPE_KEYS if key in wanted})
+    hf_config = read_hf_config(hf_dir, {key: wanted[key] for key in _ADDITIONS if wanted.get(key) is not None})
     checkpoint = open_checkpoint(weights or model_dir)
-    dialect = recognise(checkpoint, yaml if config else None)
+    dialect = recognise(checkpoint, yaml)
     spec = ModelSpec.from_hf(hf_config)
     rules = tuple(dense_rules(spec))
     sides = {yaml.origin: yaml.model_config, "arguments": overrides or {}}
-    problems = _contradictions(spec, sides, checkpoint.tensors, dialect)
+    problems = [
+        *_contradictions(spec, sides, checkpoint.tensors, dialect),
+        *_other_computation(hf_config, sides),
+        *_unknown_arguments(overrides or {}),
+    ]
     try:
         make_plan(rules, checkpoint.tensors, dialect, dialect)
     except BridgeError as error:
@@ -88,12 +109,16 @@ def check(
             f"config and weights of {model_dir} don't fit: take both from one model, or change what the table says",
             problems,
         )
-    named = {key for keys in MINDFORMERS_NAMES.values() for key in keys} | set(_ROPE_KEYS)
-    options = {key: value for key, value in wanted.items() if key not in named}
-    return Model(spec, hf_config, options, checkpoint, dialect, rules, tuple(_notes(checkpoint)))
+    options = {key: value for key, value in wanted.items() if key in RUN_OPTIONS}
+    unused = sorted(key for key in wanted if key not in RUN_OPTIONS | _KNOWN)
+    notes = [
+        f"{file.name} is not part of the checkpoint: the index does not name it" for file in stale_files(checkpoint)
+    ]
+    notes += [f"not used: {', '.join(unused)} of {yaml.origin}"] if unused else []
+    return Model(hf_dir, spec, hf_config, options, checkpoint, dialect, rules, tuple(notes))
 
 
-def recognise(checkpoint: Checkpoint, yaml: MindFormersConfig | None) -> Dialect:
+def recognise(checkpoint: Checkpoint, yaml: MindFormersConfig) -> Dialect:
     """Whose names the tensors bear and, for MindFormers', in which layout they lie.
 
     The layout is known from the stamp that the bridge leaves in its files, or from the training YAML.
@@ -109,15 +134,13 @@ def recognise(checkpoint: Checkpoint, yaml: MindFormersConfig | None) -> Dialect
         raise BridgeError(f"{checkpoint.path}: the tensors' names are neither Hugging Face's nor MindFormers' ({some})")
     stamp = checkpoint.metadata.get(LAYOUT_STAMP)
     stamped = Layout.parse(stamp) if stamp else None
-    configured = yaml.training_layout if yaml else None
-    if stamped and configured and yaml and yaml.model_config.keys() & stamped.training_flags and stamped != configured:
+    configured = yaml.training_layout
+    if stamped and configured and stamped != configured:
         raise BridgeError(
-            "layouts contradict each other",
+            "the layouts of QKV and gate/up contradict each other",
             [
                 Problem(
-                    "layout",
-                    f"files: {stamped}\n{yaml.origin}: {configured}",
-                    f"set {stamped.training_flags} in the YAML",
+                    "layout", f"files: {stamped}\n{yaml.origin}: {configured}", f"in the YAML: {stamped.training_flags}"
                 )
             ],
         )
@@ -192,6 +215,33 @@ def _contradictions(
     return problems
 
 
+def _other_computation(hf_config: Mapping[str, Any], sides: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    """What the other ``sides`` would have computed otherwise than config.json says."""
+    for name, aliases in COMPUTED.items():
+        for side, model_config in sides.items():
+            for key in (name, *aliases):
+                value = model_config.get(key)
+                if value is not None and not _same(value, hf_config[name]):
+                    found = f"config.json: {hf_config[name]}\n{side}: {value}"
+                    yield Problem(name, found, f"set {key} to {hf_config[name]} in {side}, or leave it out")
+
+
+def _same(left: Any, right: Any) -> bool:
+    try:
+        return float(left) == float(right)  # YAML takes 1e-6 for a string
+    except (TypeError, ValueError):
+        return bool(left == right)
+
+
+_KNOWN = {key for keys in MINDFORMERS_NAMES.values() for key in keys}
+_KNOWN |= {key for name, aliases in COMPUTED.items() for key in (name, *aliases)} | set(_ADDITIONS)
+
+
+def _unknown_arguments(overrides: Mapping[str, Any]) -> Iterator[Problem]:
+    for key in overrides.keys() - _KNOWN - RUN_OPTIONS:
+        yield Problem(key, "not an option of a run", f"known are {', '.join(sorted(RUN_OPTIONS))}")
+
+
 def _unexplained(
     error: BridgeError, spec: ModelSpec, tensors: Mapping[str, TensorInfo], dialect: Dialect
 ) -> list[Problem]:
@@ -202,12 +252,6 @@ def _unexplained(
     except (BridgeError, ValueError) as remaining:
         return remaining.problems if isinstance(remaining, BridgeError) else error.problems
     return []
-
-
-def _notes(checkpoint: Checkpoint) -> list[str]:
-    return [
-        f"{file.name} is not part of the checkpoint (the index does not name it)" for file in stale_files(checkpoint)
-    ]
 
 
 def summary(model: Model) -> Iterator[str]:

@@ -19,6 +19,29 @@ NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("tie_word_embeddings", "tie_word_embeddings", ()),
 )
 
+# What is computed from but not stored in the weights: the name in a normalised config.json, and MindFormers' others.
+COMPUTED: dict[str, tuple[str, ...]] = {
+    "rms_norm_eps": ("layernorm_epsilon", "layer_norm_epsilon"),
+    "rope_theta": ("rotary_base", "theta"),
+    "hidden_act": (),
+    "attention_bias": ("add_qkv_bias", "qkv_has_bias"),
+}
+
+# What a YAML or a caller may choose for a run: how the same function is computed, not which.
+RUN_OPTIONS = frozenset(
+    {
+        "params_dtype",
+        "compute_dtype",
+        "layernorm_compute_dtype",
+        "softmax_compute_dtype",
+        "rotary_dtype",
+        "seq_length",
+        "block_size",
+        "num_blocks",
+        "qkv_concat",
+    }
+)
+
 HF_NAME = {field: hf_name for field, hf_name, _ in NAMES}
 MINDFORMERS_NAMES = {field: (*names, hf_name) for field, hf_name, names in NAMES}
 

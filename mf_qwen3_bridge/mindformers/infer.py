@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mf_qwen3_bridge.config import read_json
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
@@ -64,7 +64,7 @@ def stop_tokens(model_dir: Path) -> list[int]:
     """The token ids that end a text: generation_config.json's, else config.json's."""
     for name in ("generation_config.json", "config.json"):
         path = model_dir / name
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        eos = read_json(path).get("eos_token_id") if path.is_file() else None
         if eos is not None:
             return eos if isinstance(eos, list) else [eos]
     return []
@@ -74,7 +74,7 @@ def load_tokenizer(tokenizer_path: Path) -> Any:
     """The checkpoint's own tokenizer, by transformers.
 
     Raises:
-        BridgeError: there is none.
+        BridgeError: there is none, or it can't be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -82,7 +82,7 @@ def load_tokenizer(tokenizer_path: Path) -> Any:
         raise BridgeError(f"no tokenizer in {tokenizer_path}: give its directory with --tokenizer_path")
     try:
         return AutoTokenizer.from_pretrained(str(tokenizer_path), local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exceptions
         raise BridgeError(f"the tokenizer in {tokenizer_path} can't be loaded: {error}") from error
 
 
@@ -92,6 +92,8 @@ def generate_texts(
     prompts: Sequence[str],
     *,
     chat: bool,
+    max_length: int,
+    max_new_tokens: int,
     enable_thinking: bool = False,
     **generation: Any,
 ) -> Iterator[str]:
@@ -102,8 +104,13 @@ def generate_texts(
         tokenizer: its tokenizer.
         prompts: texts to continue, or to answer when ``chat``.
         chat: put the prompt into the tokenizer's chat template.
+        max_length: most tokens of prompt and answer together; upstream would cut without an error.
+        max_new_tokens: most tokens of an answer.
         enable_thinking: the chat template's switch.
         generation: ``network.generate``'s own arguments.
+
+    Raises:
+        BridgeError: a prompt is empty, or too long.
     """
     for prompt in prompts:
         if chat:
@@ -116,6 +123,16 @@ def generate_texts(
         input_ids = tokenizer(prompt)["input_ids"]
         if not input_ids:
             raise BridgeError("an empty prompt: there is nothing to continue")
-        # upstream takes the pad tokens that end a prompt away
-        output = network.generate(input_ids=[input_ids], pad_token_id=NO_TOKEN, **generation)
+        if len(input_ids) + max_new_tokens > max_length:
+            raise BridgeError(
+                f"a prompt of {len(input_ids)} tokens and an answer of {max_new_tokens} are more than {max_length}: "
+                "lower --max_new_tokens, shorten the prompt, or raise seq_length in the YAML's model.model_config, as "
+                "far as the model's positions go"
+            )
+        output = network.generate(
+            input_ids=[input_ids],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=NO_TOKEN,  # upstream takes the pad tokens that end a prompt away
+            **generation,
+        )
         yield tokenizer.decode(output[0][len(input_ids) :], skip_special_tokens=True)

@@ -60,7 +60,7 @@ def check_values(parameters: Mapping[str, ms.Parameter]) -> None:
         if fault := find_fault(parameter.asnumpy()):
             faults.setdefault(fault, []).append(name)
     if faults:
-        remedy = "the checkpoint is damaged: compare the files' checksums with their source"
+        remedy = "the checkpoint is damaged (or, in float16, its numbers are too large): compare the files' checksums"
         raise BridgeError(
             "weights that no trained model has",
             [Problem(name, fault, remedy) for fault, names in faults.items() for name in fold_names(names)],

@@ -152,6 +152,13 @@ def test_a_stale_file_beside_an_index_is_not_read(tmp_path: Path):
     assert [file.name for file in stale_files(checkpoint)] == ["consolidated.safetensors"]
 
 
+def test_two_checkpoints_in_one_directory(tmp_path: Path):
+    """transformers would take model.safetensors, others the index."""
+    write(tmp_path, random_tensors(), shards=2)
+    save_file(random_tensors(seed=1), tmp_path / "model.safetensors")
+    assert "two checkpoints" in message(tmp_path)
+
+
 def test_hyper_parameters_are_no_weights(tmp_path: Path):
     write(tmp_path, random_tensors())
     save_file({"global_step": np.zeros(1, np.int32)}, tmp_path / HYPER_PARAMETERS)

@@ -21,8 +21,8 @@ def directory(tmp_path: Path) -> Path:
     return write(tmp_path / "hf", random_tensors(), hf_config(), shards=2)
 
 
-def yaml_file(path: Path, **model_config) -> Path:
-    path.write_text(yaml.safe_dump({"run_mode": "predict", "model": {"model_config": model_config}}))
+def yaml_file(path: Path, run_mode: str = "predict", **model_config) -> Path:
+    path.write_text(yaml.safe_dump({"run_mode": run_mode, "model": {"model_config": model_config}}))
     return path
 
 
@@ -109,6 +109,41 @@ def test_yarn_from_the_yaml_goes_before_config_json(directory: Path, tmp_path: P
     assert "rope_scaling" not in model.options
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("rms_norm_eps", 1e-5, "rms_norm_eps"),
+        ("layernorm_epsilon", "1e-5", "rms_norm_eps"),
+        ("rotary_base", 10000, "rope_theta"),
+        ("rope_theta", 10000, "rope_theta"),
+        ("add_qkv_bias", True, "attention_bias"),
+        ("hidden_act", "gelu", "hidden_act"),
+    ],
+)
+def test_a_yaml_that_would_compute_something_else(directory: Path, tmp_path: Path, key, value, named):
+    assert list(problems(directory, yaml_file(tmp_path / "p.yaml", **{key: value}))) == [named]
+    assert list(problems(directory, overrides={key: value})) == [named]
+
+
+def test_a_yaml_that_says_the_same_in_other_words(directory: Path, tmp_path: Path):
+    same = {"layernorm_epsilon": "1e-6", "theta": 1000000.0, "qkv_has_bias": False, "n_layer": 2, "kv_channels": 4}
+    assert check(directory, yaml_file(tmp_path / "p.yaml", **same)).options == {}
+
+
+def test_what_else_a_yaml_says_is_not_used_and_noted(directory: Path, tmp_path: Path):
+    model = check(directory, yaml_file(tmp_path / "p.yaml", softmax_scale=3.0, partial_rotary_factor=0.5))
+    assert model.options == {}
+    assert any("partial_rotary_factor, softmax_scale" in note for note in model.notes)
+    assert list(problems(directory, overrides={"softmax_scale": 3.0})) == ["softmax_scale"]
+
+
+def test_max_length(directory: Path, tmp_path: Path):
+    assert check(directory).max_length == 128
+    assert check(directory, overrides={"seq_length": 64}).max_length == 64
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    assert check(directory, yaml_file(tmp_path / "p.yaml", rope_scaling=scaling)).max_length == 512
+
+
 class TestMindFormersWeights:
     """Nothing in a tensor says how QKV and gate/up lie in it."""
 
@@ -128,7 +163,18 @@ class TestMindFormersWeights:
         assert model.dialect == Dialect(layout)
 
     def test_a_yaml_without_the_flags_means_the_defaults(self, directory: Path, weights: Path, tmp_path: Path):
-        assert check(directory, yaml_file(tmp_path / "train.yaml", offset=0), weights).dialect == TRAIN
+        assert check(directory, yaml_file(tmp_path / "train.yaml", "finetune", offset=0), weights).dialect == TRAIN
+
+    def test_a_predict_yaml_without_the_flags_says_nothing(self, directory: Path, weights: Path, tmp_path: Path):
+        with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
+            check(directory, yaml_file(tmp_path / "predict.yaml", params_dtype="float32"), weights)
+
+    def test_config_json_may_lie_where_the_yaml_says(self, directory: Path, weights: Path, tmp_path: Path):
+        config = tmp_path / "train.yaml"
+        document = {"run_mode": "train", "pretrained_model_dir": str(directory), "model": {"model_config": {}}}
+        config.write_text(yaml.safe_dump(document))
+        model = check(weights, config)
+        assert (model.hf_dir, model.checkpoint.path, model.dialect) == (directory, weights, TRAIN)
 
     def test_the_stamp_says_it(self, directory: Path, tmp_path: Path):
         stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_STAMP: str(INFER.layout)})
