@@ -2,7 +2,7 @@
 #   make demo    run the demo checkpoint in MindFormers' inference model on the CPU
 #   make test    lint, unit tests, and the integration tests with MindFormers 1.7.0, 1.8.0 and 1.9.0
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 MINDFORMERS ?= 1.9.0
 VENV := .venv
 INSTALLED := $(VENV)/.installed-$(MINDFORMERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -187,7 +188,26 @@ def open_checkpoint(path: Path) -> Checkpoint:
         pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(kind))
         hint = f"; it holds {', '.join(pickled[:3])}: only safetensors are read" if pickled else ""
         raise BridgeError(f"no *.safetensors in {path}{hint}")
+    if absent := _absent_shards(files):
+        raise BridgeError(
+            f"{path} is not a whole checkpoint",
+            [Problem(name, "missing, by the number in the other files' names", "copy the file") for name in absent],
+        )
     return open_files(path, files)
+
+
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+
+
+def _absent_shards(files: Iterable[Path]) -> list[str]:
+    """The files that a directory without an index should hold by Hugging Face's ``NAME-00001-of-00003`` and lacks."""
+    present = {file.name for file in files}
+    wanted = set()
+    for match in filter(None, map(_SHARD.fullmatch, present)):
+        stem, digits, total = match.groups()
+        width = len(digits)
+        wanted |= {f"{stem}-{number:0{width}d}-of-{total}.safetensors" for number in range(1, int(total) + 1)}
+    return sorted(wanted - present)
 
 
 def open_files(path: Path, files: Iterable[Path]) -> Checkpoint:
@@ -197,7 +217,7 @@ def open_files(path: Path, files: Iterable[Path]) -> Checkpoint:
         BridgeError: a damaged file, or a tensor that is in two of them.
     """
     tensors: dict[str, TensorInfo] = {}
-    metadata: dict[str, str] = {}
+    all_metadata: list[dict[str, str]] = []
     problems = []
     for file in files:
         try:
@@ -209,13 +229,13 @@ def open_files(path: Path, files: Iterable[Path]) -> Checkpoint:
             problems.append(
                 Problem(name, f"both in {tensors[name].file.name} and {file.name}", "remove the file that is stale")
             )
-        for key, value in file_metadata.items():
-            if metadata.setdefault(key, value) != value:
-                metadata[key] = ""  # the files disagree: nobody may rely on it
+        all_metadata.append(file_metadata)
         tensors |= found
     if problems:
         raise BridgeError(f"{path} is not a whole checkpoint", problems)
-    return Checkpoint(path, tensors, metadata)
+    # One file does not vouch for another: what they don't all say is not said.
+    shared = set.intersection(*(set(entry.items()) for entry in all_metadata)) if all_metadata else set()
+    return Checkpoint(path, tensors, dict(shared))
 
 
 def _open_indexed(directory: Path, index: Path) -> Checkpoint:
@@ -244,12 +264,18 @@ def _open_indexed(directory: Path, index: Path) -> Checkpoint:
         if tensor is None or tensor.file.name != where:
             found = "in no file of the index" if tensor is None else f"in {tensor.file.name}"
             problems.append(
-                Problem(name, f"{index.name} says it is in {where}; it is {found}", "index and files are of two sets")
+                Problem(
+                    name,
+                    f"{index.name} says it is in {where}; it is {found}",
+                    "copy index and files again, from one source",
+                )
             )
     for name in checkpoint.tensors.keys() - weight_map.keys():
         problems.append(
             Problem(
-                name, f"in {checkpoint.tensors[name].file.name}, but not in {index.name}", "index is of other files"
+                name,
+                f"in {checkpoint.tensors[name].file.name}, but not in {index.name}",
+                "copy index and files again, from one source",
             )
         )
     if problems:

@@ -58,10 +58,10 @@ def check(model_dir: Path, config: Path | None, load_checkpoint: Path | None) ->
 @click.option("--device_target", type=click.Choice(["auto", "Ascend", "CPU"]), default="auto", show_default=True)
 @click.option("--max_new_tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--do_sample/--greedy", default=False, help="Sample, or take the most likely token  [default: greedy].")
-@click.option("--temperature", type=float, help="With --do_sample.")
-@click.option("--top_k", type=int, help="With --do_sample.")
-@click.option("--top_p", type=float, help="With --do_sample.")
-@click.option("--repetition_penalty", type=float, help="Above 1: repeat less.")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="With --do_sample.")
+@click.option("--top_k", type=click.IntRange(1), help="With --do_sample.")
+@click.option("--top_p", type=click.FloatRange(0, 1, min_open=True), help="With --do_sample.")
+@click.option("--repetition_penalty", type=click.FloatRange(0, min_open=True), help="Above 1: repeat less.")
 @click.option("--enable_thinking/--no_thinking", default=False, help="Chat template's switch  [default: no_thinking].")
 def infer(
     model_dir: Path,
@@ -78,6 +78,10 @@ def infer(
     """Run a Hugging Face checkpoint in MindFormers' inference model, and say at each step what was found."""
     from mf_qwen3_bridge import preflight
 
+    generation = {name: value for name, value in generation.items() if value is not None}
+    sampling = generation.keys() & {"temperature", "top_k", "top_p"}
+    if sampling and not generation["do_sample"]:
+        raise click.UsageError(f"--{min(sampling)} needs --do_sample")
     model = preflight.check(model_dir, config, load_checkpoint)
     for line in preflight.summary(model):
         click.echo(line)
@@ -88,38 +92,43 @@ def infer(
         from mf_qwen3_bridge.mindformers.load import load_network
 
         tokenizer = inference.load_tokenizer(tokenizer_path or model.hf_dir)
+        modes = ("generate", "chat") if test_mode == "both" else (test_mode,)
+        questions = [(mode, text) for mode in modes for text in prompt or _PROMPTS[mode]]
+        encoded = [
+            inference.encode(tokenizer, text, chat=mode == "chat", enable_thinking=enable_thinking)
+            for mode, text in questions
+        ]
+        inference.check_length(model, encoded, generation["max_new_tokens"])
         network = inference.build_network(model, device_target)
     plan = load_network(network, model, use_training_conversion=use_training_conversion)
     road = "MindFormers' training conversion" if use_training_conversion else "the bridge's loader"
     click.echo(f"converted   {plan.num_source_tensors} tensors to {len(plan.targets)} parameters, by {road}")
     click.echo(f"loaded      {len(plan.targets)} of {len(network.parameters_dict())} parameters of the network")
     click.echo("values      no parameter is all zero, none holds NaN or infinities")
-    generation = {name: value for name, value in generation.items() if value is not None}
-    for mode in ("generate", "chat") if test_mode == "both" else (test_mode,):
-        texts = inference.generate_texts(
-            network,
-            tokenizer,
-            prompt or _PROMPTS[mode],
-            chat=mode == "chat",
-            max_length=model.max_length,
-            enable_thinking=enable_thinking,
-            eos_token_id=inference.stop_tokens(model.hf_dir),
-            **generation,
-        )
-        for question, text in zip(prompt or _PROMPTS[mode], texts):
-            click.echo(f"\n{mode:<11} {question}\n         -> {text}")
+    for (mode, text), input_ids in zip(questions, encoded):
+        answer = inference.generate_text(network, tokenizer, input_ids, **generation)
+        click.echo(f"\n{mode:<11} {text}\n         -> {answer}")
 
 
 @contextmanager
 def _upstream_kept_quiet() -> Iterator[None]:
     """MindFormers prints all of its config for each network; its log files under ./output/log have it as well.
 
-    What it logs later stays out of the report too, because its log handlers keep the stdout of this time.
+    What it logs later stays out of the report too, because its log handlers keep the stdout of this time. MindSpore's
+    C++ side writes to file descriptor 1.
     """
     os.environ.setdefault("GLOG_v", "4")  # MindSpore's own log; what matters comes as an exception
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
-    with redirect_stdout(io.StringIO()):
-        yield
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    with open(os.devnull, "wb") as devnull:
+        os.dup2(devnull.fileno(), 1)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 _PROMPTS = {
@@ -133,12 +142,12 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
     try:
         command(arguments)
     except BridgeError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
         if error.name not in ("mindspore", "mindformers"):
             raise
-        click.echo(f"error: {error.name} is not installed: pip install 'mf-qwen3-bridge[mindformers]'", err=True)
+        click.echo(f"Error: {error.name} is not installed: pip install 'mf-qwen3-bridge[mindformers]'", err=True)
         sys.exit(2)
 
 

@@ -45,7 +45,9 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A plain-text table with wrapped cells, as all reports of this package show them."""
     from tabulate import tabulate  # only a report needs it
 
-    return tabulate([list(map(str, row)) for row in rows], headers=headers, tablefmt="grid", maxcolwidths=60)
+    return tabulate(
+        [list(map(str, row)) for row in rows], headers=headers, tablefmt="grid", maxcolwidths=60, disable_numparse=True
+    )
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

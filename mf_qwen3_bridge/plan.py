@@ -6,7 +6,7 @@ anything is built or read. What happens to the bytes afterwards (into a network,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.layouts import View
-from mf_qwen3_bridge.rules import Dialect, Rule, is_training_state, places
+from mf_qwen3_bridge.rules import EMBEDDING, OUTPUT, Dialect, Rule, is_training_state, places
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -103,8 +103,11 @@ class Plan:
         used = {copy.source.name: copy.source.nbytes for target in self.targets for copy in target.copies}
         return sum(used.values())
 
-    def check_duplicates(self) -> None:
+    def check_duplicates(self, read: Callable[[TensorInfo], np.ndarray] = TensorInfo.read) -> None:
         """Reads each pair of duplicates and compares their bytes.
+
+        Args:
+            read: where the tensors are to be had, when not on disk.
 
         Raises:
             BridgeError: they differ: the checkpoint's config and weights disagree on what is tied.
@@ -117,7 +120,7 @@ class Plan:
                 f"remove {dropped.name}",
             )
             for kept, dropped in self.duplicates
-            if not np.array_equal(kept.read().view(np.uint8), dropped.read().view(np.uint8))
+            if not np.array_equal(read(kept).view(np.uint8), read(dropped).view(np.uint8))
         ]
         if problems:
             raise BridgeError("tied tensors differ", problems)
@@ -178,31 +181,33 @@ def make_plan(
     ]
     if problems:
         raise BridgeError("the checkpoint does not fit the model", problems)
-    targets = (
-        Target(name, pieces[0][0], dtype or pieces[0][1].source.dtype, tuple(copy for _, copy in pieces))
-        for name, pieces in parts.items()
-    )
+    targets = []
+    for name, pieces in parts.items():
+        copies = tuple(copy for _, copy in pieces)
+        targets.append(Target(name, pieces[0][0], dtype or _common_dtype(copies), copies))
     return Plan(source, target, tuple(targets), tuple(duplicates), tuple(sorted(ignored)))
 
 
-_EMBEDDING = {True: "model.embed_tokens.weight", False: "embedding.word_embeddings.weight"}
-_OUTPUT = {True: "lm_head.weight", False: "output_layer.weight"}
+def _common_dtype(copies: Iterable[Copy]) -> str:
+    """The dtype that holds all parts exactly: theirs, or float32 when they differ."""
+    dtypes = {copy.source.dtype for copy in copies}
+    return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
 def _duplicates(
     tensors: Mapping[str, TensorInfo], leftover: set[str], source: Dialect
 ) -> list[tuple[TensorInfo, TensorInfo]]:
     """A tied model's output layer that is stored all the same, as several released checkpoints do."""
-    kept, dropped = _EMBEDDING[source.is_hf], _OUTPUT[source.is_hf]
+    kept, dropped = source.name(EMBEDDING), source.name(OUTPUT)
     if dropped in leftover and kept in tensors and tensors[kept].shape == tensors[dropped].shape:
         return [(tensors[kept], tensors[dropped])]
     return []
 
 
 def _remedy_for_missing(name: str) -> str:
-    if name in _OUTPUT.values():
+    if name in OUTPUT:
         return "if the model's embeddings are tied, set tie_word_embeddings to true in config.json; else copy the file"
-    return "copy the file that holds it, or lower num_hidden_layers if the model has fewer layers"
+    return "copy the file that holds it; is the download complete?"
 
 
 def _remedy_for_leftover(name: str) -> str:
@@ -210,7 +215,7 @@ def _remedy_for_leftover(name: str) -> str:
         return "MindFormers' Qwen3 has no such bias; the checkpoint is of another architecture"
     if any(mark in name for mark in ("weight_scale", "qweight", "qzeros", "scales", "g_idx", "scale_inv")):
         return "the checkpoint is quantised; use the unquantised (bf16) one"
-    return "raise num_hidden_layers if the model has more layers; else remove the file it is in"
+    return "was it renamed, or is it of another model?"
 
 
 def _dtype_problems(tensors: Iterable[TensorInfo]) -> Iterator[Problem]:

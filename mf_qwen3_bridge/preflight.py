@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.checkpoint import Checkpoint, TensorInfo, open_checkpoint, stale_files
-from mf_qwen3_bridge.config import MindFormersConfig, read_hf_config, read_mindformers_config
 from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.hf_config import read_hf_config
 from mf_qwen3_bridge.layouts import Layout
+from mf_qwen3_bridge.mindformers_yaml import (
+    ADDITIONS,
+    COMPUTED_NAMES,
+    OPTIONS,
+    MindFormersYaml,
+    computed_values,
+    read_mindformers_yaml,
+    run_options,
+)
 from mf_qwen3_bridge.plan import Plan, make_plan
-from mf_qwen3_bridge.rules import HF, INFER, Dialect, Rule, dense_rules
-from mf_qwen3_bridge.spec import COMPUTED, HF_NAME, MINDFORMERS_NAMES, RUN_OPTIONS, ModelSpec, numbers_in
+from mf_qwen3_bridge.rules import EMBEDDING, HF, INFER, Dialect, Rule, dense_rules
+from mf_qwen3_bridge.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
 
 # Every file that the bridge writes says in its metadata how its fused parameters lie.
 LAYOUT_STAMP = "mf_qwen3_bridge.layout"
-# Of MindFormers' TransformerConfig (1.7 to 1.9).
-DEFAULT_SEQ_LENGTH = 4096
+# Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 1.9).
+_DEFAULT_SIZES = {"seq_length": 4096, "num_blocks": 1024, "block_size": 32}
 
 
 @dataclass(frozen=True)
@@ -48,20 +57,17 @@ class Model:
 
     @property
     def max_length(self) -> int:
-        """Most tokens of prompt and answer together: the positions RoPE has, and MindFormers' ``seq_length``."""
+        """Most tokens of prompt and answer together: RoPE's positions, MindFormers' ``seq_length``, the KV cache."""
         scaling = self.hf_config["rope_scaling"]
         positions = self.hf_config["max_position_embeddings"]
         if scaling:
             positions = int(scaling["factor"] * scaling["original_max_position_embeddings"])
-        return min(positions, self.options.get("seq_length", DEFAULT_SEQ_LENGTH))
+        sizes = _DEFAULT_SIZES | self.options
+        return min(positions, sizes["seq_length"], sizes["num_blocks"] * sizes["block_size"])
 
     def plan(self, target: Dialect, dtype: str | None = None) -> Plan:
         """The plan that turns the checkpoint into ``target``."""
         return make_plan(self.rules, self.checkpoint.tensors, self.dialect, target, dtype)
-
-
-# What a YAML may add to config.json: YaRN is asked for so.
-_ADDITIONS = ("rope_scaling", "max_position_embeddings")
 
 
 def check(
@@ -83,42 +89,55 @@ def check(
     Raises:
         BridgeError: with a table of everything that does not fit, and what to change.
     """
-    yaml = read_mindformers_config(config) if config else MindFormersConfig()
+    yaml = read_mindformers_yaml(config) if config else MindFormersYaml()
     hf_dir = model_dir
     if yaml.pretrained_model_dir and model_dir.is_dir() and not (model_dir / "config.json").is_file():
         hf_dir, weights = yaml.pretrained_model_dir, weights or model_dir
-    wanted = ({} if yaml.is_for_training else yaml.model_config) | dict(overrides or {})
-    hf_config = read_hf_config(hf_dir, {key: wanted[key] for key in _ADDITIONS if wanted.get(key) is not None})
+    arguments = dict(overrides or {})
+    additions = {key: value for key, value in (yaml.model_config | arguments).items() if key in ADDITIONS}
+    hf_config = read_hf_config(hf_dir, additions)
     checkpoint = open_checkpoint(weights or model_dir)
     dialect = recognise(checkpoint, yaml)
     spec = ModelSpec.from_hf(hf_config)
-    rules = tuple(dense_rules(spec))
-    sides = {yaml.origin: yaml.model_config, "arguments": overrides or {}}
-    problems = [
-        *_contradictions(spec, sides, checkpoint.tensors, dialect),
-        *_other_computation(hf_config, sides),
-        *_unknown_arguments(overrides or {}),
-    ]
+    options, problems = run_options(({} if yaml.is_for_training else yaml.model_config) | arguments)
+    problems += _unknown_arguments(arguments)
+    if yaml.document.get("use_parallel") and not yaml.is_for_training:
+        problems.append(
+            Problem("use_parallel", f"{yaml.origin}: True", "this version runs on one card: set it to False")
+        )
+    sides = {yaml.origin: yaml.model_config, "arguments": arguments}
+    in_tensors = numbers_of(checkpoint.tensors, dialect)
+    problems += _disagreements(spec, hf_config, sides, in_tensors)
     try:
-        make_plan(rules, checkpoint.tensors, dialect, dialect)
+        # A wrong number in the config is said above, once: it makes hundreds of tensors look wrong.
+        numbers: dict[str, Any] = {field: number for field, (number, _) in in_tensors.items()}
+        make_plan(dense_rules(replace(spec, **numbers)), checkpoint.tensors, dialect, dialect)
     except BridgeError as error:
-        # A wrong number in the config makes many tensors look wrong: say it once.
-        problems += _unexplained(error, spec, checkpoint.tensors, dialect)
+        problems += error.problems
     if problems:
         raise BridgeError(
             f"config and weights of {model_dir} don't fit: take both from one model, or change what the table says",
             problems,
         )
-    options = {key: value for key, value in wanted.items() if key in RUN_OPTIONS}
-    unused = sorted(key for key in wanted if key not in RUN_OPTIONS | _KNOWN)
-    notes = [
-        f"{file.name} is not part of the checkpoint: the index does not name it" for file in stale_files(checkpoint)
-    ]
-    notes += [f"not used: {', '.join(unused)} of {yaml.origin}"] if unused else []
-    return Model(hf_dir, spec, hf_config, options, checkpoint, dialect, rules, tuple(notes))
+    notes = [*_notes(checkpoint, hf_dir, yaml)]
+    return Model(hf_dir, spec, hf_config, options, checkpoint, dialect, tuple(dense_rules(spec)), tuple(notes))
 
 
-def recognise(checkpoint: Checkpoint, yaml: MindFormersConfig) -> Dialect:
+def _notes(checkpoint: Checkpoint, hf_dir: Path, yaml: MindFormersYaml) -> Iterator[str]:
+    if not (hf_dir / "generation_config.json").is_file():
+        yield "no generation_config.json: a text ends at config.json's eos_token_id only"
+    for file in stale_files(checkpoint):
+        yield f"{file.name} is not read: the index does not name it"
+    unused = sorted(yaml.model_config.keys() - OPTIONS - _NAMES)
+    if unused and not yaml.is_for_training:
+        yield f"not used: {', '.join(unused)} of {yaml.origin}"
+    for key, used in (("pretrained_model_dir", hf_dir), ("load_checkpoint", checkpoint.path)):
+        named = yaml.document.get(key)
+        if named and Path(str(named)).resolve() != used.resolve():
+            yield f"{yaml.origin} names {key} {named}; used is {used}"
+
+
+def recognise(checkpoint: Checkpoint, yaml: MindFormersYaml) -> Dialect:
     """Whose names the tensors bear and, for MindFormers', in which layout they lie.
 
     The layout is known from the stamp that the bridge leaves in its files, or from the training YAML.
@@ -133,7 +152,10 @@ def recognise(checkpoint: Checkpoint, yaml: MindFormersConfig) -> Dialect:
         some = ", ".join(sorted(names)[:3])
         raise BridgeError(f"{checkpoint.path}: the tensors' names are neither Hugging Face's nor MindFormers' ({some})")
     stamp = checkpoint.metadata.get(LAYOUT_STAMP)
-    stamped = Layout.parse(stamp) if stamp else None
+    try:
+        stamped = Layout.parse(stamp) if stamp else None
+    except ValueError as error:
+        raise BridgeError(f"{checkpoint.path}: {error} in the files' metadata; which program wrote it?") from error
     configured = yaml.training_layout
     if stamped and configured and stamped != configured:
         raise BridgeError(
@@ -165,65 +187,68 @@ def numbers_of(tensors: Mapping[str, TensorInfo], dialect: Dialect) -> dict[str,
         return {}
     first = min(layers)
     hf_prefix, mf_prefix = f"model.layers.{first}", f"decoder.layers.{first}"
-    found: dict[str, tuple[int, str]] = {"num_layers": (max(layers) + 1, f"layers.{max(layers)}")}
+    found: dict[str, tuple[int, str]] = {}
+    if max(layers) < len(tensors):
+        found["num_layers"] = (max(layers) + 1, f"layers.{max(layers)}")
 
     def read(field: str, name: str, axis: int, unit: int = 1) -> None:
         tensor = tensors.get(name)
-        if tensor and len(tensor.shape) > axis and tensor.shape[axis] % unit == 0:
+        if tensor and unit and len(tensor.shape) > axis and tensor.shape[axis] % unit == 0:
             found[field] = (tensor.shape[axis] // unit, f"{name} {tensor.shape}")
 
-    embedding = "model.embed_tokens.weight" if dialect.is_hf else "embedding.word_embeddings.weight"
-    read("vocab_size", embedding, 0)
-    read("hidden_size", embedding, 1)
+    read("vocab_size", dialect.name(EMBEDDING), 0)
+    read("hidden_size", dialect.name(EMBEDDING), 1)
     if dialect.is_hf:
         read("ffn_hidden_size", f"{hf_prefix}.mlp.gate_proj.weight", 0)
         read("head_dim", f"{hf_prefix}.self_attn.q_norm.weight", 0)
-        head_dim = found.get("head_dim", (1, ""))[0]
+        head_dim = found.get("head_dim", (0, ""))[0]
         read("num_attention_heads", f"{hf_prefix}.self_attn.q_proj.weight", 0, head_dim)
         read("num_query_groups", f"{hf_prefix}.self_attn.k_proj.weight", 0, head_dim)
     else:
         read("ffn_hidden_size", f"{mf_prefix}.mlp.linear_fc2.weight", 1)
         read("head_dim", f"{mf_prefix}.self_attention.q_layernorm.weight", 0)
-        head_dim = found.get("head_dim", (1, ""))[0]
+        head_dim = found.get("head_dim", (0, ""))[0]
         read("num_attention_heads", f"{mf_prefix}.self_attention.linear_proj.weight", 1, head_dim)
-        qkv = tensors.get(f"{mf_prefix}.self_attention.linear_qkv.weight")
-        if qkv and "num_attention_heads" in found:
-            key_value = qkv.shape[0] // head_dim - found["num_attention_heads"][0]
-            found["num_query_groups"] = (key_value // 2, f"{qkv.name} {qkv.shape}")
+        read("num_query_groups", f"{mf_prefix}.self_attention.linear_qkv.weight", 0, head_dim)
+        if "num_query_groups" in found:  # q, k and v together, up to here
+            heads, tensor = found.pop("num_query_groups")
+            key_value = heads - found.get("num_attention_heads", (heads, ""))[0]
+            if key_value > 0 and key_value % 2 == 0:
+                found["num_query_groups"] = (key_value // 2, tensor)
     return found
 
 
-def _contradictions(
-    spec: ModelSpec, sides: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, TensorInfo], dialect: Dialect
-) -> list[Problem]:
-    """A row for each number on which config.json, the other ``sides`` and the tensors do not agree."""
-    in_tensors = numbers_of(tensors, dialect)
-    in_sides = {side: numbers_in(model_config) for side, model_config in sides.items()}
-    problems = []
-    for field, hf_name in HF_NAME.items():
-        said: dict[str, tuple[str, Any]] = {"config.json": (hf_name, getattr(spec, field))}
-        said |= {side: numbers[field] for side, numbers in in_sides.items() if field in numbers}
-        truth = in_tensors.get(field, (getattr(spec, field), ""))[0]
-        wrong = {side: key for side, (key, value) in said.items() if value != truth}
-        if not wrong:
-            continue
-        lines = [f"{side}: {value}" for side, (_, value) in said.items()]
-        if field in in_tensors:
-            lines.append("weights: {} ({})".format(*in_tensors[field]))
-        remedy = " and ".join(f"set {key} to {truth} in {side}" for side, key in wrong.items())
-        problems.append(Problem(hf_name, "\n".join(lines), remedy))
-    return problems
+def _disagreements(
+    spec: ModelSpec,
+    hf_config: Mapping[str, Any],
+    sides: Mapping[str, Mapping[str, Any]],
+    in_tensors: Mapping[str, tuple[int, str]],
+) -> Iterator[Problem]:
+    """A row for each thing on which config.json, the other ``sides`` and the tensors do not agree."""
+    for field, keys in MINDFORMERS_NAMES.items():
+        config_value = getattr(spec, field)
+        number, tensor = in_tensors.get(field, (config_value, ""))
+        said = [("config.json", HF_NAME[field], config_value), *_said(sides, keys)]
+        yield from _row(said, (number,), f"weights: {number} ({tensor})" if tensor else None)
+    for name, accepted in computed_values(hf_config).items():
+        said = [("config.json", name, accepted[0]), *_said(sides, (name, *COMPUTED_NAMES[name]))]
+        yield from _row(said, accepted)
 
 
-def _other_computation(hf_config: Mapping[str, Any], sides: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
-    """What the other ``sides`` would have computed otherwise than config.json says."""
-    for name, aliases in COMPUTED.items():
-        for side, model_config in sides.items():
-            for key in (name, *aliases):
-                value = model_config.get(key)
-                if value is not None and not _same(value, hf_config[name]):
-                    found = f"config.json: {hf_config[name]}\n{side}: {value}"
-                    yield Problem(name, found, f"set {key} to {hf_config[name]} in {side}, or leave it out")
+def _said(sides: Mapping[str, Mapping[str, Any]], keys: Iterable[str]) -> Iterator[tuple[str, str, Any]]:
+    """(side, key, value) wherever a side uses one of a thing's names."""
+    for side, model_config in sides.items():
+        yield from ((side, key, model_config[key]) for key in keys if model_config.get(key) is not None)
+
+
+def _row(said: list[tuple[str, str, Any]], accepted: tuple[Any, ...], weights: str | None = None) -> Iterator[Problem]:
+    wrong = [(side, key) for side, key, value in said if not any(_same(value, right) for right in accepted)]
+    if wrong:
+        lines = [f"{side}: {value}" for side, _, value in said] + ([weights] if weights else [])
+        remedy = " and ".join(f"set {key} to {accepted[0]} in {side}" for side, key in wrong)
+        if said[0][1] == "num_hidden_layers" and accepted[0] < said[0][2]:
+            remedy = f"is a file of the checkpoint missing? If not, {remedy}"
+        yield Problem(said[0][1], "\n".join(lines), remedy)
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -233,25 +258,14 @@ def _same(left: Any, right: Any) -> bool:
         return bool(left == right)
 
 
-_KNOWN = {key for keys in MINDFORMERS_NAMES.values() for key in keys}
-_KNOWN |= {key for name, aliases in COMPUTED.items() for key in (name, *aliases)} | set(_ADDITIONS)
+# All that MindFormers calls what config.json says too.
+_NAMES = {key for keys in MINDFORMERS_NAMES.values() for key in keys} | ADDITIONS
+_NAMES |= {key for name, aliases in COMPUTED_NAMES.items() for key in (name, *aliases)}
 
 
 def _unknown_arguments(overrides: Mapping[str, Any]) -> Iterator[Problem]:
-    for key in overrides.keys() - _KNOWN - RUN_OPTIONS:
-        yield Problem(key, "not an option of a run", f"known are {', '.join(sorted(RUN_OPTIONS))}")
-
-
-def _unexplained(
-    error: BridgeError, spec: ModelSpec, tensors: Mapping[str, TensorInfo], dialect: Dialect
-) -> list[Problem]:
-    """The problems that stay when the config's numbers are replaced by the weights' own."""
-    in_tensors: dict[str, Any] = {field: number for field, (number, _) in numbers_of(tensors, dialect).items()}
-    try:
-        make_plan(dense_rules(replace(spec, **in_tensors)), tensors, dialect, dialect)
-    except (BridgeError, ValueError) as remaining:
-        return remaining.problems if isinstance(remaining, BridgeError) else error.problems
-    return []
+    for key in sorted(overrides.keys() - _NAMES - OPTIONS):
+        yield Problem(key, "not an option of a run", f"known are {', '.join(sorted(OPTIONS))}")
 
 
 def summary(model: Model) -> Iterator[str]:

@@ -32,12 +32,17 @@ class Rule:
     fuses: str | None = None
 
 
+# The two parameters that a tied model shares: (Hugging Face's name, MindFormers').
+EMBEDDING = ("model.embed_tokens.weight", "embedding.word_embeddings.weight")
+OUTPUT = ("lm_head.weight", "output_layer.weight")
+
+
 def dense_rules(spec: ModelSpec) -> Iterator[Rule]:
     """The table of dense Qwen3. Mirrors ``weight_mapping`` in ``mindformers/models/qwen3/utils.py`` (1.7 to 1.9)."""
     hidden, vocab, ffn = spec.hidden_size, spec.vocab_size, spec.ffn_hidden_size
     query, key_value, head = spec.query_rows, spec.key_value_rows, spec.head_dim
 
-    yield Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (vocab,), (hidden,))
+    yield Rule(EMBEDDING[1], (EMBEDDING[0],), (vocab,), (hidden,))
     for layer in range(spec.num_layers):
         hf, mf = f"model.layers.{layer}", f"decoder.layers.{layer}"
         attn, self_attention = f"{hf}.self_attn", f"{mf}.self_attention"
@@ -65,7 +70,7 @@ def dense_rules(spec: ModelSpec) -> Iterator[Rule]:
         yield Rule(f"{mf}.mlp.linear_fc2.weight", (f"{hf}.mlp.down_proj.weight",), (hidden,), (ffn,))
     yield Rule("decoder.final_layernorm.weight", ("model.norm.weight",), (hidden,))
     if not spec.tie_word_embeddings:
-        yield Rule("output_layer.weight", ("lm_head.weight",), (vocab,), (hidden,))
+        yield Rule(OUTPUT[1], (OUTPUT[0],), (vocab,), (hidden,))
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,10 @@ class Dialect:
     def is_hf(self) -> bool:
         """Whether this is Hugging Face's dialect."""
         return self.layout is None
+
+    def name(self, names: tuple[str, str]) -> str:
+        """Of a pair (Hugging Face's name, MindFormers'), this dialect's."""
+        return names[0] if self.is_hf else names[1]
 
     def __str__(self) -> str:
         return "Hugging Face" if self.layout is None else f"MindFormers ({self.layout})"

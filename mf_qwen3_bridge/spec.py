@@ -19,29 +19,6 @@ NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("tie_word_embeddings", "tie_word_embeddings", ()),
 )
 
-# What is computed from but not stored in the weights: the name in a normalised config.json, and MindFormers' others.
-COMPUTED: dict[str, tuple[str, ...]] = {
-    "rms_norm_eps": ("layernorm_epsilon", "layer_norm_epsilon"),
-    "rope_theta": ("rotary_base", "theta"),
-    "hidden_act": (),
-    "attention_bias": ("add_qkv_bias", "qkv_has_bias"),
-}
-
-# What a YAML or a caller may choose for a run: how the same function is computed, not which.
-RUN_OPTIONS = frozenset(
-    {
-        "params_dtype",
-        "compute_dtype",
-        "layernorm_compute_dtype",
-        "softmax_compute_dtype",
-        "rotary_dtype",
-        "seq_length",
-        "block_size",
-        "num_blocks",
-        "qkv_concat",
-    }
-)
-
 HF_NAME = {field: hf_name for field, hf_name, _ in NAMES}
 MINDFORMERS_NAMES = {field: (*names, hf_name) for field, hf_name, names in NAMES}
 
@@ -72,8 +49,25 @@ class ModelSpec:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """From a normalised config.json (:func:`mf_qwen3_bridge.config.normalise`)."""
+        """From a normalised config.json (:func:`mf_qwen3_bridge.hf_config.normalise`)."""
         return cls(**{field.name: config[HF_NAME[field.name]] for field in fields(cls)})
+
+    @classmethod
+    def from_model_config(cls, model_config: Mapping[str, Any]) -> ModelSpec:
+        """From a mapping under Hugging Face's or MindFormers' names.
+
+        Raises:
+            KeyError: numbers are missing; names them.
+        """
+        found: dict[str, Any] = {"tie_word_embeddings": False}
+        for field, keys in MINDFORMERS_NAMES.items():
+            for key in keys:
+                if model_config.get(key) is not None:
+                    found[field] = model_config[key]
+        missing = [field.name for field in fields(cls) if field.name not in found]
+        if missing:
+            raise KeyError(", ".join(missing))
+        return cls(**found)
 
     @property
     def query_rows(self) -> int:
@@ -84,17 +78,3 @@ class ModelSpec:
     def key_value_rows(self) -> int:
         """Rows of k_proj, and of v_proj."""
         return self.num_query_groups * self.head_dim
-
-
-def numbers_in(model_config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """What the ``model.model_config`` section of a MindFormers YAML says about a ModelSpec's fields.
-
-    Returns:
-        {field: (the key it stood under, its value)}, only for what the section names.
-    """
-    return {
-        field: (key, model_config[key])
-        for field, keys in MINDFORMERS_NAMES.items()
-        for key in keys
-        if model_config.get(key) is not None
-    }

@@ -8,7 +8,6 @@ flags that the *consumer* needs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +20,9 @@ from mindformers.parallel_core.utils.model_mixin import TrainModelMixin
 from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.layouts import INFERENCE, TRAINING_DEFAULT, Layout
-from mf_qwen3_bridge.plan import Plan, make_plan
+from mf_qwen3_bridge.plan import make_plan
 from mf_qwen3_bridge.rules import HF, INFER, dense_rules
-from mf_qwen3_bridge.spec import ModelSpec, numbers_in
+from mf_qwen3_bridge.spec import ModelSpec
 
 # MindFormers 1.7 to 1.9 wait for ever for a tensor that another process should deliver; 2.0 waits this long.
 _PATIENCE_SECONDS = 600
@@ -68,7 +67,6 @@ def convert_weight_dict(
     model_config: Any = None,
     qkv_dict: Any = None,
     condition: Any = None,
-    **_: Any,
 ) -> dict[str, Any]:
     """Hugging Face weights under MindFormers' names, fused for whoever reads them.
 
@@ -97,14 +95,12 @@ def convert_weight_dict(
     if condition is not None:
         logic = TrainingConversion(spec, TRAINING_DEFAULT)
         return logic.convert_weight_dict(arrays, qkv_dict=qkv_dict, condition=_ImpatientCondition(condition))
-    for dropped in _check_arrays(spec, arrays):
-        del arrays[dropped]
-    converted = TrainingConversion(spec, INFERENCE).convert_weight_dict(arrays)
+    converted = TrainingConversion(spec, INFERENCE).convert_weight_dict(_checked(spec, arrays))
     return {name: as_parameter(name, value) for name, value in converted.items()}
 
 
 def convert_map_dict(
-    owner: Any, source_dict: Mapping[str, str], *, model_config: Any = None, **_: Any
+    owner: Any, source_dict: Mapping[str, str], *, model_config: Any = None, qkv_concat: bool = True
 ) -> dict[str, str]:
     """{Hugging Face name: file} as {MindFormers name: file}; a fused parameter lies where its first part lay.
 
@@ -158,29 +154,32 @@ def _spec_of(owner: Any, model_config: Any) -> ModelSpec:
     if isinstance(config, ModelSpec):
         return config
     if config is None:
-        raise BridgeError(
-            f"{owner.__name__}.convert_weight_dict: pass model_config=, the model's config or a dictionary"
-        )
-    mapping = config if isinstance(config, Mapping) else vars(config)
-    found = {"tie_word_embeddings": False} | {field: value for field, (_, value) in numbers_in(mapping).items()}
-    missing = [field.name for field in fields(ModelSpec) if field.name not in found]
-    if missing:
-        raise BridgeError(f"model_config does not say {', '.join(missing)}")
-    return ModelSpec(**found)
+        raise BridgeError(f"on the class {owner.__name__}, pass model_config=: the model's config, or a dictionary")
+    try:
+        return ModelSpec.from_model_config(config if isinstance(config, Mapping) else vars(config))
+    except KeyError as missing:
+        raise BridgeError(f"model_config does not say {missing.args[0]}") from None
 
 
-def _check_arrays(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """Holds arrays in memory to the rules that files are held to; returns what is stored although it is tied."""
+def _checked(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Holds arrays in memory to the rules that files are held to, and returns those that make up the model.
+
+    Parts of different dtypes are widened to the one that holds them all: numpy can't concatenate float16 and bfloat16.
+    """
     spelling = {dtype.name: name for name, dtype in DTYPES.items()}
     infos = {
         name: TensorInfo(name, array.shape, spelling.get(array.dtype.name, str(array.dtype)), Path(), 0, array.nbytes)
         for name, array in arrays.items()
     }
-    plan: Plan = make_plan(dense_rules(spec), infos, HF, INFER)
-    for kept, dropped in plan.duplicates:
-        if arrays[kept.name].tobytes() != arrays[dropped.name].tobytes():
-            raise BridgeError(f"{dropped.name} differs from {kept.name}, but the config says that they are tied")
-    return [dropped.name for _, dropped in plan.duplicates]
+    plan = make_plan(dense_rules(spec), infos, HF, INFER)
+    plan.check_duplicates(lambda info: arrays[info.name])
+    return {
+        copy.source.name: arrays[copy.source.name].astype(np.float32)
+        if copy.source.dtype != target.dtype
+        else arrays[copy.source.name]
+        for target in plan.targets
+        for copy in target.copies
+    }
 
 
 class _ImpatientCondition:

@@ -17,6 +17,7 @@ replaced                       because a CPU lacks                      stand-in
 ``ops.MatMul.__call__``        ``MatMul`` of bfloat16                   upstream's in float32, then rounded
 ``mint.cumsum``                ``CumsumExt``                            ``ops.cumsum``
 ``mint.argmax``                ``ArgMaxExt``                            ``ops.argmax``
+``mint.topk``, ``mint.sort``   ``TopkExt``, ``SortExt``: sampling       ``ops.topk``, ``ops.sort``
 ``mint.zeros``                 ``Zeros`` of bfloat16 (MindSpore 2.7)    NumPy, memory taken on first write
 ``mint.empty``                 a default device (MindSpore 2.7: Ascend) upstream's, with ``device="CPU"``
 ============================== ======================================== =========================================
@@ -249,6 +250,14 @@ def _argmax(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Ten
     return ops.argmax(input, dim, keepdim)
 
 
+def _topk(input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
+    return ops.topk(input, k, dim, largest, sorted)
+
+
+def _sort(input: Tensor, *, dim: int = -1, descending: bool = False, stable: bool = False) -> tuple[Tensor, Tensor]:
+    return ops.sort(input, dim, descending)
+
+
 def _zeros(size: Any, *, dtype: Any = None) -> Tensor:
     """NumPy's zeros take memory when they are first written to: upstream's default KV cache is several GB."""
     numpy_dtype = {None: np.float32, ms.float32: np.float32, ms.bfloat16: ml_dtypes.bfloat16}.get(dtype)
@@ -282,6 +291,8 @@ _STAND_INS: tuple[tuple[Owner, str, Callable[..., Any]], ...] = (
     (MLP, "construct", _mlp_construct),
     (mint, "cumsum", _cumsum),
     (mint, "argmax", _argmax),
+    (mint, "topk", _topk),
+    (mint, "sort", _sort),
     (mint, "zeros", _zeros),
     (mint, "empty", _empty),
     # Qwen3-MoE (TopkExt, MoeInitRoutingV2, MoeTokenUnpermute, GroupedMatmulV4) goes here.

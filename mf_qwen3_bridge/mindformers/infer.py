@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mf_qwen3_bridge.config import read_json
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.hf_config import read_json
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
 from mf_qwen3_bridge.mindformers.patch import patch
 from mf_qwen3_bridge.preflight import Model, check
 
-# An id that no prompt holds.
+# An id that no prompt holds: upstream takes the pad tokens that end a prompt away.
 NO_TOKEN = -1
 
 
@@ -28,14 +29,17 @@ def from_pretrained(
 ) -> Any:
     """MindFormers' inference network with a checkpoint's weights in it, ready for ``network.generate(...)``.
 
+    ``network.generate`` ends a text where the checkpoint's generation_config.json says. It wants the prompts of a batch
+    padded on the right with -1 to one length, and cuts what exceeds ``seq_length`` (4096) without an error.
+
     Args:
         model_dir: a Hugging Face directory.
-        config: a MindFormers YAML; its ``model.model_config`` goes before config.json where both speak.
+        config: a MindFormers YAML; what it says about the model has to be so, its dtypes and cache sizes are used.
         load_checkpoint: where the weights are, when they are not in ``model_dir``: a MindFormers training
             checkpoint, for example, together with the YAML it was trained with.
         use_training_conversion: convert with MindFormers' own training class instead of the bridge's loader; same bits.
         device_target: ``Ascend``, ``CPU``, or ``auto``: Ascend when there is one.
-        model_config_overrides: further entries of ``model.model_config``, such as ``params_dtype="bfloat16"``.
+        model_config_overrides: further options of ``model.model_config``, such as ``params_dtype="bfloat16"``.
 
     Returns:
         An ``InferenceQwen3ForCausalLM``.
@@ -49,25 +53,38 @@ def from_pretrained(
         Path(load_checkpoint) if load_checkpoint else None,
         model_config_overrides,
     )
+    for note in model.notes:
+        warnings.warn(note, stacklevel=2)
     network = build_network(model, device_target)
     load_network(network, model, use_training_conversion=use_training_conversion)
     return network
 
 
 def build_network(model: Model, device_target: str = "auto") -> Any:
-    """The inference network for a checked checkpoint, without its weights."""
+    """The inference network for a checked checkpoint, without its weights; ``generate`` ends where the model says."""
+    end_tokens = read_end_tokens(model.hf_dir)
     patch()
-    return build_inference_network(model.hf_config | model.options, device_target=device_target)
+    network = build_inference_network(model.hf_config | model.options, device_target=device_target)
+    network.generation_config.eos_token_id = end_tokens
+    network.generation_config.pad_token_id = NO_TOKEN
+    return network
 
 
-def stop_tokens(model_dir: Path) -> list[int]:
-    """The token ids that end a text: generation_config.json's, else config.json's."""
+def read_end_tokens(hf_dir: Path) -> list[int]:
+    """The token ids that end a text: generation_config.json's, else config.json's.
+
+    Raises:
+        BridgeError: they are no token ids.
+    """
     for name in ("generation_config.json", "config.json"):
-        path = model_dir / name
+        path = hf_dir / name
         eos = read_json(path).get("eos_token_id") if path.is_file() else None
         if eos is not None:
-            return eos if isinstance(eos, list) else [eos]
-    return []
+            tokens = eos if isinstance(eos, list) else [eos]
+            if not all(type(token) is int for token in tokens):
+                raise BridgeError(f"{path}: eos_token_id is {eos!r}, no token id or list of token ids")
+            return tokens
+    return [NO_TOKEN]
 
 
 def load_tokenizer(tokenizer_path: Path) -> Any:
@@ -86,53 +103,43 @@ def load_tokenizer(tokenizer_path: Path) -> Any:
         raise BridgeError(f"the tokenizer in {tokenizer_path} can't be loaded: {error}") from error
 
 
-def generate_texts(
-    network: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    chat: bool,
-    max_length: int,
-    max_new_tokens: int,
-    enable_thinking: bool = False,
-    **generation: Any,
-) -> Iterator[str]:
-    """For each prompt, the text that upstream's ``network.generate`` adds to it.
-
-    Args:
-        network: a loaded network.
-        tokenizer: its tokenizer.
-        prompts: texts to continue, or to answer when ``chat``.
-        chat: put the prompt into the tokenizer's chat template.
-        max_length: most tokens of prompt and answer together; upstream would cut without an error.
-        max_new_tokens: most tokens of an answer.
-        enable_thinking: the chat template's switch.
-        generation: ``network.generate``'s own arguments.
+def encode(tokenizer: Any, prompt: str, *, chat: bool, enable_thinking: bool = False) -> list[int]:
+    """A prompt's token ids; with ``chat`` as a user's message in the tokenizer's chat template.
 
     Raises:
-        BridgeError: a prompt is empty, or too long.
+        BridgeError: there is nothing to continue, or no chat template.
     """
-    for prompt in prompts:
-        if chat:
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=enable_thinking,
-            )
-        input_ids = tokenizer(prompt)["input_ids"]
-        if not input_ids:
-            raise BridgeError("an empty prompt: there is nothing to continue")
-        if len(input_ids) + max_new_tokens > max_length:
-            raise BridgeError(
-                f"a prompt of {len(input_ids)} tokens and an answer of {max_new_tokens} are more than {max_length}: "
-                "lower --max_new_tokens, shorten the prompt, or raise seq_length in the YAML's model.model_config, as "
-                "far as the model's positions go"
-            )
-        output = network.generate(
-            input_ids=[input_ids],
-            max_new_tokens=max_new_tokens,
-            pad_token_id=NO_TOKEN,  # upstream takes the pad tokens that end a prompt away
-            **generation,
+    if chat:
+        if not tokenizer.chat_template:
+            raise BridgeError("the tokenizer has no chat template: use --test_mode generate, or copy its files again")
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=enable_thinking,
         )
-        yield tokenizer.decode(output[0][len(input_ids) :], skip_special_tokens=True)
+    input_ids: list[int] = tokenizer(prompt)["input_ids"]
+    if not input_ids:
+        raise BridgeError("an empty prompt: there is nothing to continue")
+    return input_ids
+
+
+def check_length(model: Model, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    """Upstream cuts an answer at ``seq_length`` without an error, and fails beyond its tables.
+
+    Raises:
+        BridgeError: the longest prompt leaves no room for its answer.
+    """
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > model.max_length:
+        raise BridgeError(
+            f"a prompt of {longest} tokens and an answer of {max_new_tokens} are more than {model.max_length}: lower "
+            "--max_new_tokens, shorten the prompt, or raise what limits it: seq_length or num_blocks in the YAML's "
+            "model.model_config, as far as config.json's max_position_embeddings goes"
+        )
+
+
+def generate_text(network: Any, tokenizer: Any, input_ids: list[int], **generation: Any) -> str:
+    """The text that upstream's ``network.generate`` adds to a prompt; ``generation`` are its own arguments."""
+    output = network.generate(input_ids=[input_ids], **generation)
+    return str(tokenizer.decode(output[0][len(input_ids) :], skip_special_tokens=True))

@@ -22,7 +22,9 @@ _NUMPY_DTYPES = {ms.float32: DTYPES["F32"], ms.float16: DTYPES["F16"], ms.bfloat
 
 
 def load_network(network: Any, model: Model, *, use_training_conversion: bool = False) -> Plan:
-    """Fills an inference network with a checkpoint's weights, all of them or none.
+    """Fills an inference network with all of a checkpoint's weights.
+
+    When it raises, the network holds some of them at best: build another.
 
     Args:
         network: an ``InferenceQwen3ForCausalLM`` built from ``model``'s config.
@@ -44,42 +46,41 @@ def load_network(network: Any, model: Model, *, use_training_conversion: bool = 
         _load_converted(network, model)
     else:
         _load_directly(parameters, plan)
-    check_values(parameters)
+    _check_values(parameters, plan)
     network.process_weights_after_loading(network.model)  # as upstream's load_weights ends
     return plan
 
 
-def check_values(parameters: Mapping[str, ms.Parameter]) -> None:
-    """Looks at what the network holds now.
-
-    Raises:
-        BridgeError: parameters that are all zero, or hold NaN or infinities; lists them.
-    """
-    faults: dict[str, list[str]] = {}
-    for name, parameter in parameters.items():
-        if fault := find_fault(parameter.asnumpy()):
-            faults.setdefault(fault, []).append(name)
-    if faults:
-        remedy = "the checkpoint is damaged (or, in float16, its numbers are too large): compare the files' checksums"
-        raise BridgeError(
-            "weights that no trained model has",
-            [Problem(name, fault, remedy) for fault, names in faults.items() for name in fold_names(names)],
-        )
+def _check_values(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
+    """Looks for what no trained model holds: parameters that are all zero, NaN, infinities."""
+    remedy = "the file is damaged (or, in float16, its numbers are too large): compare checksums with the source"
+    problems = []
+    for target in plan.targets:
+        if fault := find_fault(parameters[target.name].asnumpy()):
+            sources = [f"{copy.source.name} ({copy.source.file.name})" for copy in target.copies]
+            problems.append(Problem(target.name, "\n".join([f"{fault}; made of", *sources]), remedy))
+    if problems:
+        raise BridgeError("weights that no trained model has", problems)
 
 
 def _check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
     shapes = {target.name: target.shape for target in plan.targets}
+    remedy = "the network was built from another config"
     problems = [
         *(
-            Problem(name, "in the network, not in the checkpoint", "the network was built from another config")
+            Problem(name, "in the network, not in the checkpoint", remedy)
             for name in fold_names(parameters.keys() - shapes.keys())
         ),
         *(
-            Problem(name, "in the checkpoint, not in the network", "the network was built from another config")
+            Problem(name, "in the checkpoint, not in the network", remedy)
             for name in fold_names(shapes.keys() - parameters.keys())
         ),
         *(
-            Problem(name, f"shape {shape} in the checkpoint, {parameters[name].shape} in the network", "as above")
+            Problem(
+                name,
+                f"shape {shape} in the checkpoint, {parameters[name].shape} in the network",
+                "the network was built from another config",
+            )
             for name, shape in shapes.items()
             if name in parameters and tuple(parameters[name].shape) != shape
         ),
@@ -111,15 +112,18 @@ def _load_converted(network: Any, model: Model) -> None:
             "already: leave the flag out"
         )
     converted = conversion.convert_weight_dict(network, load_checkpoint(_files(model.checkpoint)))
-    unloaded, unused = ms.load_param_into_net(network, converted)
-    if unloaded or unused:
-        raise BridgeError(
-            "load_param_into_net did not load everything",
-            [
-                *(Problem(name, "parameter was not loaded", "please report this") for name in fold_names(unloaded)),
-                *(Problem(name, "weight was not used", "please report this") for name in fold_names(unused)),
-            ],
-        )
+    _check_loaded(*ms.load_param_into_net(network, converted))
+
+
+def _check_loaded(unloaded: Sequence[str], unused: Sequence[str]) -> None:
+    """Takes the two lists that ``load_param_into_net`` returns, and that nobody reads."""
+    remedy = "the weights are not of this network; Hugging Face weights have to be converted first"
+    problems = [
+        *(Problem(name, "parameter of the network, not in the weights", remedy) for name in fold_names(unloaded)),
+        *(Problem(name, "weight, not in the network", remedy) for name in fold_names(unused)),
+    ]
+    if problems:
+        raise BridgeError("load_param_into_net did not load everything", problems)
 
 
 def _files(checkpoint: Checkpoint) -> list[Path]:
@@ -147,7 +151,7 @@ def load_checkpoint(
     Args:
         ckpt_file_name: a file, several, or a directory, whose index is obeyed.
         format: ``safetensors``, or ``ckpt`` for MindSpore's own format (one file).
-        net, strict_load: a network to load into, as upstream.
+        net, strict_load: a network to load into, as upstream, but everything has to find its place.
         filter_prefix, dec_key, dec_mode, specify_prefix, choice_func, crc_check, remove_redundancy: as upstream.
 
     Raises:
@@ -169,11 +173,13 @@ def load_checkpoint(
         files = _files(open_checkpoint(Path(ckpt_file_name)))
     else:
         paths = [Path(file) for file in ckpt_file_name]
+        if not paths:
+            raise BridgeError("load_checkpoint: the list of files is empty")
         files = _files(open_files(paths[0].parent, paths))
     parameters: dict[str, ms.Parameter] = {}
     for file in files:
         for name, value in ms.load_checkpoint(str(file), format=format, **single_file).items():
             parameters[name] = conversion.as_parameter(name, value)
     if net is not None:
-        ms.load_param_into_net(net, parameters, strict_load, remove_redundancy)
+        _check_loaded(*ms.load_param_into_net(net, parameters, strict_load, remove_redundancy))
     return parameters

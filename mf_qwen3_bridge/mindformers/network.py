@@ -16,6 +16,7 @@ from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausa
 from mindformers.parallel_core import transformer_config_utils
 from mindformers.parallel_core.inference.base_models.common.embeddings import rope_utils
 
+from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers import cpu_ops
 
 # Ascend: as in upstream's predict_qwen3.yaml. A CPU is faster in float32, and has no bfloat16 arithmetic of its own.
@@ -47,7 +48,7 @@ def build_inference_network(
         overrides: go before ``model_config``.
 
     Raises:
-        RuntimeError: this process already computes on another device.
+        BridgeError: there is no such device, or this process already computes on another one.
     """
     target = _device_target(device_target)
     _enter_predict_mode(target)
@@ -84,9 +85,12 @@ def network_logits(network: InferenceQwen3ForCausalLM, token_ids: Sequence[int])
 
 def _device_target(requested: str) -> str:
     """``auto`` is what MindSpore chose when it was imported, or what the user set since."""
-    if requested != "auto":
-        return requested
-    return "Ascend" if ms.get_context("device_target") == "Ascend" else "CPU"
+    if requested not in ("auto", "Ascend", "CPU"):
+        raise BridgeError(f"device_target {requested!r}: auto, Ascend or CPU")
+    chosen = "Ascend" if ms.get_context("device_target") == "Ascend" else "CPU"
+    if requested == "Ascend" != chosen:
+        raise BridgeError("MindSpore found no Ascend NPU, or this process computes on the CPU already")
+    return chosen if requested == "auto" else requested
 
 
 def _enter_predict_mode(target: str) -> None:
@@ -112,7 +116,7 @@ def _enter_predict_mode(target: str) -> None:
     if target == "CPU":
         ms.set_context(mode=ms.PYNATIVE_MODE)
     if ms.get_context("device_target") != target:
-        raise RuntimeError(
+        raise BridgeError(
             f"this process computes on {ms.get_context('device_target')}, not on {target}: start another one"
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mf_qwen3_bridge
-from mf_qwen3_bridge.mindformers.infer import build_network
+from mf_qwen3_bridge.mindformers.infer import NO_TOKEN, build_network
 from mf_qwen3_bridge.mindformers.network import network_logits
 from mf_qwen3_bridge.preflight import Model, check
 
@@ -20,7 +20,6 @@ CHECKPOINTS = FIXTURES / "checkpoints"
 NAMES = sorted(path.stem for path in (FIXTURES / "golden").glob("*.npz"))
 # The bound of DESIGN.md: relative to the scale of the logits, in float32.
 TOLERANCE = 1e-5
-NO_TOKEN = -1
 # Every sequence crosses many blocks of the KV cache.
 SMALL_CACHE = {"block_size": 4, "num_blocks": 128, "seq_length": 128}
 

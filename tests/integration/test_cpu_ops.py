@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from mf_qwen3_bridge.config import normalise
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.hf_config import normalise
 from mf_qwen3_bridge.mindformers import cpu_ops
 from mf_qwen3_bridge.mindformers.network import build_inference_network, network_logits
 from tests.integration.conftest import CHECKPOINTS, SMALL_CACHE, golden, greedy_tokens, logits_error
@@ -105,5 +106,5 @@ def test_install_leaves_other_devices_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_another_device_is_refused() -> None:
     build_inference_network(config_of("untied_fp32"))
-    with pytest.raises(RuntimeError, match="not on Ascend"):
+    with pytest.raises(BridgeError, match="no Ascend NPU"):
         build_inference_network(config_of("untied_fp32"), device_target="Ascend")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,23 +11,27 @@ import pytest
 
 from tests.unit.test_readme import ENGLISH, ROOT, blocks, commands
 
-SCRIPTS = [command for command in commands(ENGLISH) if command[:2] == ["python", "scripts/run_infer.py"]]
+MODULES = {"python": ["scripts/run_infer.py"], "mf-qwen3": ["-m", "mf_qwen3_bridge.cli", "infer"]}
+INFER = [c for c in commands(ENGLISH) if "scripts/run_infer.py" in c or c[:2] == ["mf-qwen3", "infer"]]
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    for name in ("demo", "scripts"):
+    for name in ("demo", "scripts", "yaml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "Qwen3-14B").symlink_to(ROOT / "demo" / "qwen3-demo")
     return tmp_path
 
 
-@pytest.mark.parametrize("command", SCRIPTS, ids=" ".join)
-def test_run_infer(directory: Path, command):
+@pytest.mark.parametrize("command", INFER, ids=" ".join)
+def test_infer(directory: Path, command):
+    arguments = [sys.executable, *MODULES[command[0]], *command[2:]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, *command[1:]], capture_output=True, text=True, cwd=directory, check=False, timeout=600
+        arguments, capture_output=True, text=True, cwd=directory, env=environment, check=False, timeout=600
     )
     assert result.returncode == 0, result.stderr
+    assert "every row finds its place" in result.stdout
 
 
 def test_python(directory: Path):
@@ -38,6 +43,12 @@ def test_python(directory: Path):
 
 
 def test_every_command_is_run_by_some_test():
-    elsewhere = ("make", "mf-qwen3", "pip")  # tests/unit/test_readme.py; pip is how this environment came about
-    assert SCRIPTS
-    assert [c for c in commands(ENGLISH) if c not in SCRIPTS and c[0] not in elsewhere] == []
+    """make and mf-qwen3 check: tests/unit/test_readme.py; pip is how this environment came about."""
+    others = [c for c in commands(ENGLISH) if c not in INFER]
+    assert {(c[0], c[1]) for c in others} == {
+        ("make", "demo"),
+        ("make", "test"),
+        ("pip", "install"),
+        ("mf-qwen3", "check"),
+    }
+    assert INFER

@@ -95,6 +95,8 @@ BAD = {
     "attention_bias": (config(attention_bias=True), "attention_bias"),
     "sliding window": (config(use_sliding_window=True), "sliding"),
     "unknown RoPE": (config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "llama3"),
+    "numbers of nobody": (tensors(lambda t: [t.update({n: v[:0]}) for n, v in t.items() if "q_norm" in n]), "q_norm"),
+    "a billion layers": (config(num_hidden_layers=10**9), "num_hidden_layers"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "no directory": (lambda d: d.rename(d.with_name("elsewhere")), "not a directory"),
     "pickles": (only_pickles, "only safetensors"),

@@ -143,6 +143,14 @@ def test_a_tensor_in_two_files(tmp_path: Path):
         open_files(tmp_path, [tmp_path / "model.safetensors", tmp_path / "stale.safetensors"])
 
 
+def test_a_missing_shard_without_an_index(tmp_path: Path):
+    write(tmp_path, random_tensors(), shards=3)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert len(open_checkpoint(tmp_path).tensors) == 25
+    (tmp_path / "model-00003-of-00003.safetensors").unlink()
+    assert "model-00003-of-00003.safetensors missing" in message(tmp_path)
+
+
 def test_a_stale_file_beside_an_index_is_not_read(tmp_path: Path):
     tensors = random_tensors()
     write(tmp_path, tensors, shards=2)

@@ -53,3 +53,30 @@ def test_neither_importing_nor_checking_imports_mindspore(tmp_path: Path, argume
     command = [sys.executable, "-c", script, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("option", [("--temperature", "0"), ("--top_p", "7"), ("--top_k", "-3"), ("--top_k", "5")])
+def test_sampling_options_are_checked_first(tmp_path: Path, option):
+    """The last: it needs --do_sample."""
+    result = mf_qwen3("infer", "--model_dir", tmp_path, *option)
+    assert result.returncode == 2
+    assert option[0] in result.stderr
+
+
+def test_what_is_unexpected_is_exit_code_1():
+    script = "import click; from mf_qwen3_bridge.cli import main\n@click.command()\ndef f(): 1 / 0\nmain([], f)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 1
+    assert "ZeroDivisionError" in result.stderr
+
+
+def test_without_mindformers_infer_says_how_to_get_it(tmp_path: Path):
+    script = (
+        "import sys; sys.modules['mindspore'] = sys.modules['mindformers'] = None\n"
+        "from mf_qwen3_bridge.cli import infer, main; main(['--model_dir', sys.argv[1]], infer)"
+    )
+    write(tmp_path, random_tensors(), hf_config())
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "pip install" in result.stderr

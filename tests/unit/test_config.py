@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from mf_qwen3_bridge.config import normalise, read_hf_config, read_mindformers_config
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.hf_config import normalise, read_hf_config
+from mf_qwen3_bridge.mindformers_yaml import read_mindformers_yaml
 
 # The numbers of Qwen3-14B's config.json, as the Hub has it.
 QWEN3_14B = {
@@ -97,6 +98,26 @@ def test_fields_that_transformers_supplies():
         ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"type": "yarn", "rope_type": "default", "factor": 2.0}}, "'default' and 'yarn'"),
+        ({"rope_scaling": {"factor": 4.0}}, "RoPE type"),
+        ({"rope_scaling": "yarn"}, "rope_scaling"),
+        ({"rope_scaling": [1]}, "rope_scaling"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "per layer type"),
+        ({"rope_theta": "1e6"}, "rope_theta"),
+        ({"rope_theta": None}, "rope_theta"),
+        ({"rope_theta": -5}, "rope_theta"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+        ({"layer_types": 3}, "sliding window"),
+        ({"layer_types": [None, "a"]}, "sliding window"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": True}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": float("nan")}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": "32"}}, "beta_fast"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": "x"}}, "attention_factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": "32"}}, "original"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 2.0}}, "attention_factor"),
@@ -148,6 +169,6 @@ def test_a_yaml_that_is_none(tmp_path: Path, content):
     path = tmp_path / "predict.yaml"
     path.write_text(content)
     with pytest.raises(BridgeError, match=r"predict\.yaml"):
-        read_mindformers_config(path)
+        read_mindformers_yaml(path)
     with pytest.raises(BridgeError, match="can't read"):
-        read_mindformers_config(tmp_path / "absent.yaml")
+        read_mindformers_yaml(tmp_path / "absent.yaml")

@@ -122,6 +122,17 @@ def test_casts_round_to_nearest_even(tmp_path, source, target):
     assert_same_bits(cast, {name: tensor.astype(NUMPY[target]) for name, tensor in hf.items()})
 
 
+def test_parts_of_several_dtypes_become_the_one_that_holds_them(tmp_path):
+    hf = random_tensors(dtype="BF16")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    hf[name] = random_tensors(dtype="F16")[name]
+    infer = convert(write(tmp_path, hf), SPEC, HF, INFER)
+    qkv = infer["decoder.layers.0.self_attention.linear_qkv.weight"]
+    assert qkv.dtype == np.float32
+    np.testing.assert_array_equal(qkv[16:24], hf[name].astype(np.float32))
+    assert infer["decoder.layers.1.self_attention.linear_qkv.weight"].dtype == NUMPY["BF16"]
+
+
 def problems_of(tensors, tmp_path, spec=SPEC, dialect=HF):
     with pytest.raises(BridgeError) as error:
         convert(write(tmp_path, tensors), spec, dialect, INFER)

@@ -118,23 +118,68 @@ def test_yarn_from_the_yaml_goes_before_config_json(directory: Path, tmp_path: P
         ("rope_theta", 10000, "rope_theta"),
         ("add_qkv_bias", True, "attention_bias"),
         ("hidden_act", "gelu", "hidden_act"),
+        ("position_embedding_type", "yarn", "position_embedding_type"),
+        ("extend_method", "none", "position_embedding_type"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
+        ("softmax_scale", 3.0, "softmax_scale"),
+        ("window_size", [4, 0], "window_size"),
+        ("normalization", "LayerNorm", "normalization"),
+        ("num_experts", 8, "num_moe_experts"),
+        ("quantization_config", {"quant_method": "x"}, "quantization"),
     ],
 )
-def test_a_yaml_that_would_compute_something_else(directory: Path, tmp_path: Path, key, value, named):
-    assert list(problems(directory, yaml_file(tmp_path / "p.yaml", **{key: value}))) == [named]
+@pytest.mark.parametrize("run_mode", ["predict", "finetune"])
+def test_a_yaml_that_computes_something_else(directory: Path, tmp_path: Path, run_mode, key, value, named):
+    assert list(problems(directory, yaml_file(tmp_path / "p.yaml", run_mode, **{key: value}))) == [named]
     assert list(problems(directory, overrides={key: value})) == [named]
 
 
 def test_a_yaml_that_says_the_same_in_other_words(directory: Path, tmp_path: Path):
-    same = {"layernorm_epsilon": "1e-6", "theta": 1000000.0, "qkv_has_bias": False, "n_layer": 2, "kv_channels": 4}
+    same = {"layernorm_epsilon": "1e-6", "theta": 1000000.0, "qkv_has_bias": False, "n_layer": "2", "kv_channels": 4}
+    same |= {"hidden_act": "swiglu", "position_embedding_type": "rope", "num_experts": 0, "normalization": "RMSNorm"}
     assert check(directory, yaml_file(tmp_path / "p.yaml", **same)).options == {}
 
 
+def test_aliases_that_disagree_with_each_other(directory: Path, tmp_path: Path):
+    found = problems(directory, yaml_file(tmp_path / "p.yaml", num_layers=7, num_hidden_layers=2))
+    assert list(found) == ["num_hidden_layers"]
+    assert "set num_layers to 2" in found["num_hidden_layers"].remedy
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("params_dtype", "int8"), ("compute_dtype", None), ("block_size", 0), ("seq_length", "abc"), ("num_blocks", True)],
+)
+def test_options_of_the_run_are_checked_too(directory: Path, tmp_path: Path, key, value):
+    assert list(problems(directory, yaml_file(tmp_path / "p.yaml", **{key: value}))) == [key]
+
+
+def test_an_alias_of_an_option(directory: Path, tmp_path: Path):
+    assert check(directory, yaml_file(tmp_path / "p.yaml", param_init_type="float16")).options == {
+        "params_dtype": "float16"
+    }
+
+
 def test_what_else_a_yaml_says_is_not_used_and_noted(directory: Path, tmp_path: Path):
-    model = check(directory, yaml_file(tmp_path / "p.yaml", softmax_scale=3.0, partial_rotary_factor=0.5))
+    model = check(directory, yaml_file(tmp_path / "p.yaml", hiden_size=3, max_position_embeddings=64))
     assert model.options == {}
-    assert any("partial_rotary_factor, softmax_scale" in note for note in model.notes)
-    assert list(problems(directory, overrides={"softmax_scale": 3.0})) == ["softmax_scale"]
+    assert any("hiden_size, max_position_embeddings" in note for note in model.notes)
+    assert list(problems(directory, overrides={"hiden_size": 3})) == ["hiden_size"]
+
+
+def test_other_checkpoints_that_the_yaml_names_are_noted(directory: Path, tmp_path: Path):
+    config = tmp_path / "p.yaml"
+    document = {
+        "pretrained_model_dir": "/other/hf",
+        "load_checkpoint": "/other/ckpt",
+        "model": {"model_config": {"a": 1}},
+    }
+    config.write_text(yaml.safe_dump(document))
+    notes = "\n".join(check(directory, config).notes)
+    assert "/other/hf" in notes
+    assert "/other/ckpt" in notes
+    config.write_text(yaml.safe_dump(document | {"use_parallel": True}))
+    assert list(problems(directory, config)) == ["use_parallel"]
 
 
 def test_max_length(directory: Path, tmp_path: Path):
@@ -142,6 +187,7 @@ def test_max_length(directory: Path, tmp_path: Path):
     assert check(directory, overrides={"seq_length": 64}).max_length == 64
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     assert check(directory, yaml_file(tmp_path / "p.yaml", rope_scaling=scaling)).max_length == 512
+    assert check(directory, overrides={"block_size": 4, "num_blocks": 5}).max_length == 20
 
 
 class TestMindFormersWeights:
@@ -169,6 +215,16 @@ class TestMindFormersWeights:
         with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
             check(directory, yaml_file(tmp_path / "predict.yaml", params_dtype="float32"), weights)
 
+    def test_one_flag_does_not_speak_for_the_other(self, directory: Path, weights: Path, tmp_path: Path):
+        config = yaml_file(tmp_path / "predict.yaml", use_contiguous_weight_layout_attention=False)
+        with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
+            check(directory, config, weights)
+
+    def test_a_stamp_of_another_program(self, directory: Path, tmp_path: Path):
+        stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_STAMP: "qkv=zigzag"})
+        with pytest.raises(BridgeError, match="zigzag"):
+            check(directory, weights=stamped)
+
     def test_config_json_may_lie_where_the_yaml_says(self, directory: Path, weights: Path, tmp_path: Path):
         config = tmp_path / "train.yaml"
         document = {"run_mode": "train", "pretrained_model_dir": str(directory), "model": {"model_config": {}}}
@@ -183,15 +239,16 @@ class TestMindFormersWeights:
 
     def test_stamp_and_yaml_may_not_contradict_each_other(self, directory: Path, tmp_path: Path):
         stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_STAMP: str(INFER.layout)})
-        config = yaml_file(tmp_path / "p.yaml", use_contiguous_weight_layout_attention=False)
+        config = yaml_file(tmp_path / "p.yaml", **TRAIN.layout.training_flags)
         with pytest.raises(BridgeError, match="contradict"):
             check(directory, config, stamped)
 
-    def test_stamps_that_differ_between_files_are_worth_nothing(self, directory: Path, tmp_path: Path):
+    @pytest.mark.parametrize("other", [{LAYOUT_STAMP: str(TRAIN.layout)}, {}])
+    def test_a_stamp_that_not_all_files_bear_is_worth_nothing(self, directory: Path, tmp_path: Path, other):
         tensors = random_tensors(dialect=INFER)
         half = {name: tensors.pop(name) for name in list(tensors)[::2]}
         weights = write(tmp_path / "s", tensors, metadata={LAYOUT_STAMP: str(INFER.layout)})
-        write(tmp_path / "t", half, metadata={LAYOUT_STAMP: str(TRAIN.layout)})
+        write(tmp_path / "t", half, metadata=other)
         (tmp_path / "t" / "model.safetensors").rename(weights / "other.safetensors")
         with pytest.raises(BridgeError, match="nothing says"):
             check(directory, weights=weights)

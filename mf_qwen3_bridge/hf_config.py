@@ -1,16 +1,14 @@
-"""Reads what describes a model: a Hugging Face config.json of any age, a MindFormers YAML."""
+"""config.json of any age, in the one form that MindFormers understands; what it cannot compute is refused by name."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
-from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
 
 # What a normalised config holds: the key, and the value that transformers takes when a config.json leaves it out
 # (None: it has to be there).
@@ -29,7 +27,6 @@ _KEYS: dict[str, Any] = {
 }
 _INTEGERS = [key for key, value in _KEYS.items() if value is None or type(value) is int]
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-LAYOUT_FLAGS = TRAINING_DEFAULT.training_flags.keys()
 _ARCHITECTURE, _MODEL_TYPE = "Qwen3ForCausalLM", "qwen3"
 
 
@@ -44,7 +41,7 @@ def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) 
         BridgeError: there is none, it is no JSON, or it describes what :func:`normalise` refuses.
     """
     if not model_dir.is_dir():
-        raise BridgeError(f"{model_dir} is not a directory: give the directory that holds config.json")
+        raise BridgeError(f"{model_dir} is not a directory: give the one you downloaded, that holds config.json")
     path = model_dir / "config.json"
     if not path.is_file():
         raise BridgeError(f"{path} is missing: copy it from where the checkpoint came from")
@@ -119,11 +116,12 @@ def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             "true",
             "MindFormers' Qwen3 has no bias in the attention output (o_proj); no released Qwen3 has attention_bias",
         )
-    layer_types = raw.get("layer_types") or []
-    if raw.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
+    layer_types = raw.get("layer_types")
+    layer_types = layer_types if isinstance(layer_types, list) else [layer_types] if layer_types else []
+    if raw.get("use_sliding_window") or layer_types != ["full_attention"] * len(layer_types):
         yield (
             "sliding window",
-            f"use_sliding_window {raw.get('use_sliding_window')}, layer_types {sorted(set(layer_types))}",
+            f"use_sliding_window {raw.get('use_sliding_window')}, layer_types {layer_types}",
             "MindFormers' Qwen3 attends to everything; a checkpoint that was trained with a window can't be run",
         )
     if raw.get("hidden_act", "silu") != "silu":
@@ -138,9 +136,15 @@ def _bad_numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         value = raw.get(key, _KEYS[key])
         if key == "num_key_value_heads" and key in raw and value is None:
             continue  # null: as many as heads
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        if type(value) is not int or value <= 0:
             wrong = True
             yield key, "missing" if value is None else repr(value), "a positive whole number; see the model's card"
+    eps = raw.get("rms_norm_eps")
+    if eps is not None and not _is_number(eps, at_least=0):
+        yield "rms_norm_eps", repr(eps), "a number, such as 1e-06"
+    tie = raw.get("tie_word_embeddings")
+    if tie not in (None, True, False):
+        yield "tie_word_embeddings", repr(tie), "true or false"
     if wrong:
         return
     heads, groups = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
@@ -154,35 +158,43 @@ def _bad_numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "head_dim", str(raw["head_dim"]), "must be even (rotary embedding)"
 
 
+def _is_number(value: Any, at_least: float) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= at_least
+
+
 def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, list[Problem]]:
     """(rope_theta, rope_scaling, problems) of a config.json in either form.
 
     transformers 5 writes ``rope_parameters`` = {rope_type, rope_theta, ...}; before it was ``rope_theta`` and
     ``rope_scaling`` = {rope_type or type, ...}.
     """
-    parameters = dict(raw.get("rope_parameters") or {})
-    scaling = dict(raw.get("rope_scaling") or {}) or parameters
-    theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if isinstance(parameters.get("full_attention"), dict):
-        return theta, None, [Problem("rope_parameters", "one set per layer type", "Qwen3 has one for all layers")]
-    if parameters.get("rope_theta", theta) != raw.get("rope_theta", theta):
-        return (
-            theta,
-            None,
-            [
-                Problem(
-                    "rope_theta",
-                    f"rope_theta {raw['rope_theta']}, rope_parameters.rope_theta {parameters['rope_theta']}",
-                    "remove the wrong one",
-                )
-            ],
-        )
-    if kind == "default":
-        return theta, None, []
-    if kind == "yarn":
-        return theta, *_yarn(scaling, raw.get("max_position_embeddings", _KEYS["max_position_embeddings"]))
-    return theta, None, [Problem("RoPE type", repr(kind), "MindFormers' Qwen3 computes 'default' and 'yarn' only")]
+    problems = [
+        Problem(key, repr(raw[key]), "an object, or null")
+        for key in ("rope_parameters", "rope_scaling")
+        if not isinstance(raw.get(key) or {}, dict)
+    ]
+    if problems:
+        return 0.0, None, problems
+    parameters: dict[str, Any] = raw.get("rope_parameters") or {}
+    if any(isinstance(value, dict) for value in parameters.values()):
+        return 0.0, None, [Problem("rope_parameters", "one set per layer type", "Qwen3 has one for all layers")]
+    scaling: dict[str, Any] = raw.get("rope_scaling") or parameters
+    thetas = [config["rope_theta"] for config in (parameters, raw) if "rope_theta" in config] or [10000.0]
+    kinds = {scaling[key] for key in ("rope_type", "type") if isinstance(scaling.get(key), str)}
+    if not kinds and scaling.keys() <= {"rope_theta"}:
+        kinds = {"default"}
+    if thetas[1:] and thetas[0] != thetas[1]:
+        found = f"rope_parameters.rope_theta {thetas[0]!r}, rope_theta {thetas[1]!r}"
+        problems.append(Problem("rope_theta", found, "remove the wrong one"))
+    elif not _is_number(thetas[0], at_least=1):
+        problems.append(Problem("rope_theta", repr(thetas[0]), "a number, such as 1000000"))
+    if not kinds <= {"default", "yarn"} or len(kinds) != 1:
+        found = " and ".join(map(repr, sorted(kinds))) or f"none in {dict(scaling)}"
+        problems.append(Problem("RoPE type", found, "MindFormers' Qwen3 computes 'default' and 'yarn'; name one"))
+    elif kinds == {"yarn"}:
+        yarn, yarn_problems = _yarn(scaling, raw.get("max_position_embeddings", _KEYS["max_position_embeddings"]))
+        return thetas[0], yarn, problems + yarn_problems
+    return thetas[0], None, problems
 
 
 def _yarn(scaling: Mapping[str, Any], max_position_embeddings: int) -> tuple[dict[str, Any] | None, list[Problem]]:
@@ -191,81 +203,32 @@ def _yarn(scaling: Mapping[str, Any], max_position_embeddings: int) -> tuple[dic
     MindFormers knows no ``attention_factor``: it computes it from factor and mscale, as transformers does when a
     config leaves it out.
     """
-    factor = scaling.get("factor")
-    if not isinstance(factor, int | float) or factor < 1:
-        return None, [Problem("YaRN's factor", repr(factor), "a number of at least 1")]
-    mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    if not (mscale and mscale_all_dim):
-        mscale, mscale_all_dim = 1.0, 0.0
-    computed = (0.1 * mscale * math.log(factor) + 1) / (0.1 * mscale_all_dim * math.log(factor) + 1)
-    problems = []
+    yarn: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": scaling.get("factor"),
+        "original_max_position_embeddings": scaling.get("original_max_position_embeddings") or max_position_embeddings,
+        "beta_fast": scaling.get("beta_fast") or 32,
+        "beta_slow": scaling.get("beta_slow") or 1,
+        "mscale": scaling.get("mscale") or 0.0,
+        "mscale_all_dim": scaling.get("mscale_all_dim") or 0.0,
+    }
+    at_least = {"factor": 1, "original_max_position_embeddings": 1}
+    problems = [
+        Problem(f"YaRN's {key}", repr(value), f"a number of at least {at_least.get(key, 0)}")
+        for key, value in yarn.items()
+        if key != "rope_type" and not _is_number(value, at_least.get(key, 0))
+    ]
+    if problems:
+        return None, problems
+    if not (yarn["mscale"] and yarn["mscale_all_dim"]):
+        yarn |= {"mscale": 1.0, "mscale_all_dim": 0.0}
+    log_factor = math.log(yarn["factor"])
+    computed = (0.1 * yarn["mscale"] * log_factor + 1) / (0.1 * yarn["mscale_all_dim"] * log_factor + 1)
     given = scaling.get("attention_factor")
-    if given is not None and not math.isclose(given, computed, rel_tol=1e-6):
+    if given is not None and not (_is_number(given, 0) and math.isclose(given, computed, rel_tol=1e-6)):
         problems.append(
             Problem("YaRN's attention_factor", repr(given), f"MindFormers computes {computed:.6f}; remove the key")
         )
     if not scaling.get("truncate", True):
         problems.append(Problem("YaRN's truncate", "false", "MindFormers always truncates the correction range"))
-    return {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": scaling.get("original_max_position_embeddings") or max_position_embeddings,
-        "beta_fast": scaling.get("beta_fast") or 32,
-        "beta_slow": scaling.get("beta_slow") or 1,
-        "mscale": mscale,
-        "mscale_all_dim": mscale_all_dim,
-    }, problems
-
-
-@dataclass(frozen=True)
-class MindFormersConfig:
-    """What a MindFormers YAML says.
-
-    Attributes:
-        origin: where it comes from, for messages.
-        model_config: its ``model.model_config`` section.
-        document: all of it.
-    """
-
-    origin: str = "YAML"
-    model_config: dict[str, Any] = field(default_factory=dict)
-    document: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_for_training(self) -> bool:
-        """Whether it describes a training run: then only its numbers and its layout concern inference."""
-        return self.document.get("run_mode") in ("train", "finetune", "train_with_eval")
-
-    @property
-    def training_layout(self) -> Layout | None:
-        """The layout of what a training run with this YAML saves; None if it says nothing about training."""
-        if self.is_for_training or LAYOUT_FLAGS & self.model_config.keys():
-            return Layout.of_training(self.model_config)
-        return None
-
-    @property
-    def pretrained_model_dir(self) -> Path | None:
-        """The Hugging Face directory that it names."""
-        named = self.document.get("pretrained_model_dir")
-        return Path(named) if named else None
-
-
-def read_mindformers_config(path: Path) -> MindFormersConfig:
-    """A MindFormers YAML, for training or for inference.
-
-    Raises:
-        BridgeError: it is missing, no YAML, or has no ``model.model_config`` section.
-    """
-    import yaml  # only those who have a YAML need it
-
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BridgeError(f"can't read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BridgeError(f"{path} is not valid YAML: {error}") from error
-    model = document.get("model") if isinstance(document, dict) else None
-    model_config = model.get("model_config") if isinstance(model, dict) else None
-    if not isinstance(model_config, dict):
-        raise BridgeError(f"{path} has no model.model_config section: is it a MindFormers YAML?")
-    return MindFormersConfig(str(path), model_config, document)
+    return yarn, problems

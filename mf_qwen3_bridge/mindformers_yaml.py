@@ -1,0 +1,138 @@
+"""What a MindFormers YAML, for training or for inference, says about a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
+
+# What model.model_config may hold is of four kinds.
+# 1. The model's numbers (spec.NAMES) and what it computes with: have to be what config.json says, and what MindFormers'
+#    Qwen3 computes. MindFormers knows several names for one thing.
+COMPUTED_NAMES: dict[str, tuple[str, ...]] = {
+    "rms_norm_eps": ("layernorm_epsilon", "layer_norm_epsilon"),
+    "rope_theta": ("rotary_base", "theta"),
+    "hidden_act": (),
+    "attention_bias": ("add_qkv_bias", "qkv_has_bias"),
+    "position_embedding_type": ("extend_method",),
+    "partial_rotary_factor": (),
+    "rotary_interleaved": ("rope_interleave",),
+    "softmax_scale": (),
+    "window_size": (),
+    "nope_layer_interval": (),
+    "normalization": (),
+    "gated_linear_unit": (),
+    "add_bias_linear": (),
+    "multi_latent_attention": (),
+    "mtp_num_layers": ("mtp_depth", "num_nextn_predict_layers"),
+    "num_moe_experts": ("num_experts", "n_routed_experts", "expert_num"),
+    "quantization": ("quantization_config",),
+}
+# 2. Additions to config.json: YaRN is asked for so.
+ADDITIONS = frozenset({"rope_scaling"})
+# 3. Options of the run: how the same function is computed, not which. Only these reach the network.
+DTYPE_OPTIONS = {
+    "params_dtype": "params_dtype",
+    "param_init_type": "params_dtype",
+    "compute_dtype": "compute_dtype",
+    "layernorm_compute_dtype": "layernorm_compute_dtype",
+    "softmax_compute_dtype": "softmax_compute_dtype",
+    "rotary_dtype": "rotary_dtype",
+}
+SIZE_OPTIONS = frozenset({"seq_length", "block_size", "num_blocks"})
+FLAG_OPTIONS = frozenset({"qkv_concat"})
+OPTIONS = DTYPE_OPTIONS.keys() | SIZE_OPTIONS | FLAG_OPTIONS
+# 4. Everything else: not used.
+
+LAYOUT_FLAGS = TRAINING_DEFAULT.training_flags.keys()
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def computed_values(hf_config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """For each of COMPUTED_NAMES the values that mean what a normalised config.json and MindFormers' Qwen3 compute."""
+    absent = (None, 0, False)
+    return dict.fromkeys(COMPUTED_NAMES, absent) | {
+        "rms_norm_eps": (hf_config["rms_norm_eps"],),
+        "rope_theta": (hf_config["rope_theta"],),
+        "hidden_act": (hf_config["hidden_act"], "swiglu"),  # MindFormers' name for silu in a gated unit
+        "position_embedding_type": ("yarn",) if hf_config["rope_scaling"] else ("rope",),
+        "partial_rotary_factor": (1.0,),
+        "normalization": ("RMSNorm",),
+        "gated_linear_unit": (True,),
+    }
+
+
+def run_options(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The options of the run under the names that MindFormers 1.7 to 1.9 share, and what is wrong with them."""
+    options: dict[str, Any] = {}
+    problems = []
+    for key, value in model_config.items():
+        if key in DTYPE_OPTIONS:
+            if value not in _DTYPES:
+                problems.append(Problem(key, repr(value), f"one of {', '.join(_DTYPES)}"))
+            options[DTYPE_OPTIONS[key]] = value
+        elif key in SIZE_OPTIONS:
+            if type(value) is not int or value <= 0:
+                problems.append(Problem(key, repr(value), "a positive whole number"))
+            options[key] = value
+        elif key in FLAG_OPTIONS:
+            options[key] = bool(value)
+    return options, problems
+
+
+@dataclass(frozen=True)
+class MindFormersYaml:
+    """What a MindFormers YAML says.
+
+    Attributes:
+        origin: where it comes from, for messages.
+        model_config: its ``model.model_config`` section.
+        document: all of it.
+    """
+
+    origin: str = "YAML"
+    model_config: dict[str, Any] = field(default_factory=dict)
+    document: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_for_training(self) -> bool:
+        """Whether it describes a training run: then its options of the run are not inference's."""
+        return self.document.get("run_mode") in ("train", "finetune", "train_with_eval")
+
+    @property
+    def training_layout(self) -> Layout | None:
+        """The layout of what a training run with this YAML saves; None if it doesn't say."""
+        if self.is_for_training or self.model_config.keys() >= LAYOUT_FLAGS:
+            return Layout.of_training(self.model_config)
+        return None
+
+    @property
+    def pretrained_model_dir(self) -> Path | None:
+        """The Hugging Face directory that it names."""
+        named = self.document.get("pretrained_model_dir")
+        return Path(str(named)) if named else None
+
+
+def read_mindformers_yaml(path: Path) -> MindFormersYaml:
+    """A MindFormers YAML, for training or for inference.
+
+    Raises:
+        BridgeError: it is missing, no YAML, or has no ``model.model_config`` section.
+    """
+    import yaml  # only those who have a YAML need it
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BridgeError(f"can't read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BridgeError(f"{path} is not valid YAML: {error}") from error
+    model = document.get("model") if isinstance(document, dict) else None
+    model_config = model.get("model_config") if isinstance(model, dict) else None
+    if not isinstance(model_config, dict):
+        raise BridgeError(f"{path} has no model.model_config section: is it a MindFormers YAML?")
+    return MindFormersYaml(str(path), {str(key): value for key, value in model_config.items()}, document)
