@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import mf_qwen3_bridge
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.hf_config import normalise
 from mf_qwen3_bridge.mindformers import cpu_ops
@@ -42,6 +43,27 @@ def test_sequences_that_end_early() -> None:
     expected = [g.tokens[: g.tokens.index(end) + 1] if end in g.tokens[:12] else g.tokens[:12] for g in all_golden]
     assert len({*map(len, expected)}) > 1, "all sequences end together: choose another end token"
     assert greedy_tokens(network, [g.prompt for g in all_golden], 12, eos_token_id=[end]) == expected
+
+
+def test_generate_knows_where_a_text_ends_and_takes_no_token_away() -> None:
+    """Without arguments: the checkpoint's own end token; and a prompt may end with any token."""
+    network, first = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "untied_fp32"), golden("untied_fp32")[0]
+    end = json.loads((CHECKPOINTS / "untied_fp32" / "generation_config.json").read_text())["eos_token_id"]
+    assert network.generation_config.eos_token_id == (end if isinstance(end, list) else [end])
+    (output,) = network.generate(input_ids=[first.prompt], max_new_tokens=4, do_sample=False)
+    assert output.tolist() == first.prompt + first.tokens[:4]
+    network.generation_config.eos_token_id = [first.tokens[2]]
+    (output,) = network.generate(input_ids=[first.prompt], max_new_tokens=9, do_sample=False)
+    assert output.tolist() == first.prompt + first.tokens[: first.tokens.index(first.tokens[2]) + 1]
+
+
+def test_sampling() -> None:
+    network, first = build("untied_fp32"), golden("untied_fp32")[0]
+    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "eos_token_id": [-1], "pad_token_id": -1}
+    (narrow,) = network.generate(input_ids=[first.prompt], max_new_tokens=8, top_k=1, **options)
+    assert narrow.tolist() == first.prompt + first.tokens[:8]
+    (wide,) = network.generate(input_ids=[first.prompt], max_new_tokens=8, top_k=0, **options)
+    assert len(wide) == len(narrow)
 
 
 def test_as_many_tokens_as_positions() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
 
 import mf_qwen3_bridge
+from mf_qwen3_bridge import layouts, preflight
 from mf_qwen3_bridge.layouts import contiguous, interleaved
+from mf_qwen3_bridge.preflight import LAYOUT_STAMP, check
+from mf_qwen3_bridge.rules import HF, TRAIN, Rule, dense_rules
 from mf_qwen3_bridge.spec import ModelSpec
 from tests.integration.conftest import CHECKPOINTS, TOLERANCE, bits, golden, logits_error
+from tests.tiny import write
 
 LAYER = "decoder.layers.1"
 QKV, FC1, FC2 = (f"{LAYER}.{name}.weight" for name in ("self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2"))
@@ -71,11 +77,53 @@ def test_every_mutation_is_seen(name, mutation):
 
     parameter_name, change = MUTATIONS[mutation]
     parameter = network.parameters_dict()[parameter_name]
-    from mf_qwen3_bridge.preflight import check
-
     changed = change(parameter.asnumpy().copy(), check(CHECKPOINTS / name).spec)
     assert changed.shape == tuple(parameter.shape)
     parameter.set_data(ms.Tensor.from_numpy(np.ascontiguousarray(changed)))
 
     assert bits(network) != right
     assert logits_error(network, expected) > 100 * TOLERANCE
+
+
+def swapped(first: int, second: int, fuses: str) -> Callable[[Iterator[Rule]], Iterator[Rule]]:
+    """A rule table in which two parts of a fused parameter have changed places."""
+
+    def change(rules: Iterator[Rule]) -> Iterator[Rule]:
+        for rule in rules:
+            tensors = list(rule.tensors)
+            if rule.fuses == fuses:
+                tensors[first], tensors[second] = tensors[second], tensors[first]
+            yield replace(rule, tensors=tuple(tensors))
+
+    return change
+
+
+def twice_the_groups(rules: Iterator[Rule]) -> Iterator[Rule]:
+    for rule in rules:
+        yield replace(rule, groups=2 * rule.groups) if rule.fuses == "qkv" else rule
+
+
+@pytest.mark.parametrize(
+    ("change", "dialect"),
+    [(swapped(1, 2, "qkv"), HF), (swapped(0, 1, "gate_up"), HF), (twice_the_groups, TRAIN)],
+    ids=["k and v swapped", "gate and up swapped", "wrong group count"],
+)
+def test_a_mistake_in_the_rules_is_seen_by_the_other_roads(monkeypatch, tmp_path: Path, change, dialect):
+    directory = CHECKPOINTS / "untied_fp32"
+    network = mf_qwen3_bridge.from_pretrained(directory, use_training_conversion=True)
+    tensors = {target.name: target.make() for target in check(directory).plan(dialect).targets}
+    weights = write(tmp_path, tensors, metadata={} if dialect.is_hf else {LAYOUT_STAMP: str(dialect.layout)})
+
+    monkeypatch.setattr(preflight, "dense_rules", lambda spec: change(dense_rules(spec)))
+    mistaken = mf_qwen3_bridge.from_pretrained(directory, load_checkpoint=weights)  # no shape tells
+    assert bits(mistaken) != bits(network)
+    assert logits_error(mistaken, golden("untied_fp32")) > 100 * TOLERANCE
+
+
+def test_a_mistake_in_the_layout_is_seen_by_the_other_roads(monkeypatch):
+    directory = CHECKPOINTS / "untied_fp32"
+    network = mf_qwen3_bridge.from_pretrained(directory, use_training_conversion=True)
+    monkeypatch.setattr(layouts, "contiguous", layouts.interleaved)
+    mistaken = mf_qwen3_bridge.from_pretrained(directory)
+    assert bits(mistaken) != bits(network)
+    assert logits_error(mistaken, golden("untied_fp32")) > 100 * TOLERANCE

@@ -162,6 +162,11 @@ class TestLoadCheckpoint:
         mf_qwen3_bridge.load_checkpoint(weights, net=network)
         assert bits(network) == bits(mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "untied_fp32"))
 
+    def test_into_a_network_that_they_are_not_of(self):
+        network, _ = empty_network(CHECKPOINTS / "untied_fp32")
+        with pytest.raises(BridgeError, match="did not load everything"):
+            mf_qwen3_bridge.load_checkpoint(CHECKPOINTS / "untied_fp32", net=network)
+
     def test_mindspores_own_format(self, tmp_path: Path):
         file = tmp_path / "x.ckpt"
         ms.save_checkpoint([{"name": "a", "data": ms.Tensor(np.ones(3, np.float32))}], str(file))
@@ -171,6 +176,8 @@ class TestLoadCheckpoint:
     def test_bad_files(self, tmp_path: Path):
         write(tmp_path, random_tensors(), shards=2)
         files = sorted(tmp_path.glob("*.safetensors"))
+        with pytest.raises(BridgeError, match="empty"):
+            mf_qwen3_bridge.load_checkpoint([])
         with pytest.raises(BridgeError, match="both in"):
             mf_qwen3_bridge.load_checkpoint([files[0], files[0]])
         files[0].write_bytes(b"")

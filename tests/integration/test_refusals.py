@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mf_qwen3_bridge
+from mf_qwen3_bridge.checkpoint import read_header
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.preflight import LAYOUT_STAMP, check
@@ -15,6 +19,7 @@ from mf_qwen3_bridge.rules import INFER
 from tests.integration.conftest import CHECKPOINTS, empty_network
 from tests.tiny import SPEC, hf_config, random_tensors, write
 
+ROOT = Path(__file__).parents[2]
 BOTH_ROADS = pytest.mark.parametrize("use_training_conversion", [False, True])
 
 
@@ -27,7 +32,9 @@ def test_nan_and_infinity(tmp_path: Path, use_training_conversion, value, dtype)
     write(tmp_path, tensors, hf_config())
     with pytest.raises(BridgeError, match=r"NaN or infinity") as error:
         mf_qwen3_bridge.from_pretrained(tmp_path, use_training_conversion=use_training_conversion)
-    assert [problem.subject for problem in error.value.problems] == ["decoder.layers.1.mlp.linear_fc2.weight"]
+    (problem,) = error.value.problems
+    assert problem.subject == "decoder.layers.1.mlp.linear_fc2.weight"
+    assert "model.layers.1.mlp.down_proj.weight (model.safetensors)" in problem.found
 
 
 @BOTH_ROADS
@@ -38,7 +45,8 @@ def test_all_zero(tmp_path: Path, use_training_conversion):
     write(tmp_path, tensors, hf_config())
     with pytest.raises(BridgeError, match="all zero") as error:
         mf_qwen3_bridge.from_pretrained(tmp_path, use_training_conversion=use_training_conversion)
-    assert [p.subject for p in error.value.problems] == ["decoder.layers.{0..1}.self_attention.linear_proj.weight"]
+    subjects = [problem.subject for problem in error.value.problems]
+    assert subjects == [f"decoder.layers.{layer}.self_attention.linear_proj.weight" for layer in range(2)]
 
 
 @BOTH_ROADS
@@ -46,6 +54,27 @@ def test_tied_by_the_config_but_not_by_the_weights(tmp_path: Path, use_training_
     write(tmp_path, random_tensors(), hf_config(tie_word_embeddings=True))
     with pytest.raises(BridgeError, match="tied"):
         mf_qwen3_bridge.from_pretrained(tmp_path, use_training_conversion=use_training_conversion)
+
+
+def test_a_user_sees_one_message_and_exit_code_2(tmp_path: Path):
+    """NaN is seen last of all that is refused."""
+    shutil.copytree(ROOT / "demo" / "qwen3-demo", tmp_path / "demo")
+    (file, *_) = sorted((tmp_path / "demo").glob("*.safetensors"))
+    info = next(info for info in read_header(file)[0].values() if "norm" in info.name)
+    with file.open("r+b") as stream:
+        stream.seek(info.start)
+        stream.write(b"\xc0\x7f")  # a bfloat16 NaN
+    command = [sys.executable, str(ROOT / "scripts" / "run_infer.py"), "--model_dir", str(tmp_path / "demo")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=600)
+    assert result.returncode == 2, result.stderr
+    assert "NaN or infinity" in result.stderr
+    assert file.name in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_device():
+    with pytest.raises(BridgeError, match="auto, Ascend or CPU"):
+        mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "untied_fp32", device_target="GPU")
 
 
 def test_mindformers_weights_are_not_converted_again(tmp_path: Path):

@@ -25,7 +25,7 @@ from tests.integration.conftest import (
     greedy_tokens,
     logits_error,
 )
-from tests.tiny import write
+from tests.tiny import hf_config, random_tensors, write
 
 EVERY_FIXTURE = pytest.mark.parametrize("name", NAMES)
 
@@ -98,6 +98,19 @@ class TestTheTrap:
         assert bits(network) == bits(mf_qwen3_bridge.from_pretrained(directory))
         network.load_weights(str(write(tmp_path / "infer", converted(directory, INFER))))
         assert bits(network) != bits(mf_qwen3_bridge.from_pretrained(directory))
+
+
+def test_three_roads_meet_where_dtypes_differ(tmp_path: Path):
+    tensors = random_tensors(dtype="BF16")
+    for name in list(tensors)[::3]:
+        tensors[name] = random_tensors(dtype="F16")[name]
+    write(tmp_path, tensors, hf_config())
+    upstream, _ = empty_network(tmp_path)
+    upstream.load_weights(str(tmp_path))
+    direct, delegated = (
+        mf_qwen3_bridge.from_pretrained(tmp_path, use_training_conversion=use) for use in (False, True)
+    )
+    assert bits(direct) == bits(delegated) == bits(upstream)
 
 
 def test_each_tensor_is_read_once(monkeypatch):
