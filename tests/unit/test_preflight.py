@@ -88,6 +88,16 @@ def test_tying_of_which_only_the_yaml_knows(directory: Path, tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize("rows", [4, 12, 13])
+def test_kv_heads_that_do_not_divide_the_heads(tmp_path: Path, rows):
+    tensors = random_tensors()
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.self_attn.k_proj.weight"] = np.ones((rows, 12), np.float32)
+    write(tmp_path, tensors, hf_config())
+    found = problems(tmp_path)
+    assert {"num_key_value_heads", "model.layers.{0..1}.self_attn.k_proj.weight"} & found.keys()
+
+
 def test_a_wrong_number_does_not_hide_a_missing_tensor(tmp_path: Path):
     tensors = random_tensors()
     del tensors["model.layers.0.mlp.up_proj.weight"]
@@ -107,6 +117,8 @@ def test_yarn_from_the_yaml_goes_before_config_json(directory: Path, tmp_path: P
     model = check(directory, yaml_file(tmp_path / "p.yaml", rope_scaling=scaling))
     assert model.hf_config["rope_scaling"]["beta_fast"] == 32
     assert "rope_scaling" not in model.options
+    assert any("rope_scaling" in note for note in model.notes)
+    assert check(directory, yaml_file(tmp_path / "p.yaml", rope_scaling=None)).hf_config["rope_scaling"] is None
 
 
 @pytest.mark.parametrize(
