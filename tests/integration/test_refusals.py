@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mf_qwen3_bridge
-from mf_qwen3_bridge.checkpoint import read_header
+from mf_qwen3_bridge.checkpoint import open_checkpoint
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.preflight import LAYOUT_STAMP, check
@@ -59,16 +59,15 @@ def test_tied_by_the_config_but_not_by_the_weights(tmp_path: Path, use_training_
 def test_a_user_sees_one_message_and_exit_code_2(tmp_path: Path):
     """NaN is seen last of all that is refused."""
     shutil.copytree(ROOT / "demo" / "qwen3-demo", tmp_path / "demo")
-    (file, *_) = sorted((tmp_path / "demo").glob("*.safetensors"))
-    info = next(info for info in read_header(file)[0].values() if "norm" in info.name)
-    with file.open("r+b") as stream:
-        stream.seek(info.start)
+    norm = open_checkpoint(tmp_path / "demo").tensors["model.norm.weight"]
+    with norm.file.open("r+b") as stream:
+        stream.seek(norm.start)
         stream.write(b"\xc0\x7f")  # a bfloat16 NaN
     command = [sys.executable, str(ROOT / "scripts" / "run_infer.py"), "--model_dir", str(tmp_path / "demo")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=600)
     assert result.returncode == 2, result.stderr
     assert "NaN or infinity" in result.stderr
-    assert file.name in result.stderr
+    assert norm.file.name in result.stderr
     assert "Traceback" not in result.stderr
 
 
