@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.unit.test_readme import ENGLISH, ROOT, blocks, commands
+from tests.unit.test_readme import CHINESE, ENGLISH, ROOT, blocks, commands
 
 MODULES = {"python": ["scripts/run_infer.py"], "mf-qwen3": ["-m", "mf_qwen3_bridge.cli", "infer"]}
 INFER = [c for c in commands(ENGLISH) if "scripts/run_infer.py" in c or c[:2] == ["mf-qwen3", "infer"]]
@@ -32,6 +33,17 @@ def test_infer(directory: Path, command):
     )
     assert result.returncode == 0, result.stderr
     assert "every row finds its place" in result.stdout
+
+
+def test_make_demo_prints_what_the_readme_shows(directory: Path):
+    """Both modes, the default prompts, and nothing of upstream's on stdout."""
+    makefile = (ROOT / "Makefile").read_text()
+    (arguments,) = re.findall(r"^\t\$\(VENV\)/bin/python (scripts/run_infer\.py .*)$", makefile, re.MULTILINE)
+    result = subprocess.run(
+        [sys.executable, *arguments.split()], capture_output=True, text=True, cwd=directory, check=False, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == blocks(ENGLISH, "text")[0] == blocks(CHINESE, "text")[0]
 
 
 def test_python(directory: Path):

@@ -41,13 +41,6 @@ def test_the_demo_says_what_it_was_taught(tmp_path: Path, mode, flag):
             assert f"{prompt['text']}\n         -> {prompt['expected']}\n" in result.stdout
 
 
-def test_both_modes_with_the_default_prompts(tmp_path: Path):
-    result = run_infer(tmp_path, "--model_dir", DEMO, "--test_mode", "both")
-    assert result.returncode == 0, result.stderr
-    for prompt in PROMPTS[:4]:
-        assert prompt["expected"] in result.stdout
-
-
 @pytest.mark.parametrize(
     "layout", [Layout(True, True), Layout(True, False), Layout(False, True)], ids=["both", "qkv", "gate_up"]
 )
