@@ -79,7 +79,7 @@ def _check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> Non
             Problem(
                 name,
                 f"shape {shape} in the checkpoint, {parameters[name].shape} in the network",
-                "the network was built from another config",
+                remedy,
             )
             for name, shape in shapes.items()
             if name in parameters and tuple(parameters[name].shape) != shape
