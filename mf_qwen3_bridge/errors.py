@@ -54,13 +54,13 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """Tensor names with runs of layer numbers folded into one.
+    """Tensor names, sorted, with runs of layer numbers folded into one.
 
     >>> fold_names(["layers.0.a", "layers.1.a", "layers.3.a", "norm"])
     ['layers.{0..1,3}.a', 'norm']
     """
     families: dict[str, list[int]] = defaultdict(list)
-    for name in names:
+    for name in sorted(names):
         match = _NUMBER.search(name)
         key = _NUMBER.sub("{}", name, count=1) if match else name
         families[key].append(int(match.group()) if match else -1)

@@ -145,46 +145,27 @@ def make_plan(
     Raises:
         BridgeError: tensors that are missing, left over, of a wrong shape or dtype. Lists everything.
     """
-    parts: dict[str, list[tuple[tuple[int, ...], Copy]]] = {}
-    claimed: set[str] = set()
-    missing: list[str] = []
-    misshapen: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
-    for rule in rules:
-        for here, there in zip(places(rule, source), places(rule, target)):
-            tensor = tensors.get(here.tensor)
-            if here.tensor not in claimed and tensor is None:
-                missing.append(here.tensor)
-            claimed.add(here.tensor)
-            if tensor is None:
-                continue
-            if tensor.shape != here.shape:
-                misshapen.setdefault((tensor.shape, here.shape), []).append(here.tensor)
-                continue
-            parts.setdefault(there.tensor, []).append((there.shape, Copy(tensor, here.view, there.view)))
-
-    leftover = tensors.keys() - claimed
+    pairs = [pair for rule in rules for pair in zip(places(rule, source), places(rule, target))]
+    expected = {here.tensor: here.shape for here, _ in pairs}
+    leftover = tensors.keys() - expected.keys()
     ignored = {name for name in leftover if not source.is_hf and is_training_state(name)}
     duplicates = _duplicates(tensors, leftover, source)
     leftover -= ignored | {dropped.name for _, dropped in duplicates}
     problems = [
-        *(Problem(name, "missing", _remedy_for_missing(name)) for name in fold_names(missing)),
-        *(
-            Problem(name, "not a tensor of this model", _remedy_for_leftover(name))
-            for name in fold_names(sorted(leftover))
-        ),
-        *(
-            Problem(name, f"shape {got}, {want} expected", "config and weights are of two models")
-            for (got, want), names in misshapen.items()
-            for name in fold_names(dict.fromkeys(names))
-        ),
-        *_dtype_problems(tensors[name] for name in sorted(claimed & tensors.keys())),
+        *(Problem(name, "missing", _remedy_for_missing(name)) for name in fold_names(expected.keys() - tensors.keys())),
+        *(Problem(name, "not a tensor of this model", _remedy_for_leftover(name)) for name in fold_names(leftover)),
+        *_shape_problems(tensors, expected),
+        *_dtype_problems(tensors[name] for name in expected if name in tensors),
     ]
     if problems:
         raise BridgeError("the checkpoint does not fit the model", problems)
-    targets = []
-    for name, pieces in parts.items():
-        copies = tuple(copy for _, copy in pieces)
-        targets.append(Target(name, pieces[0][0], dtype or _common_dtype(copies), copies))
+    copies: dict[tuple[str, tuple[int, ...]], list[Copy]] = {}
+    for here, there in pairs:
+        copy = Copy(tensors[here.tensor], here.view, there.view)
+        copies.setdefault((there.tensor, there.shape), []).append(copy)
+    targets = (
+        Target(name, shape, dtype or _common_dtype(parts), tuple(parts)) for (name, shape), parts in copies.items()
+    )
     return Plan(source, target, tuple(targets), tuple(duplicates), tuple(sorted(ignored)))
 
 
@@ -211,11 +192,21 @@ def _remedy_for_missing(name: str) -> str:
 
 
 def _remedy_for_leftover(name: str) -> str:
-    if name.endswith((".bias",)):
+    if name.endswith(".bias"):
         return "MindFormers' Qwen3 has no such bias; the checkpoint is of another architecture"
     if any(mark in name for mark in ("weight_scale", "qweight", "qzeros", "scales", "g_idx", "scale_inv")):
         return "the checkpoint is quantised; use the unquantised (bf16) one"
     return "was it renamed, or is it of another model?"
+
+
+def _shape_problems(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> Iterator[Problem]:
+    wrong: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for name, shape in expected.items():
+        if name in tensors and tensors[name].shape != shape:
+            wrong.setdefault((tensors[name].shape, shape), []).append(name)
+    for (got, want), names in wrong.items():
+        for name in fold_names(names):
+            yield Problem(name, f"shape {got}, {want} expected", "config and weights are of two models")
 
 
 def _dtype_problems(tensors: Iterable[TensorInfo]) -> Iterator[Problem]:

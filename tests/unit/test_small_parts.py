@@ -8,7 +8,7 @@ from tests.tiny import NUMPY
 
 def test_fold_names():
     names = ["a.layers.0.w", "a.layers.1.w", "a.layers.2.w", "a.layers.5.w", "norm", "a.layers.7.v"]
-    assert fold_names(names) == ["a.layers.{0..2,5}.w", "norm", "a.layers.7.v"]
+    assert fold_names(names[::-1]) == ["a.layers.{0..2,5}.w", "a.layers.7.v", "norm"]
     assert fold_names(["layers.3.w"]) == ["layers.3.w"]
     assert fold_names([]) == []
 
