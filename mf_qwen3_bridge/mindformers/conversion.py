@@ -138,7 +138,10 @@ def obtain_name_map(owner: Any, load_checkpoint_files: Iterable[str | Path]) -> 
 
 
 def as_parameter(name: str, value: np.ndarray | ms.Tensor) -> ms.Parameter:
-    """A Parameter of that name; on a CPU it shares the array's memory."""
+    """A Parameter of that name: ``value`` itself if it is one."""
+    if isinstance(value, ms.Parameter):
+        value.name = name
+        return value
     tensor = value if isinstance(value, ms.Tensor) else ms.Tensor.from_numpy(np.ascontiguousarray(value))
     return ms.Parameter(tensor, name=name, requires_grad=False)
 
