@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mf_qwen3_bridge.checkpoint import Checkpoint, TensorInfo, open_checkpoint, stale_files
+from mf_qwen3_bridge.checkpoint import Checkpoint, open_checkpoint, stale_files
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.hf_config import read_hf_config
-from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.mindformers_yaml import (
     ADDITIONS,
     COMPUTED_NAMES,
@@ -22,11 +20,10 @@ from mf_qwen3_bridge.mindformers_yaml import (
     run_options,
 )
 from mf_qwen3_bridge.plan import Plan, make_plan
-from mf_qwen3_bridge.rules import EMBEDDING, HF, INFER, Dialect, Rule, dense_rules
+from mf_qwen3_bridge.recognise import dialect_of, numbers_of
+from mf_qwen3_bridge.rules import INFER, Dialect, Rule, dense_rules
 from mf_qwen3_bridge.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
 
-# Every file that the bridge writes says in its metadata how its fused parameters lie.
-LAYOUT_STAMP = "mf_qwen3_bridge.layout"
 # Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 1.9).
 _DEFAULT_SIZES = {"seq_length": 4096, "num_blocks": 1024, "block_size": 32}
 
@@ -98,7 +95,7 @@ def check(
     additions = {key: said[key] for key in ADDITIONS if said.get(key) is not None}
     hf_config = read_hf_config(hf_dir, additions)
     checkpoint = open_checkpoint(weights or model_dir)
-    dialect = recognise(checkpoint, yaml)
+    dialect = dialect_of(checkpoint, yaml.training_layout, yaml.origin)
     spec = ModelSpec.from_hf(hf_config)
     options, problems = run_options(({} if yaml.is_for_training else yaml.model_config) | arguments)
     problems += _unknown_arguments(arguments)
@@ -140,87 +137,6 @@ def _notes(checkpoint: Checkpoint, hf_dir: Path, yaml: MindFormersYaml) -> Itera
         named = yaml.document.get(key)
         if named and Path(str(named)).resolve() != used.resolve():
             yield f"{yaml.origin} names {key} {named}; used is {used}"
-
-
-def recognise(checkpoint: Checkpoint, yaml: MindFormersYaml) -> Dialect:
-    """Whose names the tensors bear and, for MindFormers', in which layout they lie.
-
-    The layout is known from the stamp that the bridge leaves in its files, or from the training YAML.
-
-    Raises:
-        BridgeError: the names are nobody's, or the layout is not known, or stamp and YAML contradict each other.
-    """
-    names = checkpoint.tensors
-    if any(name.startswith(("model.layers.", "model.embed_tokens.")) for name in names):
-        return HF
-    if not any(name.startswith(("decoder.", "embedding.")) for name in names):
-        some = ", ".join(sorted(names)[:3])
-        raise BridgeError(f"{checkpoint.path}: the tensors' names are neither Hugging Face's nor MindFormers' ({some})")
-    stamp = checkpoint.metadata.get(LAYOUT_STAMP)
-    try:
-        stamped = Layout.parse(stamp) if stamp else None
-    except ValueError as error:
-        raise BridgeError(f"{checkpoint.path}: {error} in the files' metadata; which program wrote it?") from error
-    configured = yaml.training_layout
-    if stamped and configured and stamped != configured:
-        raise BridgeError(
-            "the layouts of QKV and gate/up contradict each other",
-            [
-                Problem(
-                    "layout", f"files: {stamped}\n{yaml.origin}: {configured}", f"in the YAML: {stamped.training_flags}"
-                )
-            ],
-        )
-    layout = stamped or configured
-    if layout is None:
-        raise BridgeError(
-            f"{checkpoint.path} holds MindFormers weights, but nothing says how QKV and gate/up lie in them, and the "
-            "wrong guess would load without an error and compute garbage: give the YAML they were trained with "
-            "(--config), whose use_contiguous_weight_layout_attention and use_interleaved_weight_layout_mlp say it"
-        )
-    return Dialect(layout)
-
-
-def numbers_of(tensors: Mapping[str, TensorInfo], dialect: Dialect) -> dict[str, tuple[int, str]]:
-    """What the tensors' shapes say about a ModelSpec's fields.
-
-    Returns:
-        {field: (number, the tensor that says so)}; only fields that can be told.
-    """
-    layers = {int(match.group(1)) for name in tensors if (match := re.search(r"\blayers\.(\d+)\.", name))}
-    if not layers:
-        return {}
-    first = min(layers)
-    hf_prefix, mf_prefix = f"model.layers.{first}", f"decoder.layers.{first}"
-    found: dict[str, tuple[int, str]] = {}
-    if max(layers) < len(tensors):
-        found["num_layers"] = (max(layers) + 1, f"layers.{max(layers)}")
-
-    def read(field: str, name: str, axis: int, unit: int = 1) -> None:
-        tensor = tensors.get(name)
-        if tensor and unit and len(tensor.shape) > axis and tensor.shape[axis] % unit == 0:
-            found[field] = (tensor.shape[axis] // unit, f"{name} {tensor.shape}")
-
-    read("vocab_size", dialect.name(EMBEDDING), 0)
-    read("hidden_size", dialect.name(EMBEDDING), 1)
-    if dialect.is_hf:
-        read("ffn_hidden_size", f"{hf_prefix}.mlp.gate_proj.weight", 0)
-        read("head_dim", f"{hf_prefix}.self_attn.q_norm.weight", 0)
-        head_dim = found.get("head_dim", (0, ""))[0]
-        read("num_attention_heads", f"{hf_prefix}.self_attn.q_proj.weight", 0, head_dim)
-        read("num_query_groups", f"{hf_prefix}.self_attn.k_proj.weight", 0, head_dim)
-    else:
-        read("ffn_hidden_size", f"{mf_prefix}.mlp.linear_fc2.weight", 1)
-        read("head_dim", f"{mf_prefix}.self_attention.q_layernorm.weight", 0)
-        head_dim = found.get("head_dim", (0, ""))[0]
-        read("num_attention_heads", f"{mf_prefix}.self_attention.linear_proj.weight", 1, head_dim)
-        read("num_query_groups", f"{mf_prefix}.self_attention.linear_qkv.weight", 0, head_dim)
-        if "num_query_groups" in found:  # q, k and v together, up to here
-            heads, tensor = found.pop("num_query_groups")
-            key_value = heads - found.get("num_attention_heads", (heads, ""))[0]
-            if key_value > 0 and key_value % 2 == 0:
-                found["num_query_groups"] = (key_value // 2, tensor)
-    return found
 
 
 def _disagreements(

@@ -13,7 +13,8 @@ import pytest
 import mf_qwen3_bridge
 from mf_qwen3_bridge import layouts, preflight
 from mf_qwen3_bridge.layouts import contiguous, interleaved
-from mf_qwen3_bridge.preflight import LAYOUT_STAMP, check
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.recognise import LAYOUT_STAMP
 from mf_qwen3_bridge.rules import HF, TRAIN, Rule, dense_rules
 from mf_qwen3_bridge.spec import ModelSpec
 from tests.integration.conftest import CHECKPOINTS, TOLERANCE, bits, golden, logits_error

@@ -14,7 +14,8 @@ import mf_qwen3_bridge
 from mf_qwen3_bridge.checkpoint import open_checkpoint
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers.load import load_network
-from mf_qwen3_bridge.preflight import LAYOUT_STAMP, check
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.recognise import LAYOUT_STAMP
 from mf_qwen3_bridge.rules import INFER
 from tests.integration.conftest import CHECKPOINTS, empty_network
 from tests.tiny import SPEC, hf_config, random_tensors, write

@@ -12,7 +12,8 @@ import yaml
 from mf_qwen3_bridge.checkpoint import open_checkpoint
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.mindformers.load import load_network
-from mf_qwen3_bridge.preflight import LAYOUT_STAMP, check
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.recognise import LAYOUT_STAMP
 from mf_qwen3_bridge.rules import INFER, TRAIN, Dialect
 from tests.integration.conftest import (
     CHECKPOINTS,

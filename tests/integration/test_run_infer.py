@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.preflight import LAYOUT_STAMP, check
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.recognise import LAYOUT_STAMP
 from mf_qwen3_bridge.rules import INFER, Dialect
 from tests.tiny import write
 

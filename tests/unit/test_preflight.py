@@ -11,7 +11,8 @@ import pytest
 import yaml
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.preflight import LAYOUT_STAMP, check, summary
+from mf_qwen3_bridge.preflight import check, summary
+from mf_qwen3_bridge.recognise import LAYOUT_STAMP
 from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect
 from tests.tiny import SPEC, hf_config, random_tensors, write
 
