@@ -121,6 +121,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 raise _damaged(file, *_no_header(file, size))
             header = json.loads(stream.read(length))
         metadata = header.pop("__metadata__", {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise TypeError("metadata that is no text")
         tensors = {name: _tensor_info(name, entry, file, 8 + length) for name, entry in header.items()}
     except OSError as error:
         raise _damaged(file, f"can't be read: {error.strerror}", "look at its permissions and its disk") from error
@@ -144,8 +146,10 @@ def _no_header(file: Path, size: int) -> tuple[str, str]:
 def _tensor_info(name: str, entry: dict[str, Any], file: Path, data_start: int) -> TensorInfo:
     try:
         begin, end = entry["data_offsets"]
-        shape = tuple(int(n) for n in entry["shape"])
-    except ValueError as error:
+        shape = tuple(entry["shape"])
+        if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+            raise ValueError("numbers that are no sizes")
+    except (TypeError, ValueError) as error:
         raise _damaged(file, f"the header entry of {name} can't be understood") from error
     dtype = entry["dtype"]
     if dtype in DTYPES and end - begin != prod(shape) * DTYPES[dtype].itemsize:
@@ -299,9 +303,9 @@ def _read_index(index: Path) -> dict[str, str]:
         weight_map = content.get("weight_map", content)
         if all(isinstance(name, str) and isinstance(file, str) for name, file in weight_map.items()):
             return dict(weight_map)
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
         pass
-    raise BridgeError(f"{index} is not an index of safetensors: copy it again")
+    raise BridgeError(f"{index} can't be read, or is not an index of safetensors: copy it again")
 
 
 def stale_files(checkpoint: Checkpoint) -> Iterator[Path]:

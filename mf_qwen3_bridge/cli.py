@@ -98,7 +98,7 @@ def infer(
             inference.encode(tokenizer, text, chat=mode == "chat", enable_thinking=enable_thinking)
             for mode, text in questions
         ]
-        inference.check_length(model, encoded, generation["max_new_tokens"])
+        inference.check_prompts(model, encoded, generation["max_new_tokens"])
         network = inference.build_network(model, device_target)
     plan = load_network(network, model, use_training_conversion=use_training_conversion)
     road = "MindFormers' training conversion" if use_training_conversion else "the bridge's loader"

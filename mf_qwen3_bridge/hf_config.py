@@ -136,7 +136,7 @@ def _bad_numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         value = raw.get(key, _KEYS[key])
         if key == "num_key_value_heads" and key in raw and value is None:
             continue  # null: as many as heads
-        if type(value) is not int or value <= 0:
+        if type(value) is not int or not _is_number(value, at_least=1):
             wrong = True
             yield key, "missing" if value is None else repr(value), "a positive whole number; see the model's card"
     eps = raw.get("rms_norm_eps")
@@ -159,7 +159,7 @@ def _bad_numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _is_number(value: Any, at_least: float) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= at_least
+    return type(value) in (int, float) and at_least <= value <= 1e15
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, list[Problem]]:
@@ -179,14 +179,13 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, list[Pr
     if any(isinstance(value, dict) for value in parameters.values()):
         return 0.0, None, [Problem("rope_parameters", "one set per layer type", "Qwen3 has one for all layers")]
     scaling: dict[str, Any] = raw.get("rope_scaling") or parameters
-    thetas = [config["rope_theta"] for config in (parameters, raw) if "rope_theta" in config] or [10000.0]
+    thetas = [config["rope_theta"] for config in (parameters, scaling, raw) if "rope_theta" in config] or [10000.0]
     kinds = {scaling[key] for key in ("rope_type", "type") if isinstance(scaling.get(key), str)}
     if not kinds and scaling.keys() <= {"rope_theta"}:
         kinds = {"default"}
-    if thetas[1:] and thetas[0] != thetas[1]:
-        found = f"rope_parameters.rope_theta {thetas[0]!r}, rope_theta {thetas[1]!r}"
-        problems.append(Problem("rope_theta", found, "remove the wrong one"))
-    elif not _is_number(thetas[0], at_least=1):
+    if any(theta != thetas[0] for theta in thetas):
+        problems.append(Problem("rope_theta", " and ".join(map(repr, thetas)), "remove the wrong one"))
+    elif not _is_number(thetas[0], at_least=1 + 1e-9):
         problems.append(Problem("rope_theta", repr(thetas[0]), "a number, such as 1000000"))
     if not kinds <= {"default", "yarn"} or len(kinds) != 1:
         found = " and ".join(map(repr, sorted(kinds))) or f"none in {dict(scaling)}"

@@ -22,7 +22,11 @@ COMPUTED_NAMES: dict[str, tuple[str, ...]] = {
     "partial_rotary_factor": (),
     "rotary_interleaved": ("rope_interleave",),
     "softmax_scale": (),
-    "window_size": (),
+    "window_size": ("window_attn_skip_freq",),
+    "use_sliding_window": (),
+    "use_rope_scaling": (),
+    "rotary_seq_len_interpolation_factor": (),
+    "apply_residual_connection_post_layernorm": (),
     "nope_layer_interval": (),
     "normalization": (),
     "gated_linear_unit": (),
@@ -49,6 +53,7 @@ OPTIONS = DTYPE_OPTIONS.keys() | SIZE_OPTIONS | FLAG_OPTIONS
 # 4. Everything else: not used.
 
 LAYOUT_FLAGS = TRAINING_DEFAULT.training_flags.keys()
+_TRAINING_MODES = ("train", "finetune", "train_with_eval", "eval", "predict_with_train_model")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -71,10 +76,13 @@ def run_options(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[P
     options: dict[str, Any] = {}
     problems = []
     for key, value in model_config.items():
+        if value is None:
+            continue  # MindFormers' default
         if key in DTYPE_OPTIONS:
             if value not in _DTYPES:
                 problems.append(Problem(key, repr(value), f"one of {', '.join(_DTYPES)}"))
-            options[DTYPE_OPTIONS[key]] = value
+            elif options.setdefault(DTYPE_OPTIONS[key], value) != value:
+                problems.append(Problem(key, f"{value}, and {options[DTYPE_OPTIONS[key]]} elsewhere", "remove one"))
         elif key in SIZE_OPTIONS:
             if type(value) is not int or value <= 0:
                 problems.append(Problem(key, repr(value), "a positive whole number"))
@@ -100,15 +108,22 @@ class MindFormersYaml:
 
     @property
     def is_for_training(self) -> bool:
-        """Whether it describes a training run: then its options of the run are not inference's."""
-        return self.document.get("run_mode") in ("train", "finetune", "train_with_eval")
+        """Whether it runs the training network: then its options of the run are not inference's."""
+        return self.document.get("run_mode") in _TRAINING_MODES
 
     @property
     def training_layout(self) -> Layout | None:
-        """The layout of what a training run with this YAML saves; None if it doesn't say."""
-        if self.is_for_training or self.model_config.keys() >= LAYOUT_FLAGS:
-            return Layout.of_training(self.model_config)
-        return None
+        """The layout of what a training run with this YAML saves; None if it doesn't say.
+
+        Raises:
+            BridgeError: a flag is neither true nor false.
+        """
+        flags = {flag: self.model_config[flag] for flag in LAYOUT_FLAGS if self.model_config.get(flag) is not None}
+        if wrong := [
+            Problem(flag, repr(value), "true or false") for flag, value in flags.items() if type(value) is not bool
+        ]:
+            raise BridgeError(f"{self.origin} can't be used", wrong)
+        return Layout.of_training(flags) if self.is_for_training or len(flags) == len(LAYOUT_FLAGS) else None
 
     @property
     def pretrained_model_dir(self) -> Path | None:
@@ -129,7 +144,7 @@ def read_mindformers_yaml(path: Path) -> MindFormersYaml:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BridgeError(f"can't read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise BridgeError(f"{path} is not valid YAML: {error}") from error
     model = document.get("model") if isinstance(document, dict) else None
     model_config = model.get("model_config") if isinstance(model, dict) else None

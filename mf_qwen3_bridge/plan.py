@@ -148,7 +148,7 @@ def make_plan(
     pairs = [pair for rule in rules for pair in zip(places(rule, source), places(rule, target))]
     expected = {here.tensor: here.shape for here, _ in pairs}
     leftover = tensors.keys() - expected.keys()
-    ignored = {name for name in leftover if not source.is_hf and is_training_state(name)}
+    ignored = {name for name in leftover if not source.is_hf and is_training_state(name, expected)}
     duplicates = _duplicates(tensors, leftover, source)
     leftover -= ignored | {dropped.name for _, dropped in duplicates}
     problems = [

@@ -13,6 +13,7 @@ from mf_qwen3_bridge.hf_config import read_hf_config
 from mf_qwen3_bridge.mindformers_yaml import (
     ADDITIONS,
     COMPUTED_NAMES,
+    LAYOUT_FLAGS,
     OPTIONS,
     MindFormersYaml,
     computed_values,
@@ -92,7 +93,7 @@ def check(
         hf_dir, weights = yaml.pretrained_model_dir, weights or model_dir
     arguments = dict(overrides or {})
     said = yaml.model_config | arguments
-    additions = {key: said[key] for key in ADDITIONS if said.get(key) is not None}
+    additions = {key: said[key] for key in ADDITIONS if key in said}
     hf_config = read_hf_config(hf_dir, additions)
     checkpoint = open_checkpoint(weights or model_dir)
     dialect = dialect_of(checkpoint, yaml.training_layout, yaml.origin)
@@ -126,11 +127,11 @@ def check(
 def _notes(checkpoint: Checkpoint, hf_dir: Path, yaml: MindFormersYaml) -> Iterator[str]:
     if not (hf_dir / "generation_config.json").is_file():
         yield "no generation_config.json: a text ends at config.json's eos_token_id only"
-    if yaml.model_config.get("rope_scaling") is not None:
-        yield f"rope_scaling is {yaml.origin}'s, not config.json's"
+    if "rope_scaling" in yaml.model_config:
+        yield f"rope_scaling of {yaml.origin} goes before config.json's"
     for file in stale_files(checkpoint):
         yield f"{file.name} is not read: the index does not name it"
-    unused = sorted(yaml.model_config.keys() - OPTIONS - _NAMES)
+    unused = sorted(yaml.model_config.keys() - OPTIONS - _NAMES - LAYOUT_FLAGS)
     if unused and not yaml.is_for_training:
         yield f"not used: {', '.join(unused)} of {yaml.origin}"
     for key, used in (("pretrained_model_dir", hf_dir), ("load_checkpoint", checkpoint.path)):
@@ -175,7 +176,7 @@ def _row(said: list[tuple[str, str, Any]], accepted: tuple[Any, ...], weights: s
 def _same(left: Any, right: Any) -> bool:
     try:
         return float(left) == float(right)  # YAML takes 1e-6 for a string
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return bool(left == right)
 
 

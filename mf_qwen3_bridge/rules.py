@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from mf_qwen3_bridge import layouts
@@ -122,15 +122,17 @@ def places(rule: Rule, dialect: Dialect) -> list[Place]:
     return [Place(rule.parameter, shape, view) for view in arrange(rule.rows, rule.columns, rule.groups)]
 
 
-# What lies in a training checkpoint beside the weights: optimizer state, counters, dropout's random state.
-_TRAINING_STATE = re.compile(
-    r"(adam_[mv]|accu_grads|exp_avg(_sq)?|moment[12]?)\..*"
-    r"|.*\.embedding_dropout\.(seed|offset)|embedding_dropout\.(seed|offset)"
+# What lies in a training checkpoint beside the weights: an optimizer's state, under a weight's name with a prefix...
+_PREFIXED = re.compile(r"\w+?[._]((?:decoder|embedding|output_layer)\..+)")
+# ...counters, dropout's random state.
+_COUNTERS = re.compile(
+    r"(.*\.)?embedding_dropout\.(seed|offset)"
     r"|global_step|current_iterator_step|last_overflow_iterator_step|epoch_num|step_num|loss_scale|scale_sense"
-    r"|learning_rate|beta[12]_power"
+    r"|learning_rate(_group_\d+)?|beta[12]_power|afactor_step|list_index|scale_window_(up|down)_count"
 )
 
 
-def is_training_state(name: str) -> bool:
-    """Whether a tensor of a MindFormers training checkpoint is state of the run, not a weight of the model."""
-    return _TRAINING_STATE.fullmatch(name) is not None
+def is_training_state(name: str, weights: Container[str]) -> bool:
+    """Whether a tensor of a MindFormers training checkpoint is state of the run, not one of the model's ``weights``."""
+    prefixed = _PREFIXED.fullmatch(name)
+    return (prefixed is not None and prefixed[1] in weights) or _COUNTERS.fullmatch(name) is not None

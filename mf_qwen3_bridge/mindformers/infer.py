@@ -124,12 +124,18 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool, enable_thinking: bool = F
     return input_ids
 
 
-def check_length(model: Model, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+def check_prompts(model: Model, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
     """Upstream cuts an answer at ``seq_length`` without an error, and fails beyond its tables.
 
     Raises:
-        BridgeError: the longest prompt leaves no room for its answer.
+        BridgeError: the longest prompt leaves no room for its answer; the tokenizer is not this model's.
     """
+    largest = max(token for prompt in prompts for token in prompt)
+    if largest >= model.spec.vocab_size:
+        raise BridgeError(
+            f"the tokenizer gives token {largest}, but the model knows {model.spec.vocab_size}: it is another model's "
+            "tokenizer; see --tokenizer_path"
+        )
     longest = max(map(len, prompts))
     if longest + max_new_tokens > model.max_length:
         raise BridgeError(

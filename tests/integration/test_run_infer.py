@@ -76,6 +76,17 @@ def test_a_prompt_that_is_too_long(tmp_path: Path):
     assert "are more than 1024" in result.stderr
 
 
+def test_the_tokenizer_of_another_model(tmp_path: Path):
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(DEMO, tokenizer, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 700, "content": "<far>"})
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+    result = run_infer(tmp_path, "--model_dir", DEMO, "--tokenizer_path", tokenizer, "--prompt", "<far>")
+    assert result.returncode == 2, result.stderr
+    assert "another model's tokenizer" in result.stderr
+
+
 def test_a_relative_path(tmp_path: Path):
     result = run_infer(ROOT / "demo", "--model_dir", "qwen3-demo", "--max_new_tokens", "4")
     assert result.returncode == 0, result.stderr

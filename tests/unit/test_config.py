@@ -71,6 +71,12 @@ def test_yarn_with_plain_keys_gets_every_number_that_mindformers_needs(kind):
     assert normalise(of_transformers_5)["rope_scaling"] == expected
 
 
+def test_the_theta_of_rope_scaling_counts():
+    without = {key: value for key, value in QWEN3_14B.items() if key != "rope_theta"}
+    config = normalise(without | {"rope_scaling": {"rope_type": "default", "rope_theta": 5e6}})
+    assert (config["rope_theta"], config["rope_scaling"]) == (5e6, None)
+
+
 def test_an_attention_factor_that_says_what_is_computed_anyway_is_fine():
     scaling = {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.1386294361119891}
     assert normalise(QWEN3_14B | {"rope_scaling": scaling})["rope_scaling"]["mscale"] == 1.0
@@ -105,6 +111,9 @@ def test_fields_that_transformers_supplies():
         ({"rope_scaling": [1]}, "rope_scaling"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "per layer type"),
         ({"rope_theta": "1e6"}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 5e6}}, "rope_theta"),
+        ({"rope_theta": 1}, "rope_theta"),
+        ({"hidden_size": 10**400}, "hidden_size"),
         ({"rope_theta": None}, "rope_theta"),
         ({"rope_theta": -5}, "rope_theta"),
         ({"rope_theta": float("nan")}, "rope_theta"),
@@ -143,7 +152,7 @@ def test_everything_is_refused_at_once():
     assert [problem.subject for problem in error.value.problems] == ["attention_bias", "sliding window", "head_dim"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00", "3"])
 def test_a_config_that_is_no_config(tmp_path: Path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(BridgeError, match=r"config\.json"):
@@ -164,7 +173,7 @@ def test_overrides_go_before_the_file(tmp_path: Path):
     assert read_hf_config(tmp_path, {"rope_scaling": scaling})["rope_scaling"]["factor"] == 2.0
 
 
-@pytest.mark.parametrize("content", ["model: [", "model: 3", "a: 1", "- 1"])
+@pytest.mark.parametrize("content", ["model: [", "model: 3", "a: 1", "- 1", "a: 2025-02-30"])
 def test_a_yaml_that_is_none(tmp_path: Path, content):
     path = tmp_path / "predict.yaml"
     path.write_text(content)

@@ -119,7 +119,6 @@ def test_yarn_from_the_yaml_goes_before_config_json(directory: Path, tmp_path: P
     assert model.hf_config["rope_scaling"]["beta_fast"] == 32
     assert "rope_scaling" not in model.options
     assert any("rope_scaling" in note for note in model.notes)
-    assert check(directory, yaml_file(tmp_path / "p.yaml", rope_scaling=None)).hf_config["rope_scaling"] is None
 
 
 @pytest.mark.parametrize(
@@ -136,6 +135,9 @@ def test_yarn_from_the_yaml_goes_before_config_json(directory: Path, tmp_path: P
         ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
         ("softmax_scale", 3.0, "softmax_scale"),
         ("window_size", [4, 0], "window_size"),
+        ("rotary_seq_len_interpolation_factor", 4.0, "rotary_seq_len_interpolation_factor"),
+        ("use_rope_scaling", True, "use_rope_scaling"),
+        ("apply_residual_connection_post_layernorm", True, "apply_residual_connection_post_layernorm"),
         ("normalization", "LayerNorm", "normalization"),
         ("num_experts", 8, "num_moe_experts"),
         ("quantization_config", {"quant_method": "x"}, "quantization"),
@@ -161,10 +163,29 @@ def test_aliases_that_disagree_with_each_other(directory: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("params_dtype", "int8"), ("compute_dtype", None), ("block_size", 0), ("seq_length", "abc"), ("num_blocks", True)],
+    [("params_dtype", "int8"), ("compute_dtype", 3), ("block_size", 0), ("seq_length", "abc"), ("num_blocks", True)],
 )
 def test_options_of_the_run_are_checked_too(directory: Path, tmp_path: Path, key, value):
     assert list(problems(directory, yaml_file(tmp_path / "p.yaml", **{key: value}))) == [key]
+
+
+def test_null_is_mindformers_default(directory: Path, tmp_path: Path):
+    assert check(directory, yaml_file(tmp_path / "p.yaml", compute_dtype=None, seq_length=None)).options == {}
+
+
+def test_two_names_of_one_option_that_disagree(directory: Path, tmp_path: Path):
+    both = {"params_dtype": "float32", "param_init_type": "bfloat16"}
+    (problem,) = problems(directory, yaml_file(tmp_path / "p.yaml", **both)).values()
+    assert {"float32", "bfloat16"} <= {word.strip(",") for word in problem.found.split()}
+
+
+def test_null_takes_yarn_away(tmp_path: Path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    directory = write(tmp_path / "hf", random_tensors(), hf_config(rope_scaling=yarn))
+    model = check(directory, yaml_file(tmp_path / "p.yaml", rope_scaling=None))
+    assert model.hf_config["rope_scaling"] is None
+    assert any("rope_scaling" in note for note in model.notes)
+    assert check(directory, overrides={"rope_scaling": None}).hf_config["rope_scaling"] is None
 
 
 def test_an_alias_of_an_option(directory: Path, tmp_path: Path):
@@ -232,6 +253,20 @@ class TestMindFormersWeights:
         config = yaml_file(tmp_path / "predict.yaml", use_contiguous_weight_layout_attention=False)
         with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
             check(directory, config, weights)
+
+    @pytest.mark.parametrize("value", ["False", 0])
+    def test_flags_are_true_or_false(self, directory: Path, weights: Path, tmp_path: Path, value):
+        with pytest.raises(BridgeError, match="true or false"):
+            check(directory, yaml_file(tmp_path / "t.yaml", "train", use_interleaved_weight_layout_mlp=value), weights)
+
+    def test_null_flags_say_nothing(self, directory: Path, weights: Path, tmp_path: Path):
+        config = yaml_file(tmp_path / "p.yaml", **dict.fromkeys(TRAIN.layout.training_flags))
+        with pytest.raises(BridgeError, match="nothing says"):
+            check(directory, config, weights)
+
+    @pytest.mark.parametrize("run_mode", ["train", "finetune", "eval", "predict_with_train_model"])
+    def test_modes_that_run_the_training_network(self, directory: Path, weights: Path, tmp_path: Path, run_mode):
+        assert check(directory, yaml_file(tmp_path / "t.yaml", run_mode), weights).dialect == TRAIN
 
     def test_a_stamp_of_another_program(self, directory: Path, tmp_path: Path):
         stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_STAMP: "qkv=zigzag"})
