@@ -6,7 +6,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, "its header can't be understood") from error
     _check_extent(file, tensors.values(), 8 + length, size)
+    # MindSpore names there what safetensors has no name for, such as int4, and reads the bytes as that.
+    tensors |= {name: replace(tensors[name], dtype=metadata[name]) for name in tensors.keys() & metadata.keys()}
     return tensors, metadata
 
 

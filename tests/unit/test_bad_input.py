@@ -91,6 +91,14 @@ BAD = {
     "quantization_config": (config(quantization_config={"quant_method": "fp8"}), "fp8"),
     "FP8 without a word in the config": (tensors(fp8), "quantised"),
     "AWQ without a word in the config": (tensors(awq), "quantised"),
+    "MindSpore's mark for int4": (
+        lambda d: [
+            write(d, random_tensors(), metadata={f"{Q_PROJ}.weight": "Int4"}),
+            *map(Path.unlink, d.glob("model-*")),
+            (d / "model.safetensors.index.json").unlink(),
+        ],
+        "dtype Int4",
+    ),
     "unknown architecture": (config(model_type="llama", architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
     "attention_bias": (config(attention_bias=True), "attention_bias"),
     "sliding window": (config(use_sliding_window=True), "sliding"),
