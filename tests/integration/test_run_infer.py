@@ -80,9 +80,10 @@ def test_the_tokenizer_of_another_model(tmp_path: Path):
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(DEMO, tokenizer, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
     content = json.loads((tokenizer / "tokenizer.json").read_text())
-    content["added_tokens"].append(content["added_tokens"][0] | {"id": 700, "content": "<far>"})
+    token = content["added_tokens"][-1]
+    content["added_tokens"] += [token | {"id": token["id"] + n, "content": f"<far{n}>"} for n in range(1, 100)]
     (tokenizer / "tokenizer.json").write_text(json.dumps(content))
-    result = run_infer(tmp_path, "--model_dir", DEMO, "--tokenizer_path", tokenizer, "--prompt", "<far>")
+    result = run_infer(tmp_path, "--model_dir", DEMO, "--tokenizer_path", tokenizer, "--prompt", "<far99>")
     assert result.returncode == 2, result.stderr
     assert "another model's tokenizer" in result.stderr
 
