@@ -97,7 +97,7 @@ def check(
     hf_config = read_hf_config(hf_dir, additions)
     checkpoint = open_checkpoint(weights or model_dir)
     dialect = dialect_of(checkpoint, yaml.training_layout, yaml.origin)
-    spec = ModelSpec.from_hf(hf_config)
+    spec = ModelSpec.from_model_config(hf_config)
     options, problems = run_options(({} if yaml.is_for_training else yaml.model_config) | arguments)
     problems += _unknown_arguments(arguments)
     if yaml.document.get("use_parallel") and not yaml.is_for_training:

@@ -48,13 +48,8 @@ class ModelSpec:
     tie_word_embeddings: bool
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """From a normalised config.json (:func:`mf_qwen3_bridge.hf_config.normalise`)."""
-        return cls(**{field.name: config[HF_NAME[field.name]] for field in fields(cls)})
-
-    @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any]) -> ModelSpec:
-        """From a mapping under Hugging Face's or MindFormers' names.
+        """From a mapping under Hugging Face's or MindFormers' names: a config.json, a YAML's ``model.model_config``.
 
         Raises:
             KeyError: numbers are missing; names them.

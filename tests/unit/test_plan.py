@@ -15,7 +15,7 @@ from mf_qwen3_bridge.checkpoint import open_checkpoint
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.plan import make_plan
-from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect, dense_rules, is_training_state
+from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect, dense_rules, is_training_state, places
 from mf_qwen3_bridge.spec import ModelSpec
 from tests.tiny import NUMPY, SPEC, random_tensors, write
 
@@ -67,8 +67,6 @@ def test_there_and_back_is_bit_exact(tmp_path_factory, spec, dialect, dtype, dat
 def test_every_element_is_claimed_exactly_once(spec, source, target):
     read: dict[str, np.ndarray] = {}
     written: dict[str, np.ndarray] = {}
-    from mf_qwen3_bridge.rules import places
-
     for rule in dense_rules(spec):
         for here, there in zip(places(rule, source), places(rule, target)):
             assert here.view.shape == there.view.shape
