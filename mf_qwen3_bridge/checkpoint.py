@@ -202,7 +202,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return open_files(path, files)
 
 
-_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
 
 def _absent_shards(files: Iterable[Path]) -> list[str]:
@@ -210,9 +210,8 @@ def _absent_shards(files: Iterable[Path]) -> list[str]:
     present = {file.name for file in files}
     wanted = set()
     for match in filter(None, map(_SHARD.fullmatch, present)):
-        stem, digits, total = match.groups()
-        width = len(digits)
-        wanted |= {f"{stem}-{number:0{width}d}-of-{total}.safetensors" for number in range(1, int(total) + 1)}
+        stem, total = match.groups()
+        wanted |= {f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1)}
     return sorted(wanted - present)
 
 

@@ -156,6 +156,12 @@ def test_a_missing_shard_without_an_index(tmp_path: Path):
     assert "model-00003-of-00003.safetensors missing" in message(tmp_path)
 
 
+def test_a_name_that_promises_billions_of_shards_keeps_nobody_waiting(tmp_path: Path):
+    tensors = random_tensors()
+    save_file(tensors, tmp_path / "model-0000000001-of-9999999999.safetensors")
+    assert open_checkpoint(tmp_path).tensors.keys() == tensors.keys()
+
+
 def test_a_stale_file_beside_an_index_is_not_read(tmp_path: Path):
     tensors = random_tensors()
     write(tmp_path, tensors, shards=2)
