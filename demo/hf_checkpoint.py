@@ -10,7 +10,13 @@ from typing import Any, Literal, TypedDict
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 State = dict[str, torch.Tensor]
 
@@ -124,31 +130,33 @@ def write_checkpoint(directory: Path, config: Mapping[str, Any], shards: Sequenc
     write_json(directory / "model.safetensors.index.json", index)
 
 
-def read_config(directory: Path) -> Qwen3Config:
-    """Read config.json; `rope_parameters` (transformers 5) is spelled as `rope_theta`, which 4.x understands."""
+def read_config(directory: Path) -> PretrainedConfig:
+    """Read config.json; what transformers 5 calls differently is spelled as 4.x understands it."""
     raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     rope_parameters = raw.pop("rope_parameters", None)
     if rope_parameters is not None:
         if rope_parameters["rope_type"] != "default":
             raise ValueError(f"{directory}: rope_type {rope_parameters['rope_type']!r} in rope_parameters")
         raw["rope_theta"] = rope_parameters["rope_theta"]
-    return Qwen3Config(**raw)
+    if "num_local_experts" in raw:
+        raw["num_experts"] = raw.pop("num_local_experts")
+    return AutoConfig.for_model(**raw)
 
 
-def load_fp32(directory: Path) -> Qwen3ForCausalLM:
+def load_fp32(directory: Path) -> PreTrainedModel:
     """Load a checkpoint in float32, with eager attention, ready for inference."""
-    model = Qwen3ForCausalLM.from_pretrained(directory, config=read_config(directory), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(directory, config=read_config(directory), attn_implementation="eager")
     return model.float().eval()
 
 
 @torch.inference_mode()
-def prompt_logits(model: Qwen3ForCausalLM, ids: Sequence[int]) -> torch.Tensor:
+def prompt_logits(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
     """Return the logits at all positions of `ids`, of shape (len(ids), vocab_size)."""
     return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
 def greedy(
-    model: Qwen3ForCausalLM, ids: Sequence[int], max_new_tokens: int, stop_ids: Collection[int] = ()
+    model: PreTrainedModel, ids: Sequence[int], max_new_tokens: int, stop_ids: Collection[int] = ()
 ) -> list[int]:
     """Return up to `max_new_tokens` greedy new tokens; a token of `stop_ids` is the last one, and included."""
     new_ids: list[int] = []
@@ -196,7 +204,7 @@ def answer_batch(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) 
 
 
 def failed_prompts(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], stop_ids: Collection[int]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], stop_ids: Collection[int]
 ) -> list[str]:
     """Decode every prompt greedily (a chat with and without thinking) and describe each unexpected answer."""
     failures = []

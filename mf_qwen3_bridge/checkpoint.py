@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import ml_dtypes
@@ -62,31 +64,50 @@ class TensorInfo:
     start: int
     nbytes: int
 
-    def read(self, out: np.ndarray | None = None) -> np.ndarray:
-        """The tensor's elements, read in one sequential sweep.
 
-        Args:
-            out: a C-contiguous array of the same shape and dtype to read into; a new one when left out.
+class Reader:
+    """Reads tensors' bytes. Each file is opened once; several threads may read at a time.
+
+    ``with Reader() as reader: ...`` closes the files.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = Lock()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read(self, tensor: TensorInfo, start: int, out: memoryview) -> None:
+        """Fills ``out`` with the tensor's bytes from ``start`` on.
 
         Raises:
             BridgeError: the file ended early or could not be read.
         """
-        array = np.empty(self.shape, DTYPES[self.dtype]) if out is None else out
-        target = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         done = 0
         try:
-            with open(self.file, "rb", buffering=0) as file:
-                file.seek(self.start)
-                while done < self.nbytes and (count := file.readinto(target[done:])):
-                    done += count
+            descriptor = self._descriptor(tensor.file)
+            while done < len(out):
+                count = os.preadv(descriptor, [out[done:]], tensor.start + start + done)
+                if count == 0:
+                    raise BridgeError(
+                        f"{tensor.file} ended while {tensor.name} was read ({start + done} of {tensor.nbytes} bytes): "
+                        "it changed since its header was read; copy it again"
+                    )
+                done += count
         except OSError as error:
-            raise BridgeError(f"can't read {self.name} from {self.file}: {error.strerror}") from error
-        if done != self.nbytes:
-            raise BridgeError(
-                f"{self.file} ended while {self.name} was read ({done} of {self.nbytes} bytes): it changed since its "
-                "header was read; copy it again"
-            )
-        return array
+            raise BridgeError(f"can't read {tensor.name} from {tensor.file}: {error.strerror}") from error
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            return self._descriptors[file]
 
 
 @dataclass(frozen=True)

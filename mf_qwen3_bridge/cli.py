@@ -14,6 +14,7 @@ import click
 
 from mf_qwen3_bridge import __version__
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.parallel import num_processes
 
 _DIRECTORY = click.Path(path_type=Path)
 
@@ -21,6 +22,8 @@ _DIRECTORY = click.Path(path_type=Path)
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say which checkpoint is meant."""
     for option in (
+        click.option("--ep", type=click.IntRange(1), metavar="N", help="Expert parallel size  [default: 1]."),
+        click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor parallel size  [default: all]."),
         click.option("--load_checkpoint", type=_DIRECTORY, metavar="DIR", help="Weights, when not in --model_dir."),
         click.option("--config", type=_DIRECTORY, metavar="YAML", help="MindFormers YAML to hold them against."),
         click.option("--model_dir", type=_DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory."),
@@ -37,14 +40,14 @@ def cli() -> None:
 
 @cli.command()
 @_model_options
-def check(model_dir: Path, config: Path | None, load_checkpoint: Path | None) -> None:
+def check(model_dir: Path, config: Path | None, load_checkpoint: Path | None, tp: int | None, ep: int | None) -> None:
     """Check config.json, the YAML and the tensors' names, shapes and dtypes against each other (headers only).
 
     Exit code 0: they fit. 2: they don't; a table says what to change.
     """
     from mf_qwen3_bridge import preflight
 
-    model = preflight.check(model_dir, config, load_checkpoint)
+    model = preflight.check(model_dir, config, load_checkpoint, tensor_parallel=tp, expert_parallel=ep)
     for line in preflight.summary(model):
         click.echo(line)
 
@@ -67,6 +70,8 @@ def infer(
     model_dir: Path,
     config: Path | None,
     load_checkpoint: Path | None,
+    tp: int | None,
+    ep: int | None,
     use_training_conversion: bool,
     tokenizer_path: Path | None,
     test_mode: str,
@@ -75,14 +80,24 @@ def infer(
     enable_thinking: bool,
     **generation: Any,
 ) -> None:
-    """Run a Hugging Face checkpoint in MindFormers' inference model, and say at each step what was found."""
+    """Run a Hugging Face checkpoint in MindFormers' inference model, and say at each step what was found.
+
+    On several cards, start it with msrun: the model is spread over all processes.
+    """
     from mf_qwen3_bridge import preflight
 
     generation = {name: value for name, value in generation.items() if value is not None}
     sampling = generation.keys() & {"temperature", "top_k", "top_p"}
     if sampling and not generation["do_sample"]:
         raise click.UsageError(f"--{min(sampling)} needs --do_sample")
-    model = preflight.check(model_dir, config, load_checkpoint)
+    model = preflight.check(
+        model_dir,
+        config,
+        load_checkpoint,
+        tensor_parallel=tp,
+        expert_parallel=ep,
+        num_processes=num_processes(),
+    )
     for line in preflight.summary(model):
         click.echo(line)
 

@@ -25,9 +25,14 @@ _KEYS: dict[str, Any] = {
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
 }
-_INTEGERS = [key for key, value in _KEYS.items() if value is None or type(value) is int]
+_MOE_KEYS: dict[str, Any] = {
+    "num_experts": None,
+    "num_experts_per_tok": None,
+    "moe_intermediate_size": None,
+    "norm_topk_prob": False,
+}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_ARCHITECTURE, _MODEL_TYPE = "Qwen3ForCausalLM", "qwen3"
+_ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
 def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -68,8 +73,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def normalise(raw: Mapping[str, Any], origin: str = "config.json") -> dict[str, Any]:
     """A config.json of any age in the one form that MindFormers 1.7 to 1.9 understand.
 
-    ``dtype`` becomes ``torch_dtype``; ``rope_parameters`` becomes ``rope_theta`` and ``rope_scaling``; YaRN gets the
-    numbers that transformers supplies by default; keys that do not change what is computed are left out.
+    ``dtype`` becomes ``torch_dtype``; ``rope_parameters`` becomes ``rope_theta`` and ``rope_scaling``;
+    ``num_local_experts`` becomes ``num_experts``; YaRN gets the numbers that transformers supplies by default; keys
+    that do not change what is computed are left out.
 
     Args:
         raw: the JSON object.
@@ -78,17 +84,19 @@ def normalise(raw: Mapping[str, Any], origin: str = "config.json") -> dict[str, 
     Raises:
         BridgeError: something that MindFormers' Qwen3 cannot compute, or that is missing or absurd; lists all of it.
     """
+    if raw.get("num_experts") is None and "num_local_experts" in raw:
+        raw = {**raw, "num_experts": raw["num_local_experts"]}
     problems = [Problem(*row) for row in (*_refusals(raw), *_bad_numbers(raw))]
     rope_theta, rope_scaling, rope_problems = _rope(raw)
     problems += rope_problems
     if problems:
         raise BridgeError(f"{origin} can't be used", problems)
-    config = {key: raw[key] if raw.get(key) is not None else default for key, default in _KEYS.items()}
+    config = {key: raw[key] if raw.get(key) is not None else default for key, default in _keys(raw).items()}
     config["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
     config |= {key: raw[key] for key in _TOKENS if raw.get(key) is not None}
     config |= {
-        "architectures": [_ARCHITECTURE],
-        "model_type": _MODEL_TYPE,
+        "architectures": [_ARCHITECTURES[raw["model_type"]]],
+        "model_type": raw["model_type"],
         "hidden_act": "silu",
         "rope_theta": rope_theta,
         "rope_scaling": rope_scaling,
@@ -98,15 +106,30 @@ def normalise(raw: Mapping[str, Any], origin: str = "config.json") -> dict[str, 
     return config
 
 
+def _keys(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What a normalised config of this kind holds, and the values that transformers takes when they are left out."""
+    if raw.get("model_type") != "qwen3_moe":
+        return _KEYS
+    keys = _KEYS | _MOE_KEYS
+    heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
+    if type(heads) is int and type(hidden) is int and heads > 0:
+        keys["head_dim"] = hidden // heads  # transformers' Qwen3MoeAttention; dense Qwen3's config says 128
+    del keys["intermediate_size"]  # of the layers without experts, which are refused
+    return keys
+
+
 def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """What MindFormers' Qwen3 does not compute: (subject, found, remedy)."""
     architectures, model_type = raw.get("architectures") or [], raw.get("model_type")
-    if model_type != _MODEL_TYPE or architectures not in ([], [_ARCHITECTURE]):
+    known = _ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if known is None or architectures not in ([], [known]):
         yield (
             "architecture",
             f"model_type {model_type!r}, architectures {architectures!r}",
-            f"this version loads dense Qwen3 only (model_type {_MODEL_TYPE!r}, {_ARCHITECTURE})",
+            "Qwen3 and Qwen3-MoE are loaded: " + ", ".join(f"{kind} ({name})" for kind, name in _ARCHITECTURES.items()),
         )
+    if model_type == "qwen3_moe":
+        yield from _moe_refusals(raw)
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         yield "quantization_config", f"quant_method {method!r}", "use the unquantised (bf16) checkpoint of this model"
@@ -130,10 +153,34 @@ def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "partial_rotary_factor", repr(raw["partial_rotary_factor"]), "Qwen3 rotates whole heads"
 
 
+def _moe_refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    step, dense_layers = raw.get("decoder_sparse_step"), raw.get("mlp_only_layers")
+    if step not in (None, 1) or dense_layers:
+        yield (
+            "dense layers among sparse ones",
+            f"decoder_sparse_step {step!r}, mlp_only_layers {dense_layers!r}",
+            "MindFormers' Qwen3-MoE has experts in every layer, as all released Qwen3-MoE models have",
+        )
+    if raw.get("shared_expert_intermediate_size"):
+        yield (
+            "shared_expert_intermediate_size",
+            repr(raw["shared_expert_intermediate_size"]),
+            "Qwen3-MoE has no shared experts; the checkpoint is of another architecture",
+        )
+    if raw.get("num_local_experts") not in (None, raw.get("num_experts")):
+        found = f"{raw.get('num_experts')!r}, and num_local_experts {raw['num_local_experts']!r}"
+        yield "num_experts", found, "two names of one thing: remove the wrong one"
+    if raw.get("num_experts_per_tok") == 1:
+        yield "num_experts_per_tok", "1", "MindFormers routes each token to at least two experts; Qwen3-MoE uses 8"
+    if raw.get("norm_topk_prob") not in (None, True, False):
+        yield "norm_topk_prob", repr(raw["norm_topk_prob"]), "true or false"
+
+
 def _bad_numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     wrong = False
-    for key in _INTEGERS:
-        value = raw.get(key, _KEYS[key])
+    keys = _keys(raw)
+    for key in (key for key, default in keys.items() if default is None or type(default) is int):
+        value = raw.get(key, keys[key])
         if key == "num_key_value_heads" and key in raw and value is None:
             continue  # null: as many as heads
         if type(value) is not int or not _is_number(value, at_least=1):
@@ -154,8 +201,10 @@ def _bad_numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             f"{groups}, with num_attention_heads {heads}",
             "num_attention_heads must be a multiple of it",
         )
-    if raw.get("head_dim", 128) % 2:
-        yield "head_dim", str(raw["head_dim"]), "must be even (rotary embedding)"
+    if raw.get("head_dim", keys["head_dim"]) % 2:
+        yield "head_dim", str(raw.get("head_dim", keys["head_dim"])), "must be even (rotary embedding)"
+    if (chosen := raw.get("num_experts_per_tok", 0)) > raw.get("num_experts", chosen):
+        yield "num_experts_per_tok", f"{chosen}, with num_experts {raw['num_experts']}", "see the model's card"
 
 
 def _is_number(value: Any, at_least: float) -> bool:

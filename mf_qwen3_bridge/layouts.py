@@ -56,6 +56,11 @@ class View:
         expected = View.whole(self.shape).strides
         return all(size == 1 or got == want for size, got, want in zip(self.shape, self.strides, expected))
 
+    @property
+    def span(self) -> int:
+        """Number of elements from the first one seen to the last, with those between them that are not seen."""
+        return 1 + sum(stride * (length - 1) for length, stride in zip(self.shape, self.strides))
+
     def unflatten(self, axis: int, groups: int) -> View:
         """Axis ``axis`` of n entries as two axes: ``groups``, and the n / groups entries of each.
 
@@ -72,17 +77,32 @@ class View:
             self.offset,
         )
 
-    def __getitem__(self, index: slice | tuple[slice, ...]) -> View:
-        """Slices (step 1) of the leading axes, with numpy's meaning."""
-        slices = index if isinstance(index, tuple) else (index,)
-        shape, offset = list(self.shape), self.offset
-        for axis, piece in enumerate(slices):
-            start, stop, step = piece.indices(self.shape[axis])
+    def permute(self, *axes: int) -> View:
+        """The axes in another order, as numpy's ``transpose``."""
+        return View(tuple(self.shape[a] for a in axes), tuple(self.strides[a] for a in axes), self.offset)
+
+    def __getitem__(self, index: int | slice | tuple[int | slice, ...]) -> View:
+        """Entries (from 0) and slices (step 1) of the leading axes, with numpy's meaning.
+
+        Raises:
+            ValueError: the axis has no such entry, or the slice skips some.
+        """
+        pieces = index if isinstance(index, tuple) else (index,)
+        shape, strides, offset = [], [], self.offset
+        for piece, length, stride in zip(pieces, self.shape, self.strides):
+            if isinstance(piece, int):
+                if not 0 <= piece < length:
+                    raise ValueError(f"no entry {piece} on an axis of {length}")
+                offset += piece * stride
+                continue
+            start, stop, step = piece.indices(length)
             if step != 1:
                 raise ValueError("a view takes slices of step 1")
-            shape[axis] = max(stop - start, 0)
-            offset += start * self.strides[axis]
-        return View(tuple(shape), self.strides, offset)
+            shape.append(max(stop - start, 0))
+            strides.append(stride)
+            offset += start * stride
+        rest = len(pieces)
+        return View((*shape, *self.shape[rest:]), (*strides, *self.strides[rest:]), offset)
 
     def of(self, tensor: np.ndarray) -> np.ndarray:
         """The numpy view of a C-contiguous ``tensor`` that this view describes; it shares the tensor's memory.
@@ -124,6 +144,30 @@ def interleaved(rows: Sequence[int], columns: Sequence[int], groups: int) -> lis
     fused = View.whole((sum(rows), *columns)).unflatten(0, groups)
     starts = np.cumsum([0, *rows]).tolist()
     return [fused[:, start // groups : (start + n) // groups] for start, n in zip(starts, rows)]
+
+
+def by_expert(num_experts: int, rows: Sequence[int], columns: int, transposed: bool = False) -> list[list[View]]:
+    """The experts' matrices one after the other; each expert's parts lie next to each other.
+
+    Hugging Face's stacked experts are the plain form, (num_experts, all rows, columns). MindFormers multiplies from the
+    other side: each of its experts is transposed, (num_experts, columns, all rows), in training with the first two axes
+    folded into one.
+
+    Args:
+        num_experts: number of experts.
+        rows: number of rows of each part of one expert: its gate and its up, or its down alone.
+        columns: number of columns of each part.
+        transposed: whether each expert lies transposed.
+
+    Returns:
+        For each expert, for each part, a view of shape (rows of the part, columns) of the stack.
+    """
+    if transposed:
+        stack = View.whole((num_experts, columns, sum(rows))).permute(0, 2, 1)
+    else:
+        stack = View.whole((num_experts, sum(rows), columns))
+    starts = np.cumsum([0, *rows]).tolist()
+    return [[stack[e, start : start + n] for start, n in zip(starts, rows)] for e in range(num_experts)]
 
 
 @dataclass(frozen=True)

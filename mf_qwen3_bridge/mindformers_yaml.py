@@ -33,8 +33,18 @@ COMPUTED_NAMES: dict[str, tuple[str, ...]] = {
     "add_bias_linear": (),
     "multi_latent_attention": (),
     "mtp_num_layers": ("mtp_depth", "num_nextn_predict_layers"),
-    "num_moe_experts": ("num_experts", "n_routed_experts", "expert_num"),
     "quantization": ("quantization_config",),
+    "num_experts_per_tok": ("moe_router_topk", "num_experts_chosen"),
+    "norm_topk_prob": (),
+    "moe_router_score_function": ("scoring_func", "use_gating_sigmoid"),
+    "moe_router_topk_scaling_factor": ("routed_scaling_factor",),
+    "moe_router_num_groups": ("n_group",),
+    "moe_router_group_topk": ("topk_group",),
+    "moe_router_enable_expert_bias": ("balance_via_topk_bias",),
+    "moe_shared_expert_intermediate_size": ("shared_expert_num", "n_shared_experts"),
+    "moe_layer_freq": ("decoder_sparse_step",),
+    "first_k_dense_replace": (),
+    "mlp_only_layers": (),
 }
 # 2. Additions to config.json: YaRN is asked for so.
 ADDITIONS = frozenset({"rope_scaling"})
@@ -52,6 +62,10 @@ FLAG_OPTIONS = frozenset({"qkv_concat"})
 OPTIONS = DTYPE_OPTIONS.keys() | SIZE_OPTIONS | FLAG_OPTIONS
 # 4. Everything else: not used.
 
+# Of an inference YAML's parallel_config: the sizes of a ParallelConfig, and what the bridge can't divide by.
+PARALLEL_SIZES = {"model_parallel": "tensor_parallel", "expert_parallel": "expert_parallel"}
+NOT_PARALLEL = ("data_parallel", "pipeline_stage", "context_parallel")
+
 LAYOUT_FLAGS = TRAINING_DEFAULT.training_flags.keys()
 _TRAINING_MODES = ("train", "finetune", "train_with_eval", "eval", "predict_with_train_model")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -68,6 +82,12 @@ def computed_values(hf_config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
         "partial_rotary_factor": (1.0,),
         "normalization": ("RMSNorm",),
         "gated_linear_unit": (True,),
+        "num_experts_per_tok": (hf_config.get("num_experts_per_tok"),),
+        "norm_topk_prob": (hf_config.get("norm_topk_prob"),),
+        "moe_router_score_function": ("softmax", False),
+        "moe_router_topk_scaling_factor": (1.0,),
+        "moe_layer_freq": (1,),
+        "mlp_only_layers": ([],),
     }
 
 
@@ -124,6 +144,30 @@ class MindFormersYaml:
         ]:
             raise BridgeError(f"{self.origin} can't be used", wrong)
         return Layout.of_training(flags) if self.is_for_training or len(flags) == len(LAYOUT_FLAGS) else None
+
+    def parallel_sizes(self) -> tuple[dict[str, int], list[Problem]]:
+        """How an inference run is spread over processes, as far as the YAML says, and what is wrong with it.
+
+        Returns:
+            Fields of a :class:`~mf_qwen3_bridge.parallel.ParallelConfig`. A training run's are not inference's.
+        """
+        sizes: dict[str, int] = {}
+        problems: list[Problem] = []
+        config = self.document.get("parallel_config") or {}
+        if self.is_for_training or not self.document.get("use_parallel") or not isinstance(config, dict):
+            return sizes, problems
+        for key, field_name in PARALLEL_SIZES.items():
+            value = config.get(key)
+            if value is not None and (type(value) is not int or value < 1):
+                problems.append(Problem(f"parallel_config.{key}", repr(value), "a positive whole number"))
+            elif value is not None:
+                sizes[field_name] = value
+        for key in NOT_PARALLEL:
+            if config.get(key) not in (None, 1, False):
+                problems.append(
+                    Problem(f"parallel_config.{key}", repr(config[key]), "the bridge runs tensor and expert parallel")
+                )
+        return sizes, problems
 
     @property
     def pretrained_model_dir(self) -> Path | None:

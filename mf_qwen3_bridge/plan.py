@@ -13,19 +13,11 @@ import numpy as np
 
 from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.layouts import View
-from mf_qwen3_bridge.rules import EMBEDDING, OUTPUT, Dialect, Rule, is_training_state, places
+from mf_qwen3_bridge.parallel import WHOLE, Rank
+from mf_qwen3_bridge.rules import EMBEDDING, OUTPUT, Dialect, Rule, is_training_state
+from mf_qwen3_bridge.transfer import Copy, Transfer, have_equal_bytes
 
 FLOATS = ("BF16", "F16", "F32")
-
-
-@dataclass(frozen=True)
-class Copy:
-    """Part of a source tensor, and where it goes in the target: two views of one shape."""
-
-    source: TensorInfo
-    source_view: View
-    target_view: View
 
 
 @dataclass(frozen=True)
@@ -44,32 +36,12 @@ class Target:
     dtype: str
     copies: tuple[Copy, ...]
 
-    def make(self, out: np.ndarray | None = None) -> np.ndarray:
-        """The tensor, its sources read from disk.
-
-        Bytes that keep their dtype and whose target is one run of memory are read straight into place; everything
-        else is read once and copied once. Dtypes are cast by the copy, rounding to nearest even.
-
-        Args:
-            out: a C-contiguous array of the target's shape, of any of the float dtypes; a new one when left out.
-        """
-        result = np.empty(self.shape, DTYPES[self.dtype]) if out is None else out
-        for copy in self.copies:
-            source, target = copy.source, copy.target_view.of(result)
-            reads_all = copy.source_view.is_contiguous and copy.source_view.size * result.itemsize == source.nbytes
-            if reads_all and copy.target_view.is_contiguous and DTYPES[source.dtype] == result.dtype:
-                source.read(out=target.reshape(source.shape))
-            else:
-                copy_elements(copy.source_view.of(source.read()), target)
+    def make(self) -> np.ndarray:
+        """The tensor, its sources read from disk. Whoever makes many keeps a :class:`Transfer` for all."""
+        result = np.empty(self.shape, DTYPES[self.dtype])
+        with Transfer() as transfer:
+            transfer.fill(result, self.copies)
         return result
-
-
-def copy_elements(source: np.ndarray, target: np.ndarray) -> None:
-    """``target[...] = source``; elements of one dtype move as raw integers, which numpy does faster than bfloat16."""
-    if source.dtype == target.dtype:
-        raw = np.dtype(f"u{source.itemsize}")
-        source, target = source.view(raw), target.view(raw)
-    np.copyto(target, source, casting="unsafe")
 
 
 @dataclass(frozen=True)
@@ -83,6 +55,7 @@ class Plan:
         duplicates: pairs (kept, dropped) of source tensors that must hold the same bytes: an ``lm_head`` that is
             stored although it is tied to the embedding.
         ignored: source tensors that are no weights.
+        rank: the process it is for.
     """
 
     source: Dialect
@@ -90,6 +63,7 @@ class Plan:
     targets: tuple[Target, ...]
     duplicates: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
     ignored: tuple[str, ...] = field(default=(), repr=False)
+    rank: Rank = WHOLE
 
     @property
     def num_source_tensors(self) -> int:
@@ -99,15 +73,14 @@ class Plan:
 
     @property
     def source_nbytes(self) -> int:
-        """Bytes of the tensors that are read."""
-        used = {copy.source.name: copy.source.nbytes for target in self.targets for copy in target.copies}
-        return sum(used.values())
+        """Bytes that are read, the duplicates apart."""
+        return sum(copy.nbytes for target in self.targets for copy in target.copies)
 
-    def check_duplicates(self, read: Callable[[TensorInfo], np.ndarray] = TensorInfo.read) -> None:
-        """Reads each pair of duplicates and compares their bytes.
+    def check_duplicates(self, are_equal: Callable[[TensorInfo, TensorInfo], bool] | None = None) -> None:
+        """Compares the bytes of each pair of duplicates; of several ranks each compares its share.
 
         Args:
-            read: where the tensors are to be had, when not on disk.
+            are_equal: compares two tensors, when they are not on disk.
 
         Raises:
             BridgeError: they differ: the checkpoint's config and weights disagree on what is tied.
@@ -120,10 +93,14 @@ class Plan:
                 f"remove {dropped.name}",
             )
             for kept, dropped in self.duplicates
-            if not np.array_equal(read(kept).view(np.uint8), read(dropped).view(np.uint8))
+            if not (are_equal or self._have_equal_bytes)(kept, dropped)
         ]
         if problems:
             raise BridgeError("tied tensors differ", problems)
+
+    def _have_equal_bytes(self, kept: TensorInfo, dropped: TensorInfo) -> bool:
+        size, number = self.rank.tensor_parallel, self.rank.tensor_rank
+        return have_equal_bytes(kept, dropped, kept.nbytes * number // size, kept.nbytes * (number + 1) // size)
 
 
 def make_plan(
@@ -132,6 +109,7 @@ def make_plan(
     source: Dialect,
     target: Dialect,
     dtype: str | None = None,
+    rank: Rank = WHOLE,
 ) -> Plan:
     """The plan that turns ``tensors`` from one dialect into the other.
 
@@ -141,12 +119,13 @@ def make_plan(
         source: the dialect it is in.
         target: the dialect wanted.
         dtype: dtype of the result as safetensors spells it; as in the checkpoint when left out.
+        rank: the process that the result is for; it holds its part of every parameter.
 
     Raises:
         BridgeError: tensors that are missing, left over, of a wrong shape or dtype. Lists everything.
     """
-    pairs = [pair for rule in rules for pair in zip(places(rule, source), places(rule, target))]
-    expected = {here.tensor: here.shape for here, _ in pairs}
+    table = [(rule, rule.places(source)) for rule in rules]
+    expected = {place.tensor: place.shape for _, places in table for place in places}
     leftover = tensors.keys() - expected.keys()
     ignored = {name for name in leftover if not source.is_hf and is_training_state(name, expected)}
     duplicates = _duplicates(tensors, leftover, source)
@@ -160,13 +139,16 @@ def make_plan(
     if problems:
         raise BridgeError("the checkpoint does not fit the model", problems)
     copies: dict[tuple[str, tuple[int, ...]], list[Copy]] = {}
-    for here, there in pairs:
-        copy = Copy(tensors[here.tensor], here.view, there.view)
-        copies.setdefault((there.tensor, there.shape), []).append(copy)
+    for rule, places in table:
+        local, cuts = rule.shard(rank)
+        for cut, there in zip(cuts, local.places(target)):
+            here = places[cut.part]
+            copy = Copy(tensors[here.tensor], here.view[cut.where], there.view)
+            copies.setdefault((there.tensor, there.shape), []).append(copy)
     targets = (
         Target(name, shape, dtype or _common_dtype(parts), tuple(parts)) for (name, shape), parts in copies.items()
     )
-    return Plan(source, target, tuple(targets), tuple(duplicates), tuple(sorted(ignored)))
+    return Plan(source, target, tuple(targets), tuple(duplicates), tuple(sorted(ignored)), rank)
 
 
 def _common_dtype(copies: Iterable[Copy]) -> str:

@@ -20,9 +20,10 @@ from mf_qwen3_bridge.mindformers_yaml import (
     read_mindformers_yaml,
     run_options,
 )
+from mf_qwen3_bridge.parallel import WHOLE, ParallelConfig, Rank
 from mf_qwen3_bridge.plan import Plan, make_plan
 from mf_qwen3_bridge.recognise import dialect_of, numbers_of
-from mf_qwen3_bridge.rules import INFER, Dialect, Rule, dense_rules
+from mf_qwen3_bridge.rules import INFER, Dialect, Rule, model_rules
 from mf_qwen3_bridge.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
 
 # Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 1.9).
@@ -41,6 +42,7 @@ class Model:
         checkpoint: its tensors.
         dialect: how they are named and laid out.
         rules: its table.
+        parallel: how the run is spread over processes.
         notes: what is unusual, but right.
     """
 
@@ -51,6 +53,7 @@ class Model:
     checkpoint: Checkpoint
     dialect: Dialect
     rules: tuple[Rule, ...]
+    parallel: ParallelConfig
     notes: tuple[str, ...] = ()
 
     @property
@@ -63,9 +66,9 @@ class Model:
         sizes = _DEFAULT_SIZES | self.options
         return min(positions, sizes["seq_length"], sizes["num_blocks"] * sizes["block_size"])
 
-    def plan(self, target: Dialect, dtype: str | None = None) -> Plan:
-        """The plan that turns the checkpoint into ``target``."""
-        return make_plan(self.rules, self.checkpoint.tensors, self.dialect, target, dtype)
+    def plan(self, target: Dialect, dtype: str | None = None, rank: Rank = WHOLE) -> Plan:
+        """The plan that turns the checkpoint, or a rank's part of it, into ``target``."""
+        return make_plan(self.rules, self.checkpoint.tensors, self.dialect, target, dtype, rank)
 
 
 def check(
@@ -73,6 +76,10 @@ def check(
     config: Path | None = None,
     weights: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    *,
+    tensor_parallel: int | None = None,
+    expert_parallel: int | None = None,
+    num_processes: int | None = None,
 ) -> Model:
     """Checks a checkpoint against its config, and both against a YAML.
 
@@ -83,6 +90,9 @@ def check(
         weights: a directory or file with the weights, for weights that lie apart from config.json: those of a
             MindFormers training run, for example.
         overrides: entries of ``model.model_config`` that go before the YAML's.
+        tensor_parallel: processes that share attention, MLP and vocabulary; else the YAML's, else ``num_processes``.
+        expert_parallel: processes that share the experts; else the YAML's, else 1.
+        num_processes: how many run; left out when none does yet.
 
     Raises:
         BridgeError: with a table of everything that does not fit, and what to change.
@@ -98,19 +108,18 @@ def check(
     checkpoint = open_checkpoint(weights or model_dir)
     dialect = dialect_of(checkpoint, yaml.training_layout, yaml.origin)
     spec = ModelSpec.from_model_config(hf_config)
-    options, problems = run_options(({} if yaml.is_for_training else yaml.model_config) | arguments)
-    problems += _unknown_arguments(arguments)
-    if yaml.document.get("use_parallel") and not yaml.is_for_training:
-        problems.append(
-            Problem("use_parallel", f"{yaml.origin}: True", "this version runs on one card: set it to False")
-        )
+    options, run_problems = run_options(({} if yaml.is_for_training else yaml.model_config) | arguments)
+    run_problems += _unknown_arguments(arguments)
+    named = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
+    parallel, parallel_problems = _parallel(yaml, named, num_processes)
+    run_problems += [*parallel_problems, *parallel.problems(spec)]
     sides = {yaml.origin: yaml.model_config, "arguments": arguments}
     in_tensors = numbers_of(checkpoint.tensors, dialect)
-    problems += _disagreements(spec, hf_config, sides, in_tensors)
+    problems = [*_disagreements(spec, hf_config, sides, in_tensors)]
     try:
         # A wrong number in the config is said above, once: it makes hundreds of tensors look wrong.
         numbers: dict[str, Any] = {field: number for field, (number, _) in in_tensors.items()}
-        make_plan(dense_rules(replace(spec, **numbers)), checkpoint.tensors, dialect, dialect)
+        make_plan(model_rules(replace(spec, **numbers)), checkpoint.tensors, dialect, dialect)
     except BridgeError as error:
         problems += error.problems
     except ValueError:  # heads and groups that don't divide: their rows are above
@@ -118,10 +127,29 @@ def check(
     if problems:
         raise BridgeError(
             f"config and weights of {model_dir} don't fit: take both from one model, or change what the table says",
-            problems,
+            problems + run_problems,
         )
-    notes = [*_notes(checkpoint, hf_dir, yaml)]
-    return Model(hf_dir, spec, hf_config, options, checkpoint, dialect, tuple(dense_rules(spec)), tuple(notes))
+    if run_problems:
+        raise BridgeError(f"{model_dir} can't be run like this", run_problems)
+    rules, notes = tuple(model_rules(spec)), tuple(_notes(checkpoint, hf_dir, yaml))
+    return Model(hf_dir, spec, hf_config, options, checkpoint, dialect, rules, parallel, notes)
+
+
+def _parallel(
+    yaml: MindFormersYaml, named: Mapping[str, int | None], num_processes: int | None
+) -> tuple[ParallelConfig, list[Problem]]:
+    """The sizes that the caller names and those of an inference YAML, which must not contradict each other."""
+    sizes, problems = yaml.parallel_sizes()
+    for field, value in named.items():
+        if value is not None and sizes.setdefault(field, value) != value:
+            found = f"arguments: {value}\n{yaml.origin}: {sizes[field]}"
+            problems.append(Problem(field.replace("_", " "), found, "leave out the argument, or change the YAML"))
+    sizes.setdefault("tensor_parallel", num_processes or 1)
+    if num_processes not in (None, sizes["tensor_parallel"]):
+        size = sizes["tensor_parallel"]
+        remedy = f"start {size} processes: msrun --worker_num={size} --local_worker_num={size} --join=True ..."
+        problems.append(Problem("tensor parallel", f"{size}, number of processes {num_processes}", remedy))
+    return ParallelConfig(**sizes), problems
 
 
 def _notes(checkpoint: Checkpoint, hf_dir: Path, yaml: MindFormersYaml) -> Iterator[str]:
@@ -147,10 +175,10 @@ def _disagreements(
     in_tensors: Mapping[str, tuple[int, str]],
 ) -> Iterator[Problem]:
     """A row for each thing on which config.json, the other ``sides`` and the tensors do not agree."""
-    for field, keys in MINDFORMERS_NAMES.items():
+    for field in (field for field in HF_NAME if field in spec.numbers.keys() | in_tensors.keys() | {"num_experts"}):
         config_value = getattr(spec, field)
         number, tensor = in_tensors.get(field, (config_value, ""))
-        said = [("config.json", HF_NAME[field], config_value), *_said(sides, keys)]
+        said = [("config.json", HF_NAME[field], config_value), *_said(sides, MINDFORMERS_NAMES[field])]
         yield from _row(said, (number,), f"weights: {number} ({tensor})" if tensor else None)
     for name, accepted in computed_values(hf_config).items():
         said = [("config.json", name, accepted[0]), *_said(sides, (name, *COMPUTED_NAMES[name]))]
@@ -194,19 +222,28 @@ def summary(model: Model) -> Iterator[str]:
     """What was found, line by line, for a person."""
     spec, checkpoint = model.spec, model.checkpoint
     tied = "tied" if spec.tie_word_embeddings else "untied"
+    kind, mlp = "Qwen3", f"ffn_hidden_size {spec.ffn_hidden_size}"
+    if spec.is_moe:
+        kind, mlp = "Qwen3-MoE", f"{spec.num_experts} experts of moe_ffn_hidden_size {spec.moe_ffn_hidden_size}"
     dtypes = ", ".join(sorted({tensor.dtype for tensor in checkpoint.tensors.values()}))
     files = len({tensor.file for tensor in checkpoint.tensors.values()})
     plan = model.plan(INFER)
     yield (
-        f"model       Qwen3, {spec.num_layers} layers, hidden_size {spec.hidden_size}, "
+        f"model       {kind}, {spec.num_layers} layers, hidden_size {spec.hidden_size}, "
         f"{spec.num_attention_heads} heads and {spec.num_query_groups} KV heads of {spec.head_dim}, "
-        f"ffn_hidden_size {spec.ffn_hidden_size}, vocab_size {spec.vocab_size}, {tied} embeddings"
+        f"{mlp}, vocab_size {spec.vocab_size}, {tied} embeddings"
     )
     yield (
         f"checkpoint  {model.dialect}, {len(checkpoint.tensors)} tensors, {checkpoint.nbytes / 2**20:.1f} MiB "
         f"({dtypes}) in {files} {'file' if files == 1 else 'files'}"
     )
     yield f"plan        {plan.num_source_tensors} tensors become {len(plan.targets)} MindFormers parameters"
+    if model.parallel.world_size > 1:
+        share = model.plan(INFER, rank=model.parallel.rank(0)).source_nbytes
+        yield (
+            f"parallel    {model.parallel.world_size} processes (tensor parallel {model.parallel.tensor_parallel}, "
+            f"expert parallel {model.parallel.expert_parallel}), each reads {share / 2**20:.1f} MiB"
+        )
     yield from (f"note        {note}" for note in model.notes)
     if plan.ignored:
         yield f"note        {len(plan.ignored)} tensors are state of a training run and are left out"

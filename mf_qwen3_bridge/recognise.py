@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from mf_qwen3_bridge.checkpoint import Checkpoint, TensorInfo
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.rules import EMBEDDING, HF, Dialect
+from mf_qwen3_bridge.rules import EMBEDDING, Dialect
 
 # Under this key, the metadata of every MindFormers file that the bridge writes names the layout.
 LAYOUT_STAMP = "mf_qwen3_bridge.layout"
@@ -27,7 +27,7 @@ def dialect_of(checkpoint: Checkpoint, configured: Layout | None = None, origin:
     """
     names = checkpoint.tensors
     if any(name.startswith(("model.layers.", "model.embed_tokens.")) for name in names):
-        return HF
+        return Dialect(None, stacked_experts=any(name.endswith(".experts.gate_up_proj") for name in names))
     if not any(name.startswith(("decoder.", "embedding.")) for name in names):
         some = ", ".join(sorted(names)[:3])
         raise BridgeError(f"{checkpoint.path}: the tensors' names are neither Hugging Face's nor MindFormers' ({some})")
@@ -48,7 +48,30 @@ def dialect_of(checkpoint: Checkpoint, configured: Layout | None = None, origin:
             "wrong guess would load without an error and compute garbage: give the YAML they were trained with "
             "(--config), whose use_contiguous_weight_layout_attention and use_interleaved_weight_layout_mlp say it"
         )
-    return Dialect(layout)
+    return Dialect(
+        layout,
+        stacked_experts=any(name.endswith(".experts.weight1") and len(names[name].shape) == 3 for name in names),
+    )
+
+
+# What the shapes say: (field, tensor of a layer, axis). Rows of heads are divided by head_dim below.
+_HF_SHAPES = (
+    ("head_dim", "self_attn.q_norm.weight", 0),
+    ("num_attention_heads", "self_attn.q_proj.weight", 0),
+    ("num_query_groups", "self_attn.k_proj.weight", 0),
+    ("ffn_hidden_size", "mlp.gate_proj.weight", 0),
+    ("num_experts", "mlp.gate.weight", 0),
+    ("moe_ffn_hidden_size", "mlp.experts.0.gate_proj.weight", 0),
+    ("moe_ffn_hidden_size", "mlp.experts.down_proj", 2),
+)
+_MINDFORMERS_SHAPES = (
+    ("head_dim", "self_attention.q_layernorm.weight", 0),
+    ("num_attention_heads", "self_attention.linear_proj.weight", 1),
+    ("num_query_groups", "self_attention.linear_qkv.weight", 0),  # q, k and v together
+    ("ffn_hidden_size", "mlp.linear_fc2.weight", 1),
+    ("num_experts", "mlp.router.weight", 0),
+    ("moe_ffn_hidden_size", "mlp.experts.weight1", -1),  # gate and up together
+)
 
 
 def numbers_of(tensors: Mapping[str, TensorInfo], dialect: Dialect) -> dict[str, tuple[int, str]]:
@@ -60,34 +83,31 @@ def numbers_of(tensors: Mapping[str, TensorInfo], dialect: Dialect) -> dict[str,
     layers = {int(match.group(1)) for name in tensors if (match := re.search(r"\blayers\.(\d+)\.", name))}
     if not layers:
         return {}
-    first = min(layers)
-    hf_prefix, mf_prefix = f"model.layers.{first}", f"decoder.layers.{first}"
+    prefix = f"{dialect.name(('model', 'decoder'))}.layers.{min(layers)}."
+    shapes = [
+        (field, prefix + name, axis) for field, name, axis in (_HF_SHAPES if dialect.is_hf else _MINDFORMERS_SHAPES)
+    ]
+    shapes += [(field, dialect.name(EMBEDDING), axis) for axis, field in enumerate(("vocab_size", "hidden_size"))]
     found: dict[str, tuple[int, str]] = {}
     if max(layers) < len(tensors):
         found["num_layers"] = (max(layers) + 1, f"layers.{max(layers)}")
+    for field, name, axis in shapes:
+        shape = tensors[name].shape if name in tensors else ()
+        if -len(shape) <= axis < len(shape):
+            found[field] = (shape[axis], f"{name} {shape}")
 
-    def read(field: str, name: str, axis: int, unit: int = 1) -> None:
-        tensor = tensors.get(name)
-        if tensor and unit and len(tensor.shape) > axis and tensor.shape[axis] % unit == 0:
-            found[field] = (tensor.shape[axis] // unit, f"{name} {tensor.shape}")
+    def divide(field: str, by: int) -> None:
+        number, tensor = found.pop(field, (0, ""))
+        if number > 0 and by > 0 and number % by == 0:
+            found[field] = (number // by, tensor)
 
-    read("vocab_size", dialect.name(EMBEDDING), 0)
-    read("hidden_size", dialect.name(EMBEDDING), 1)
-    if dialect.is_hf:
-        read("ffn_hidden_size", f"{hf_prefix}.mlp.gate_proj.weight", 0)
-        read("head_dim", f"{hf_prefix}.self_attn.q_norm.weight", 0)
-        head_dim = found.get("head_dim", (0, ""))[0]
-        read("num_attention_heads", f"{hf_prefix}.self_attn.q_proj.weight", 0, head_dim)
-        read("num_query_groups", f"{hf_prefix}.self_attn.k_proj.weight", 0, head_dim)
-    else:
-        read("ffn_hidden_size", f"{mf_prefix}.mlp.linear_fc2.weight", 1)
-        read("head_dim", f"{mf_prefix}.self_attention.q_layernorm.weight", 0)
-        head_dim = found.get("head_dim", (0, ""))[0]
-        read("num_attention_heads", f"{mf_prefix}.self_attention.linear_proj.weight", 1, head_dim)
-        read("num_query_groups", f"{mf_prefix}.self_attention.linear_qkv.weight", 0, head_dim)
-        if "num_query_groups" in found:  # q, k and v together, up to here
-            heads, tensor = found.pop("num_query_groups")
-            key_value = heads - found.get("num_attention_heads", (heads, ""))[0]
-            if key_value > 0 and key_value % 2 == 0:
-                found["num_query_groups"] = (key_value // 2, tensor)
+    head_dim = found.get("head_dim", (0, ""))[0]
+    divide("num_attention_heads", head_dim)
+    divide("num_query_groups", head_dim)
+    if not dialect.is_hf:
+        if "num_query_groups" in found:
+            number, tensor = found["num_query_groups"]
+            found["num_query_groups"] = (number - found.get("num_attention_heads", (number, ""))[0], tensor)
+            divide("num_query_groups", 2)
+        divide("moe_ffn_hidden_size", 2)
     return found

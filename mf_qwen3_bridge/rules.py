@@ -4,80 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from mf_qwen3_bridge import layouts
 from mf_qwen3_bridge.layouts import Layout, View
+from mf_qwen3_bridge.parallel import Rank
 from mf_qwen3_bridge.spec import ModelSpec
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One MindFormers parameter and the Hugging Face tensors whose rows it holds, in their order.
+class Dialect:
+    """A way of naming and laying out a model's tensors: Hugging Face's, or MindFormers' in one of its layouts.
 
     Attributes:
-        parameter: the MindFormers name.
-        tensors: the Hugging Face names.
-        rows: number of rows of each tensor.
-        columns: shape of one row.
-        groups: number of groups that an interleaved layout deals the rows in.
-        fuses: what the parameter fuses, if it fuses anything; decides which layout flag applies.
+        layout: MindFormers' layout of fused parameters; None for Hugging Face.
+        stacked_experts: whether a layer's experts have an axis of their own. Hugging Face: ``experts.gate_up_proj`` (as
+            transformers 5 holds them) instead of a tensor for each expert; MindFormers: 3-D (as the inference network
+            holds them) instead of 2-D (as the training network does).
     """
 
-    parameter: str
-    tensors: tuple[str, ...]
-    rows: tuple[int, ...]
-    columns: tuple[int, ...] = ()
-    groups: int = 1
-    fuses: str | None = None
-
-
-# The two parameters that a tied model shares: (Hugging Face's name, MindFormers').
-EMBEDDING = ("model.embed_tokens.weight", "embedding.word_embeddings.weight")
-OUTPUT = ("lm_head.weight", "output_layer.weight")
-
-
-def dense_rules(spec: ModelSpec) -> Iterator[Rule]:
-    """The table of dense Qwen3. Mirrors ``weight_mapping`` in ``mindformers/models/qwen3/utils.py`` (1.7 to 1.9)."""
-    hidden, vocab, ffn = spec.hidden_size, spec.vocab_size, spec.ffn_hidden_size
-    query, key_value, head = spec.query_rows, spec.key_value_rows, spec.head_dim
-
-    yield Rule(EMBEDDING[1], (EMBEDDING[0],), (vocab,), (hidden,))
-    for layer in range(spec.num_layers):
-        hf, mf = f"model.layers.{layer}", f"decoder.layers.{layer}"
-        attn, self_attention = f"{hf}.self_attn", f"{mf}.self_attention"
-        yield Rule(f"{mf}.input_layernorm.weight", (f"{hf}.input_layernorm.weight",), (hidden,))
-        yield Rule(
-            f"{self_attention}.linear_qkv.weight",
-            (f"{attn}.q_proj.weight", f"{attn}.k_proj.weight", f"{attn}.v_proj.weight"),
-            (query, key_value, key_value),
-            (hidden,),
-            groups=spec.num_query_groups,
-            fuses="qkv",
-        )
-        yield Rule(f"{self_attention}.q_layernorm.weight", (f"{attn}.q_norm.weight",), (head,))
-        yield Rule(f"{self_attention}.k_layernorm.weight", (f"{attn}.k_norm.weight",), (head,))
-        yield Rule(f"{self_attention}.linear_proj.weight", (f"{attn}.o_proj.weight",), (hidden,), (query,))
-        yield Rule(f"{mf}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), (hidden,))
-        yield Rule(
-            f"{mf}.mlp.linear_fc1.weight",
-            (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"),
-            (ffn, ffn),
-            (hidden,),
-            groups=ffn,
-            fuses="gate_up",
-        )
-        yield Rule(f"{mf}.mlp.linear_fc2.weight", (f"{hf}.mlp.down_proj.weight",), (hidden,), (ffn,))
-    yield Rule("decoder.final_layernorm.weight", ("model.norm.weight",), (hidden,))
-    if not spec.tie_word_embeddings:
-        yield Rule(OUTPUT[1], (OUTPUT[0],), (vocab,), (hidden,))
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """A way of naming and laying out a model's tensors: Hugging Face's, or MindFormers' in one of its layouts."""
-
     layout: Layout | None
+    stacked_experts: bool = False
 
     @property
     def is_hf(self) -> bool:
@@ -93,7 +41,7 @@ class Dialect:
 
 
 HF = Dialect(None)
-INFER = Dialect(layouts.INFERENCE)
+INFER = Dialect(layouts.INFERENCE, stacked_experts=True)
 TRAIN = Dialect(layouts.TRAINING_DEFAULT)
 
 
@@ -101,7 +49,7 @@ TRAIN = Dialect(layouts.TRAINING_DEFAULT)
 class Place:
     """Where one part of a rule lies: in which tensor, of which shape, seen how.
 
-    A part's views have the same shape, (groups, rows of a group, *columns), in every dialect.
+    A part's views have the same shape in every dialect.
     """
 
     tensor: str
@@ -109,24 +57,236 @@ class Place:
     view: View
 
 
-def places(rule: Rule, dialect: Dialect) -> list[Place]:
-    """Where each part of ``rule`` lies in ``dialect``, in the order of ``rule.tensors``."""
-    layout = dialect.layout
-    if layout is None:
-        shapes = [(rows, *rule.columns) for rows in rule.rows]
-        views = [View.whole(shape).unflatten(0, rule.groups) for shape in shapes]
-        return [Place(*place) for place in zip(rule.tensors, shapes, views)]
-    is_interleaved = {"qkv": layout.interleaved_qkv, "gate_up": layout.interleaved_gate_up, None: False}[rule.fuses]
-    arrange = layouts.interleaved if is_interleaved else layouts.contiguous
-    shape = (sum(rule.rows), *rule.columns)
-    return [Place(rule.parameter, shape, view) for view in arrange(rule.rows, rule.columns, rule.groups)]
+@dataclass(frozen=True)
+class Cut:
+    """What one part of a rank's rule is of the whole model's: which part, and which slice of its views."""
+
+    part: int
+    where: tuple[slice, ...] = ()
+
+
+class Rule(Protocol):
+    """One MindFormers parameter, and the parts of Hugging Face tensors that it is made of."""
+
+    @property
+    def parameter(self) -> str:
+        """The MindFormers name."""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The Hugging Face names of the parts, in their order, where each is a tensor of its own."""
+
+    def places(self, dialect: Dialect) -> list[Place]:
+        """Where each part lies in ``dialect``, in the order of ``tensors``."""
+
+    def shard(self, rank: Rank) -> tuple[Rule, list[Cut]]:
+        """The rule of what a rank holds, and what each of that rule's parts is of this one's."""
+
+
+@dataclass(frozen=True)
+class RowsRule:
+    """A parameter made of the rows of one or several tensors. Views have the shape (groups, rows / groups, *columns).
+
+    Attributes:
+        parameter: the MindFormers name.
+        tensors: the Hugging Face names.
+        rows: number of rows of each tensor.
+        columns: shape of one row.
+        groups: number of groups that an interleaved layout deals the rows in, and that ranks share.
+        fuses: what the parameter fuses, if it fuses anything; decides which layout flag applies.
+        divided: what tensor parallel ranks share: whole ``groups`` of rows, the ``columns``, or nothing, each
+            holding all of it; ``experts``: they hold all of it, but each begins with the rows of its own experts.
+    """
+
+    parameter: str
+    tensors: tuple[str, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...] = ()
+    groups: int = 1
+    fuses: str | None = None
+    divided: str | None = None
+
+    def places(self, dialect: Dialect) -> list[Place]:
+        """See :class:`Rule`."""
+        layout = dialect.layout
+        if layout is None:
+            shapes = [(rows, *self.columns) for rows in self.rows]
+            views = [View.whole(shape).unflatten(0, self.groups) for shape in shapes]
+            return [Place(*place) for place in zip(self.tensors, shapes, views)]
+        is_interleaved = {"qkv": layout.interleaved_qkv, "gate_up": layout.interleaved_gate_up, None: False}[self.fuses]
+        arrange = layouts.interleaved if is_interleaved else layouts.contiguous
+        shape = (sum(self.rows), *self.columns)
+        return [Place(self.parameter, shape, view) for view in arrange(self.rows, self.columns, self.groups)]
+
+    def shard(self, rank: Rank) -> tuple[RowsRule, list[Cut]]:
+        """See :class:`Rule`. Mirrors the ``weight_loader`` methods of ``mindformers/parallel_core/inference``."""
+        size, number = rank.tensor_parallel, rank.tensor_rank
+        parts = range(len(self.tensors))
+        if self.divided == "experts" and rank.rotates_router:
+            return self._rotated(self.rows[0] // rank.expert_parallel * rank.expert_rank)
+        if self.divided == "groups" and size > self.groups:
+            return self._shared_group(size, number)
+        if self.divided == "groups":
+            mine = _share(self.groups, size, number)
+            local = replace(self, rows=tuple(n // size for n in self.rows), groups=self.groups // size)
+            return local, [Cut(part, (mine,)) for part in parts]
+        if self.divided == "columns":
+            mine = _share(self.columns[0], size, number)
+            local = replace(self, columns=(self.columns[0] // size,))
+            return local, [Cut(part, (slice(None), slice(None), mine)) for part in parts]
+        return self, [Cut(part) for part in parts]
+
+    def _shared_group(self, size: int, number: int) -> tuple[RowsRule, list[Cut]]:
+        """More ranks than KV heads: ranks that share one hold all of its keys and values, and divide its queries."""
+        ranks_of_group = _share(size, self.groups, 0).stop
+        group, member = divmod(number, ranks_of_group)
+        query, *others = (n // self.groups for n in self.rows)
+        local = replace(self, rows=(query // ranks_of_group, *others), groups=1)
+        mine = slice(group, group + 1)
+        queries = Cut(0, (mine, _share(query, ranks_of_group, member)))
+        return local, [queries, *(Cut(part, (mine,)) for part in range(1, len(self.rows)))]
+
+    def _rotated(self, start: int) -> tuple[RowsRule, list[Cut]]:
+        """The rows from ``start`` on, then those before it."""
+        everything, total = slice(None), self.rows[0]
+        local = replace(self, tensors=self.tensors * 2, rows=(total - start, start))
+        return local, [Cut(0, (everything, slice(start, total))), Cut(0, (everything, slice(0, start)))]
+
+
+@dataclass(frozen=True)
+class ExpertsRule:
+    """A parameter that stacks one layer's experts. Views have the shape (rows, columns) of one expert's part.
+
+    Attributes:
+        parameter: the MindFormers name.
+        experts: the Hugging Face name that the experts' names begin with.
+        projections: the parts of each expert, in their order.
+        stacked: the Hugging Face name of the part where all experts are one tensor.
+        num_experts: number of experts.
+        rows: number of rows of each part.
+        columns: number of columns of each part.
+        divided: what the ranks that share an expert divide: its ``rows`` or its ``columns``.
+    """
+
+    parameter: str
+    experts: str
+    projections: tuple[str, ...]
+    stacked: str
+    num_experts: int
+    rows: int
+    columns: int
+    divided: str
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """See :class:`Rule`: expert by expert."""
+        return tuple(f"{self.experts}.{e}.{part}.weight" for e in range(self.num_experts) for part in self.projections)
+
+    def places(self, dialect: Dialect) -> list[Place]:
+        """See :class:`Rule`."""
+        if dialect == HF:
+            alone = View.whole((self.rows, self.columns))
+            return [Place(name, alone.shape, alone) for name in self.tensors]
+        count, columns, all_rows = self.num_experts, self.columns, [self.rows] * len(self.projections)
+        views = layouts.by_expert(count, all_rows, columns, transposed=not dialect.is_hf)
+        name = self.parameter
+        shape: tuple[int, ...] = (count * columns, sum(all_rows))
+        if dialect.is_hf:
+            name, shape = f"{self.experts}.{self.stacked}", (count, sum(all_rows), columns)
+        elif dialect.stacked_experts:
+            shape = (count, columns, sum(all_rows))
+        return [Place(name, shape, view) for expert in views for view in expert]
+
+    def shard(self, rank: Rank) -> tuple[ExpertsRule, list[Cut]]:
+        """See :class:`Rule`. Mirrors ``weight_loader`` of ``.../inference/tensor_parallel/grouped_layers.py``."""
+        size, number = rank.expert_tensor_parallel, rank.expert_tensor_rank
+        mine = _share(self.num_experts, rank.expert_parallel, rank.expert_rank)
+        parts = len(self.projections)
+        local = replace(self, num_experts=mine.stop - mine.start)
+        if self.divided == "rows":
+            local = replace(local, rows=self.rows // size)
+            where: tuple[slice, ...] = (_share(self.rows, size, number),)
+        else:
+            local = replace(local, columns=self.columns // size)
+            where = (slice(None), _share(self.columns, size, number))
+        return local, [Cut(part, where) for part in range(mine.start * parts, mine.stop * parts)]
+
+
+def _share(length: int, size: int, number: int) -> slice:
+    """The ``number``-th of ``size`` equal parts."""
+    if length % size:
+        raise ValueError(f"{length} can't be divided by {size}")
+    return slice(length // size * number, length // size * (number + 1))
+
+
+# The two parameters that a tied model shares: (Hugging Face's name, MindFormers').
+EMBEDDING = ("model.embed_tokens.weight", "embedding.word_embeddings.weight")
+OUTPUT = ("lm_head.weight", "output_layer.weight")
+
+
+def model_rules(spec: ModelSpec) -> Iterator[Rule]:
+    """The table of a model.
+
+    Mirrors ``weight_mapping`` in ``mindformers/models/qwen3/utils.py`` and ``.../qwen3_moe/utils.py`` (1.7 to 1.9).
+    """
+    hidden, vocab = spec.hidden_size, spec.vocab_size
+    query, key_value, head = spec.query_rows, spec.key_value_rows, spec.head_dim
+
+    yield RowsRule(EMBEDDING[1], (EMBEDDING[0],), (vocab,), (hidden,), groups=vocab, divided="groups")
+    for layer in range(spec.num_layers):
+        hf, mf = f"model.layers.{layer}", f"decoder.layers.{layer}"
+        attn, self_attention = f"{hf}.self_attn", f"{mf}.self_attention"
+        yield RowsRule(f"{mf}.input_layernorm.weight", (f"{hf}.input_layernorm.weight",), (hidden,))
+        yield RowsRule(
+            f"{self_attention}.linear_qkv.weight",
+            (f"{attn}.q_proj.weight", f"{attn}.k_proj.weight", f"{attn}.v_proj.weight"),
+            (query, key_value, key_value),
+            (hidden,),
+            groups=spec.num_query_groups,
+            fuses="qkv",
+            divided="groups",
+        )
+        yield RowsRule(f"{self_attention}.q_layernorm.weight", (f"{attn}.q_norm.weight",), (head,))
+        yield RowsRule(f"{self_attention}.k_layernorm.weight", (f"{attn}.k_norm.weight",), (head,))
+        yield RowsRule(
+            f"{self_attention}.linear_proj.weight", (f"{attn}.o_proj.weight",), (hidden,), (query,), divided="columns"
+        )
+        yield RowsRule(f"{mf}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), (hidden,))
+        yield from (_experts if spec.is_moe else _mlp)(spec, f"{hf}.mlp", f"{mf}.mlp")
+    yield RowsRule("decoder.final_layernorm.weight", ("model.norm.weight",), (hidden,))
+    if not spec.tie_word_embeddings:
+        yield RowsRule(OUTPUT[1], (OUTPUT[0],), (vocab,), (hidden,), groups=vocab, divided="groups")
+
+
+def _mlp(spec: ModelSpec, hf: str, mf: str) -> Iterator[Rule]:
+    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
+    yield RowsRule(
+        f"{mf}.linear_fc1.weight",
+        (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
+        (ffn, ffn),
+        (hidden,),
+        groups=ffn,
+        fuses="gate_up",
+        divided="groups",
+    )
+    yield RowsRule(f"{mf}.linear_fc2.weight", (f"{hf}.down_proj.weight",), (hidden,), (ffn,), divided="columns")
+
+
+def _experts(spec: ModelSpec, hf: str, mf: str) -> Iterator[Rule]:
+    hidden, ffn, count = spec.hidden_size, spec.moe_ffn_hidden_size, spec.num_experts
+    yield RowsRule(f"{mf}.router.weight", (f"{hf}.gate.weight",), (count,), (hidden,), divided="experts")
+    experts = f"{hf}.experts"
+    gate_up = ("gate_proj", "up_proj")
+    yield ExpertsRule(f"{mf}.experts.weight1", experts, gate_up, "gate_up_proj", count, ffn, hidden, divided="rows")
+    down = ("down_proj",)
+    yield ExpertsRule(f"{mf}.experts.weight2", experts, down, "down_proj", count, hidden, ffn, divided="columns")
 
 
 # What lies in a training checkpoint beside the weights: an optimizer's state, under a weight's name with a prefix...
 _PREFIXED = re.compile(r"\w+?[._]((?:decoder|embedding|output_layer)\..+)")
-# ...counters, dropout's random state.
+# ...counters, dropout's random state, the load of each expert.
 _COUNTERS = re.compile(
-    r"(.*\.)?embedding_dropout\.(seed|offset)"
+    r"(.*\.)?embedding_dropout\.(seed|offset)|(.*\.)?router\.fi_accu"
     r"|global_step|current_iterator_step|last_overflow_iterator_step|epoch_num|step_num|loss_scale|scale_sense"
     r"|learning_rate(_group_\d+)?|beta[12]_power|afactor_step|list_index|scale_window_(up|down)_count"
 )

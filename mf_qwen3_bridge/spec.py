@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 # Each number's names: in ModelSpec; in a Hugging Face config.json; in a MindFormers YAML's model.model_config.
@@ -17,15 +17,19 @@ NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("ffn_hidden_size", "intermediate_size", ("ffn_hidden_size",)),
     ("vocab_size", "vocab_size", ()),
     ("tie_word_embeddings", "tie_word_embeddings", ()),
+    ("num_experts", "num_experts", ("num_moe_experts", "num_routed_experts", "n_routed_experts", "expert_num")),
+    ("moe_ffn_hidden_size", "moe_intermediate_size", ("moe_ffn_hidden_size",)),
 )
 
 HF_NAME = {field: hf_name for field, hf_name, _ in NAMES}
 MINDFORMERS_NAMES = {field: (*names, hf_name) for field, hf_name, names in NAMES}
+_OF_DENSE_ONLY = frozenset({"ffn_hidden_size"})
+_OF_MOE_ONLY = frozenset({"num_experts", "moe_ffn_hidden_size"})
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A dense Qwen3 model's dimensions, in Megatron's and MindFormers' terms.
+    """A Qwen3 or Qwen3-MoE model's dimensions, in Megatron's and MindFormers' terms.
 
     Attributes:
         num_layers: transformer layers.
@@ -33,9 +37,11 @@ class ModelSpec:
         num_attention_heads: query heads.
         num_query_groups: key/value heads; each serves num_attention_heads / num_query_groups query heads.
         head_dim: width of one head. In Qwen3 it is a number of its own, not hidden_size / num_attention_heads.
-        ffn_hidden_size: width of the gated MLP.
+        ffn_hidden_size: width of the gated MLP; 0 in MoE, whose layers have experts instead.
         vocab_size: rows of the embedding.
         tie_word_embeddings: whether the output layer is the embedding.
+        num_experts: experts of each layer; 0 in a dense model.
+        moe_ffn_hidden_size: width of each expert; 0 in a dense model.
     """
 
     num_layers: int
@@ -46,6 +52,8 @@ class ModelSpec:
     ffn_hidden_size: int
     vocab_size: int
     tie_word_embeddings: bool
+    num_experts: int = 0
+    moe_ffn_hidden_size: int = 0
 
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any]) -> ModelSpec:
@@ -59,10 +67,22 @@ class ModelSpec:
             for key in keys:
                 if model_config.get(key) is not None:
                     found[field] = model_config[key]
-        missing = [field.name for field in fields(cls) if field.name not in found]
-        if missing:
-            raise KeyError(", ".join(missing))
+        other_kind = _OF_DENSE_ONLY if found.get("num_experts") else _OF_MOE_ONLY
+        found |= dict.fromkeys(other_kind, 0)
+        if missing := HF_NAME.keys() - found.keys():
+            raise KeyError(", ".join(field for field in HF_NAME if field in missing))
         return cls(**found)
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether its layers have experts (Qwen3-MoE) instead of one MLP (dense Qwen3)."""
+        return self.num_experts > 0
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Those of its fields that mean something in a model of its kind."""
+        other_kind = _OF_DENSE_ONLY if self.is_moe else _OF_MOE_ONLY
+        return {field: getattr(self, field) for field in HF_NAME if field not in other_kind}
 
     @property
     def query_rows(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from mf_qwen3_bridge.rules import HF, Dialect, dense_rules, places
+from mf_qwen3_bridge.checkpoint import DTYPES, Reader, TensorInfo
+from mf_qwen3_bridge.rules import HF, Dialect, model_rules
 from mf_qwen3_bridge.spec import HF_NAME, ModelSpec
 
 SPEC = ModelSpec(
@@ -25,22 +27,26 @@ SPEC = ModelSpec(
     vocab_size=16,
     tie_word_embeddings=False,
 )
+MOE_SPEC = replace(SPEC, ffn_hidden_size=0, num_experts=4, moe_ffn_hidden_size=6)
 NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 Tensors = dict[str, np.ndarray]
 
 
 def hf_config(spec: ModelSpec = SPEC, **changes: Any) -> dict[str, Any]:
     """A config.json as the Hub has it."""
+    kind: dict[str, Any] = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    if spec.is_moe:
+        kind = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+        kind |= {"num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
     return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        **kind,
         "hidden_act": "silu",
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000,
         "rope_scaling": None,
         "torch_dtype": "float32",
-        **{HF_NAME[field]: value for field, value in vars(spec).items()},
+        **{HF_NAME[field]: value for field, value in spec.numbers.items()},
         **changes,
     }
 
@@ -48,7 +54,7 @@ def hf_config(spec: ModelSpec = SPEC, **changes: Any) -> dict[str, Any]:
 def random_tensors(spec: ModelSpec = SPEC, dialect: Dialect = HF, dtype: str = "F32", seed: int = 0) -> Tensors:
     """Random weights under the dialect's names; no two elements of a tensor are alike, in float32."""
     random = np.random.default_rng(seed)
-    shapes = {place.tensor: place.shape for rule in dense_rules(spec) for place in places(rule, dialect)}
+    shapes = {place.tensor: place.shape for rule in model_rules(spec) for place in rule.places(dialect)}
     return {
         name: random.standard_normal(shape).astype(np.float32).astype(NUMPY[dtype]) for name, shape in shapes.items()
     }
@@ -81,13 +87,21 @@ def write(
     return directory
 
 
+def read(tensor: TensorInfo) -> np.ndarray:
+    """All of a tensor on disk."""
+    array = np.empty(tensor.shape, DTYPES[tensor.dtype])
+    with Reader() as reader:
+        reader.read(tensor, 0, memoryview(array.reshape(-1).view(np.uint8)))
+    return array
+
+
 def write_headers(
     directory: Path, spec: ModelSpec, config: Mapping[str, Any], shards: int, dtype: str = "BF16"
 ) -> Path:
     """A Hugging Face directory of any size: real headers, and sparse files of the right length behind them."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    shapes = {place.tensor: place.shape for rule in dense_rules(spec) for place in places(rule, HF)}
+    shapes = {place.tensor: place.shape for rule in model_rules(spec) for place in rule.places(HF)}
     names = list(shapes)
     weight_map = {}
     for shard in range(shards):

@@ -1,53 +1,66 @@
 """The delegated road: MindFormers' own training class converts the weights, in the layout that the consumer reads.
 
-``TrainingQwen3ForCausalLM`` knows how to rename and fuse Hugging Face weights, but only as a method of a built training
-network, in that network's layout. Here its methods run on an object that is no network, with the numbers and the layout
-flags that the *consumer* needs.
+``TrainingQwen3ForCausalLM`` and ``TrainingQwen3MoeForCausalLM`` know how to rename and fuse Hugging Face weights, but
+only as methods of a built training network, in that network's layout. Here these methods run on an object that is no
+network, with the numbers and the layout flags that the *consumer* needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import mindspore as ms
 import numpy as np
 from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
+from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.parallel_core.utils.model_mixin import TrainModelMixin
 
 from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.layouts import INFERENCE, TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.mindformers.ranks import current_rank
+from mf_qwen3_bridge.parallel import WHOLE, Rank
 from mf_qwen3_bridge.plan import make_plan
-from mf_qwen3_bridge.rules import HF, INFER, dense_rules
+from mf_qwen3_bridge.rules import INFER, Dialect, Place, model_rules
 from mf_qwen3_bridge.spec import ModelSpec
+from mf_qwen3_bridge.transfer import copy_elements
 
 # MindFormers 1.7 to 1.9 wait for ever for a tensor that another process should deliver; 2.0 waits this long.
 _PATIENCE_SECONDS = 600
 
 
 class TrainingConversion(TrainModelMixin):
-    """The conversion methods of ``TrainingQwen3ForCausalLM``, without a network around them.
+    """The conversion methods of a training class, without a network around them.
 
     Args:
         spec: the model's numbers.
         layout: the layout to fuse in.
     """
 
-    weight_mapping = TrainingQwen3ForCausalLM.weight_mapping
-    convert_weight_dict = TrainingQwen3ForCausalLM.convert_weight_dict
-    convert_map_dict = TrainingQwen3ForCausalLM.convert_map_dict
-
     def __init__(self, spec: ModelSpec, layout: Layout) -> None:
+        self.training_class = TrainingQwen3MoeForCausalLM if spec.is_moe else TrainingQwen3ForCausalLM
         self.transformer_config = SimpleNamespace(
+            num_layers=spec.num_layers,
+            hidden_size=spec.hidden_size,
             num_attention_heads=spec.num_attention_heads,
             num_query_groups=spec.num_query_groups,
             kv_channels=spec.head_dim,
             ffn_hidden_size=spec.ffn_hidden_size,
+            num_moe_experts=spec.num_experts,
+            moe_ffn_hidden_size=spec.moe_ffn_hidden_size,
             **layout.training_flags,
         )
+
+    def convert_weight_dict(self, source_dict: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Upstream's method of that name."""
+        return self.training_class.convert_weight_dict(self, source_dict, **kwargs)
+
+    def convert_map_dict(self, source_dict: Mapping[str, str], **kwargs: Any) -> dict[str, str]:
+        """Upstream's method of that name."""
+        return self.training_class.convert_map_dict(self, source_dict, **kwargs)
 
     def get_gpt_transformer_config(self) -> SimpleNamespace:
         """What upstream's methods ask for their numbers and flags."""
@@ -55,7 +68,7 @@ class TrainingConversion(TrainModelMixin):
 
     def convert_name(self, weight_name: str) -> str:
         """Upstream's ``ModelMixin.convert_name``, which refuses to work before a MindFormers context is set."""
-        for hf_name, mindformers_name in self.weight_mapping:
+        for hf_name, mindformers_name in self.training_class.weight_mapping:
             weight_name = weight_name.replace(hf_name, mindformers_name)
         return weight_name
 
@@ -70,11 +83,11 @@ def convert_weight_dict(
 ) -> dict[str, Any]:
     """Hugging Face weights under MindFormers' names, fused for whoever reads them.
 
-    Mirrors and delegates to ``convert_weight_dict`` of ``mindformers/models/qwen3/modeling_qwen3_train.py`` (1.7 to
-    1.9). MindFormers calls it in two ways:
+    Mirrors and delegates to ``convert_weight_dict`` of ``mindformers/models/qwen3/modeling_qwen3_train.py`` and
+    ``.../qwen3_moe/modeling_qwen3_moe_train.py`` (1.7 to 1.9). MindFormers calls it in two ways:
 
     - with all weights, and gives the result to ``load_param_into_net``: the result is in the inference layout, as
-      ``Parameter``;
+      ``Parameter``; on a network that is spread over several processes, it is this process's part;
     - in one process per file, with ``qkv_dict`` and ``condition`` to pass tensors between them, writes the result to
       files and gives those to ``load_weights``, which reads the training network's default layout: the result is in
       that layout, as numpy arrays.
@@ -93,10 +106,12 @@ def convert_weight_dict(
     spec = _spec_of(owner, model_config)
     arrays = {name: _as_numpy(value) for name, value in source_dict.items()}
     if condition is not None:
+        arrays = _unstacked(spec, arrays, lambda array, place: place.view.of(array))
         logic = TrainingConversion(spec, TRAINING_DEFAULT)
         return logic.convert_weight_dict(arrays, qkv_dict=qkv_dict, condition=_ImpatientCondition(condition))
     converted = TrainingConversion(spec, INFERENCE).convert_weight_dict(_checked(spec, arrays))
-    return {name: as_parameter(name, value) for name, value in converted.items()}
+    rank = WHOLE if isinstance(owner, type) else current_rank()
+    return {name: as_parameter(name, value) for name, value in _share_of(spec, converted, rank).items()}
 
 
 def convert_map_dict(
@@ -110,15 +125,14 @@ def convert_map_dict(
         BridgeError: the map lacks parts of a fused parameter.
     """
     spec = _spec_of(owner, model_config)
-    missing = [
-        Problem(name, "not in the map", "use the index that came with the checkpoint")
-        for rule in dense_rules(spec)
-        for name in rule.tensors
-        if name not in source_dict
-    ]
+    files = _unstacked(spec, source_dict, lambda file, place: file)
+    missing = fold_names(name for rule in model_rules(spec) for name in rule.tensors if name not in files)
     if missing:
-        raise BridgeError("the name map is not of this model", missing)
-    return TrainingConversion(spec, INFERENCE).convert_map_dict(dict(source_dict))
+        remedy = "use the index that came with the checkpoint"
+        raise BridgeError(
+            "the name map is not of this model", [Problem(name, "not in the map", remedy) for name in missing]
+        )
+    return TrainingConversion(spec, INFERENCE).convert_map_dict(files)
 
 
 def obtain_name_map(owner: Any, load_checkpoint_files: Iterable[str | Path]) -> dict[str, str]:
@@ -164,6 +178,39 @@ def _spec_of(owner: Any, model_config: Any) -> ModelSpec:
         raise BridgeError(f"model_config does not say {missing.args[0]}") from None
 
 
+Value = TypeVar("Value")
+
+
+def _unstacked(
+    spec: ModelSpec, values: Mapping[str, Value], part_of: Callable[[Value, Place], Value]
+) -> dict[str, Value]:
+    """Experts that are stacked (transformers 5) under the names of single ones, which is all that upstream knows."""
+    stacked = Dialect(None, stacked_experts=True)
+    result = dict(values)
+    for rule in model_rules(spec):
+        for name, place in zip(rule.tensors, rule.places(stacked)):
+            if place.tensor != name and place.tensor in values:
+                result.pop(place.tensor, None)
+                result[name] = part_of(values[place.tensor], place)
+    return result
+
+
+def _share_of(spec: ModelSpec, converted: Mapping[str, Any], rank: Rank) -> dict[str, Any]:
+    """A rank's part of the parameters, in the shapes of the inference network."""
+    result: dict[str, Any] = {}
+    for rule in model_rules(spec):
+        whole = np.ascontiguousarray(_as_numpy(converted[rule.parameter]))
+        local, cuts = rule.shard(rank)
+        sources, targets = rule.places(INFER), local.places(INFER)
+        if rank == WHOLE:
+            result[rule.parameter] = whole.reshape(targets[0].shape)
+            continue
+        share = result[rule.parameter] = np.empty(targets[0].shape, whole.dtype)
+        for cut, target in zip(cuts, targets):
+            copy_elements(sources[cut.part].view[cut.where].of(whole), target.view.of(share))
+    return result
+
+
 def _checked(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Holds arrays in memory to the rules that files are held to, and returns those that make up the model.
 
@@ -174,15 +221,17 @@ def _checked(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.
         name: TensorInfo(name, array.shape, spelling.get(array.dtype.name, str(array.dtype)), Path(), 0, array.nbytes)
         for name, array in arrays.items()
     }
-    plan = make_plan(dense_rules(spec), infos, HF, INFER)
-    plan.check_duplicates(lambda info: arrays[info.name])
-    return {
+    stacked = any(name.endswith(".experts.gate_up_proj") for name in arrays)
+    plan = make_plan(model_rules(spec), infos, Dialect(None, stacked), INFER)
+    plan.check_duplicates(lambda kept, dropped: arrays[kept.name].tobytes() == arrays[dropped.name].tobytes())
+    uniform = {
         copy.source.name: arrays[copy.source.name].astype(np.float32)
         if copy.source.dtype != target.dtype
         else arrays[copy.source.name]
         for target in plan.targets
         for copy in target.copies
     }
+    return _unstacked(spec, uniform, lambda array, place: place.view.of(array))
 
 
 class _ImpatientCondition:

@@ -12,19 +12,30 @@ replaced                       because a CPU lacks                      stand-in
 ``FlashAttention.construct``   ``ReshapeAndCache``,                     NumPy, float32; always reads the KV cache
                                ``FlashAttentionScore``,
                                ``PagedAttention``
-``MLP.construct``              ``Sigmoid``, ``Mul`` of bfloat16         upstream's, on float32
+``MoeInitRoutingV2.__call__``  the operator                             NumPy, keeps all tokens
+``GroupedMatmulV4.__call__``   the operator                             NumPy, float32
+``MoeTokenUnpermute.__call__`` the operator                             NumPy, float32
 ``ops.Gather.__call__``        ``Gather`` of bfloat16                   NumPy; other dtypes upstream's
 ``ops.MatMul.__call__``        ``MatMul`` of bfloat16                   upstream's in float32, then rounded
+``MLP.construct``              ``Sigmoid``, ``Mul`` of bfloat16         likewise
+``GroupedMLP.construct``       ``Sigmoid``, ``Mul`` of bfloat16         likewise
+``ops.masked_fill``            ``MaskedFill`` of bfloat16               likewise
+``mint.nan_to_num``            ``NanToNum`` of bfloat16                 likewise
+``layers.all_reduce``          ``InnerCommAllReduce``                   ``ops.AllReduce``
+``ProcessGroup.group``         groups of some of the processes          the world, where the group is all of it
 ``mint.cumsum``                ``CumsumExt``                            ``ops.cumsum``
 ``mint.argmax``                ``ArgMaxExt``                            ``ops.argmax``
-``mint.topk``, ``mint.sort``   ``TopkExt``, ``SortExt``: sampling       ``ops.topk``, ``ops.sort``
+``mint.index_select``          ``IndexSelect``                          ``ops.gather``
+``mint.topk``                  ``TopkExt``: routing, sampling           ``ops.topk``
+``mint.sort``                  ``SortExt``: sampling                    ``ops.sort``
 ``mint.zeros``                 ``Zeros`` of bfloat16 (MindSpore 2.7)    NumPy, memory taken on first write
 ``mint.empty``                 a default device (MindSpore 2.7: Ascend) upstream's, with ``device="CPU"``
 ============================== ======================================== =========================================
 
 The classes are those of ``mindformers.parallel_core.inference``, alike in MindFormers 1.7.0, 1.8.0 and 1.9.0, in
 PyNative mode (``ENFORCE_EAGER``). In shapes, T is the number of tokens of all sequences of a batch, laid one after
-the other without padding; B the number of sequences, N of heads, G of query groups (KV heads), D the head_dim.
+the other without padding; B the number of sequences, N of heads, G of query groups (KV heads), D the head_dim; K the
+number of experts that each token goes to, E of experts.
 
 A network must be built after :func:`install`: building takes ``mint.zeros``, and its generator keeps the
 ``mint.argmax`` that it finds.
@@ -32,7 +43,7 @@ A network must be built after :func:`install`: building takes ``mint.zeros``, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -41,10 +52,15 @@ import ml_dtypes
 import numpy as np
 from mindformers.parallel_core.inference.base_models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from mindformers.parallel_core.inference.base_models.gpt.gpt_model import GPTModel
+from mindformers.parallel_core.inference.parallel_state import ProcessGroup
+from mindformers.parallel_core.inference.tensor_parallel import layers
 from mindformers.parallel_core.inference.transformer.flash_attention import FlashAttention
 from mindformers.parallel_core.inference.transformer.mlp import MLP
+from mindformers.parallel_core.inference.transformer.moe.experts import GroupedMLP
 from mindformers.parallel_core.inference.transformer.norm import RMSNorm
 from mindspore import Tensor, mint, ops
+from mindspore.communication import GlobalComm, get_group_size
+from mindspore.ops.auto_generate import GroupedMatmulV4, MoeInitRoutingV2, MoeTokenUnpermute
 
 __all__ = ["install", "uninstall"]
 
@@ -215,6 +231,119 @@ def _causal_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, sca
     return context.transpose(2, 0, 1, 3).reshape(query.shape)
 
 
+# ------------------------------------------------------------------------------------------------ mixture of experts
+
+
+def _moe_init_routing(
+    self: MoeInitRoutingV2,
+    x: Tensor,
+    expert_idx: Tensor,
+    active_num: int,
+    expert_capacity: int,
+    expert_num: int,
+    drop_pad_mode: int,
+    expert_tokens_count_or_cumsum_flag: int,
+    expert_tokens_before_capacity_flag: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Copies each token once for each of its K experts, and sorts the copies by expert, then by token.
+
+    Args:
+        x: (T, hidden_size).
+        expert_idx: int32 (T, K), each token's experts.
+        active_num: 0, all copies are kept.
+        expert_capacity: of no meaning when all copies are kept.
+        expert_num: E, of all ranks together.
+        drop_pad_mode: 0, likewise.
+        expert_tokens_count_or_cumsum_flag: 2 for the number of copies of each expert, 1 for its cumulative sum.
+        expert_tokens_before_capacity_flag: of no meaning when all copies are kept.
+
+    Returns:
+        The copies, (T*K, hidden_size) in ``x``'s dtype; and int32 each: the row that each copy went to, in the order
+        of ``expert_idx``, (T*K,); the numbers or their cumulative sum, (E,); the numbers, (E,).
+    """
+    if active_num or drop_pad_mode:
+        raise NotImplementedError("the CPU stand-in for MoeInitRoutingV2 keeps all tokens")
+    experts = expert_idx.asnumpy()
+    order = np.argsort(experts, axis=None, kind="stable")
+    counts = np.bincount(experts.ravel(), minlength=expert_num)
+    counts_or_cumsum = counts if expert_tokens_count_or_cumsum_flag == 2 else np.cumsum(counts)
+    copies = Tensor.from_numpy(x.asnumpy()[order // experts.shape[1]])
+    return copies, *(_tensor(array, ms.int32) for array in (np.argsort(order), counts_or_cumsum, counts))
+
+
+def _grouped_matmul(
+    self: GroupedMatmulV4,
+    x: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: None = None,
+    scale: None = None,
+    offset: None = None,
+    antiquant_scale: None = None,
+    antiquant_offset: None = None,
+    pre_token_scale: None = None,
+    group_list: Tensor = None,
+    *,
+    split_item: int = 0,
+    group_type: int = -1,
+    group_list_type: int = 0,
+) -> list[Tensor]:
+    """Multiplies the rows of each expert, which lie one expert after the other, by the expert's matrix.
+
+    Ascend's leaves the rows after the last expert's, those of other ranks' experts, as they lay in memory; here they
+    are NaN.
+
+    Args:
+        x: one tensor (T*K, input_size).
+        weight: one tensor (experts of this rank, input_size, output_size).
+        bias: None; so are all that quantisation needs.
+        group_list: int64 (experts of this rank,), the number of rows of each.
+        split_item: 3, one tensor for all experts.
+        group_type: 0, the rows are grouped.
+        group_list_type: 1, ``group_list`` holds numbers, not their cumulative sum.
+
+    Returns:
+        One tensor (T*K, output_size) in ``x``'s dtype; sums are kept in float32 and rounded once.
+    """
+    unknown = (bias, scale, offset, antiquant_scale, antiquant_offset, pre_token_scale)
+    if any(arg is not None for arg in unknown) or (split_item, group_type, group_list_type) != (3, 0, 1):
+        raise NotImplementedError("the CPU stand-in for GroupedMatmulV4 knows no bias, quantisation or other grouping")
+    (rows,), (matrices,) = x, weight
+    *groups, rest = np.split(_float32(rows), np.cumsum(group_list.asnumpy()))
+    products = [
+        group @ matrix.astype(np.float32, copy=False)
+        for group, matrix in zip(groups, matrices.asnumpy(), strict=True)
+        if len(group)
+    ]
+    products.append(np.full((len(rest), matrices.shape[2]), np.nan, np.float32))
+    return [_tensor(np.concatenate(products), rows.dtype)]
+
+
+def _moe_token_unpermute(
+    self: MoeTokenUnpermute,
+    permuted_tokens: Tensor,
+    sorted_indices: Tensor,
+    probs: Tensor,
+    padded_mode: bool = False,
+    restore_shape: None = None,
+) -> Tensor:
+    """Undoes the sorting by expert, and adds up what the K experts of each token say, each times its probability.
+
+    Args:
+        permuted_tokens: (T*K, hidden_size).
+        sorted_indices: int32 (T*K,), the rows of the first token's K copies, then of the second token's...
+        probs: (T, K).
+        padded_mode: False.
+        restore_shape: only for ``padded_mode``.
+
+    Returns:
+        (T, hidden_size) in ``permuted_tokens``' dtype.
+    """
+    if padded_mode:
+        raise NotImplementedError("the CPU stand-in for MoeTokenUnpermute knows no padding")
+    rows = _float32(permuted_tokens)[sorted_indices.asnumpy()].reshape(*probs.shape, -1)
+    return _tensor((rows * _float32(probs)[..., None]).sum(axis=1), permuted_tokens.dtype)
+
+
 # --------------------------------------------------------------------------------------- bfloat16 arithmetic in float32
 
 
@@ -225,18 +354,37 @@ def _gather(self: ops.Gather, input_params: Tensor, input_indices: Tensor, axis:
     return Tensor.from_numpy(input_params.asnumpy().take(input_indices.asnumpy(), axis))
 
 
-def _matmul(self: ops.MatMul, input: Tensor, mat2: Tensor) -> Tensor:
-    """Product of two matrices; as on Ascend, sums of bfloat16 products are kept in float32 and rounded once."""
-    upstream = _UPSTREAM[ops.MatMul, "__call__"]
-    if input.dtype != ms.bfloat16:
-        return upstream(self, input, mat2)
-    return upstream(self, input.astype(ms.float32), mat2.astype(ms.float32)).astype(ms.bfloat16)
+def _in_float32(owner: Owner, name: str) -> Callable[..., Tensor]:
+    """Upstream's, on float32 if it is given bfloat16; as on Ascend, sums are then kept in float32 and rounded once."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Tensor:
+        upstream = _UPSTREAM[owner, name]
+        if not any(map(_is_bfloat16, args)):
+            return upstream(*args, **kwargs)
+        widened = (arg.astype(ms.float32) if _is_bfloat16(arg) else arg for arg in args)
+        return upstream(*widened, **kwargs).astype(ms.bfloat16)
+
+    return stand_in
 
 
-def _mlp_construct(self: MLP, hidden_states: Tensor) -> Tensor:
-    """Upstream's MLP on ``hidden_states`` (T, hidden_size), with the activation between its two layers in float32."""
-    output = _UPSTREAM[MLP, "construct"](self, hidden_states.astype(ms.float32))
-    return output.astype(hidden_states.dtype)
+def _is_bfloat16(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.dtype == ms.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def _all_reduce(tensor: Tensor, op: str = ops.ReduceOp.SUM, group: str | None = None) -> tuple[Tensor, None]:
+    """The sum of all processes' tensors."""
+    return ops.AllReduce(op, group)(tensor), None
+
+
+@property  # type: ignore[misc]
+def _group(self: ProcessGroup) -> str:
+    """The name of the group. A CPU knows one group only, that of all processes."""
+    if self.size != get_group_size():
+        raise NotImplementedError(f"on CPUs all processes form one group, not {self.global_ranks}: use --tp alone")
+    return str(GlobalComm.WORLD_COMM_GROUP)
 
 
 # --------------------------------------------------------------------------------------------------- mindspore.mint
@@ -252,6 +400,10 @@ def _argmax(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Ten
 
 def _topk(input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
     return ops.topk(input, k, dim, largest, sorted)
+
+
+def _index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
+    return ops.gather(input, index, dim)
 
 
 def _sort(input: Tensor, *, dim: int = -1, descending: bool = False, stable: bool = False) -> tuple[Tensor, Tensor]:
@@ -281,19 +433,30 @@ def _tensor(array: np.ndarray, dtype: Any) -> Tensor:
     return Tensor.from_numpy(array).astype(dtype)
 
 
+_BFLOAT16_IN_FLOAT32: tuple[tuple[Owner, str], ...] = (
+    (ops.MatMul, "__call__"),
+    (MLP, "construct"),
+    (GroupedMLP, "construct"),
+    (ops, "masked_fill"),
+    (mint, "nan_to_num"),
+)
 _STAND_INS: tuple[tuple[Owner, str, Callable[..., Any]], ...] = (
     (GPTModel, "construct", _gpt_model_construct),
     (RMSNorm, "construct", _rms_norm_construct),
     (RotaryEmbedding, "construct", _rotary_embedding_construct),
     (FlashAttention, "construct", _flash_attention_construct),
     (ops.Gather, "__call__", _gather),
-    (ops.MatMul, "__call__", _matmul),
-    (MLP, "construct", _mlp_construct),
+    (MoeInitRoutingV2, "__call__", _moe_init_routing),
+    (GroupedMatmulV4, "__call__", _grouped_matmul),
+    (MoeTokenUnpermute, "__call__", _moe_token_unpermute),
+    *((owner, name, _in_float32(owner, name)) for owner, name in _BFLOAT16_IN_FLOAT32),
+    (layers, "all_reduce", _all_reduce),
+    (ProcessGroup, "group", _group),
     (mint, "cumsum", _cumsum),
     (mint, "argmax", _argmax),
     (mint, "topk", _topk),
+    (mint, "index_select", _index_select),
     (mint, "sort", _sort),
     (mint, "zeros", _zeros),
     (mint, "empty", _empty),
-    # Qwen3-MoE (TopkExt, MoeInitRoutingV2, MoeTokenUnpermute, GroupedMatmulV4) goes here.
 )

@@ -12,6 +12,7 @@ from mf_qwen3_bridge.hf_config import read_json
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
 from mf_qwen3_bridge.mindformers.patch import patch
+from mf_qwen3_bridge.parallel import num_processes
 from mf_qwen3_bridge.preflight import Model, check
 
 # An id that no prompt holds: upstream takes the pad tokens that end a prompt away.
@@ -25,6 +26,7 @@ def from_pretrained(
     load_checkpoint: str | Path | None = None,
     use_training_conversion: bool = False,
     device_target: str = "auto",
+    expert_parallel: int | None = None,
     **model_config_overrides: Any,
 ) -> Any:
     """MindFormers' inference network with a checkpoint's weights in it, ready for ``network.generate(...)``.
@@ -39,10 +41,12 @@ def from_pretrained(
             checkpoint, for example, together with the YAML it was trained with.
         use_training_conversion: convert with MindFormers' own training class instead of the bridge's loader; same bits.
         device_target: ``Ascend``, ``CPU``, or ``auto``: Ascend when there is one.
+        expert_parallel: processes that share the experts of a Qwen3-MoE. Tensor parallel are all processes that msrun
+            started; each reads and holds its part only.
         model_config_overrides: further options of ``model.model_config``, such as ``params_dtype="bfloat16"``.
 
     Returns:
-        An ``InferenceQwen3ForCausalLM``.
+        An ``InferenceQwen3ForCausalLM`` or ``InferenceQwen3MoeForCausalLM``.
 
     Raises:
         BridgeError: the checkpoint is not whole, does not fit its config, or can't be computed by MindFormers.
@@ -52,6 +56,8 @@ def from_pretrained(
         Path(config) if config else None,
         Path(load_checkpoint) if load_checkpoint else None,
         model_config_overrides,
+        expert_parallel=expert_parallel,
+        num_processes=num_processes(),
     )
     for note in model.notes:
         warnings.warn(note, stacklevel=2)
@@ -64,7 +70,9 @@ def build_network(model: Model, device_target: str = "auto") -> Any:
     """The inference network for a checked checkpoint, without its weights; ``generate`` ends where the model says."""
     end_tokens = read_end_tokens(model.hf_dir)
     patch()
-    network = build_inference_network(model.hf_config | model.options, device_target=device_target)
+    network = build_inference_network(
+        model.hf_config | model.options, device_target=device_target, parallel=model.parallel
+    )
     network.generation_config.eos_token_id = end_tokens
     network.generation_config.pad_token_id = NO_TOKEN
     return network

@@ -12,11 +12,13 @@ import numpy as np
 from mf_qwen3_bridge.checkpoint import DTYPES, Checkpoint, open_checkpoint, open_files
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.mindformers import conversion
+from mf_qwen3_bridge.mindformers.ranks import current_rank
 from mf_qwen3_bridge.plan import Plan
 from mf_qwen3_bridge.preflight import Model
 from mf_qwen3_bridge.progress import progress_bar
 from mf_qwen3_bridge.rules import INFER
-from mf_qwen3_bridge.values import find_fault
+from mf_qwen3_bridge.transfer import Transfer
+from mf_qwen3_bridge.values import fault_of, largest_magnitude
 
 _NUMPY_DTYPES = {ms.float32: DTYPES["F32"], ms.float16: DTYPES["F16"], ms.bfloat16: DTYPES["BF16"]}
 
@@ -27,7 +29,8 @@ def load_network(network: Any, model: Model, *, use_training_conversion: bool = 
     When it raises, the network holds some of them at best: build another.
 
     Args:
-        network: an ``InferenceQwen3ForCausalLM`` built from ``model``'s config.
+        network: an ``InferenceQwen3ForCausalLM`` or ``InferenceQwen3MoeForCausalLM`` built from ``model``'s config. In
+            a run of several processes it takes this process's part.
         model: the checkpoint, as :func:`mf_qwen3_bridge.preflight.check` returns it.
         use_training_conversion: convert with MindFormers' training class (``convert_weight_dict``) and load with
             ``load_param_into_net``, instead of the bridge's own loader. Both give the same bits.
@@ -38,27 +41,30 @@ def load_network(network: Any, model: Model, *, use_training_conversion: bool = 
     Raises:
         BridgeError: the network's parameters are not the model's; anything was left unloaded.
     """
-    plan = model.plan(INFER)
+    plan = model.plan(INFER, rank=current_rank())
     parameters = network.parameters_dict()
     _check_parameters(parameters, plan)
     plan.check_duplicates()
     if use_training_conversion:
         _load_converted(network, model)
+        magnitudes = {name: largest_magnitude(parameter.asnumpy()) for name, parameter in parameters.items()}
     else:
-        _load_directly(parameters, plan)
-    _check_values(parameters, plan)
+        magnitudes = _load_directly(parameters, plan)
+    _check_values(parameters, magnitudes, plan)
     network.process_weights_after_loading(network.model)  # as upstream's load_weights ends
     return plan
 
 
-def _check_values(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
+def _check_values(parameters: Mapping[str, ms.Parameter], magnitudes: Mapping[str, int], plan: Plan) -> None:
     """Looks for what no trained model holds: parameters that are all zero, NaN, infinities."""
     remedy = "the file is damaged (or, in float16, its numbers are too large): compare checksums with the source"
     problems = []
     for target in plan.targets:
-        if fault := find_fault(parameters[target.name].asnumpy()):
-            sources = [f"{copy.source.name} ({copy.source.file.name})" for copy in target.copies]
-            problems.append(Problem(target.name, "\n".join([f"{fault}; made of", *sources]), remedy))
+        if fault := fault_of(magnitudes[target.name], _NUMPY_DTYPES[parameters[target.name].dtype]):
+            sources = {copy.source.name: copy.source.file.name for copy in target.copies}
+            folded = fold_names(sources)
+            files = ", ".join(sorted(set(sources.values())))
+            problems.append(Problem(target.name, "\n".join([f"{fault}; made of", *folded, f"({files})"]), remedy))
     if problems:
         raise BridgeError("weights that no trained model has", problems)
 
@@ -94,14 +100,20 @@ def _check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> Non
         raise BridgeError("the checkpoint does not fit the network", problems)
 
 
-def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
-    """Each tensor's bytes are read once, in the network's layout and dtype, and handed to the Parameter."""
-    with progress_bar("loading", plan.source_nbytes) as advance:
+def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> dict[str, int]:
+    """Each tensor's bytes are read once, in the network's layout and dtype, and handed to the Parameter.
+
+    Returns:
+        The bits of each parameter's largest magnitude.
+    """
+    magnitudes = {}
+    with progress_bar("loading", plan.source_nbytes) as advance, Transfer(advance) as transfer:
         for target in plan.targets:
             parameter = parameters[target.name]
-            array = target.make(np.empty(target.shape, _NUMPY_DTYPES[parameter.dtype]))
+            array = np.empty(target.shape, _NUMPY_DTYPES[parameter.dtype])
+            magnitudes[target.name] = transfer.fill(array, target.copies)
             parameter.set_data(ms.Tensor.from_numpy(array))
-            advance(sum(copy.source.nbytes for copy in target.copies))
+    return magnitudes
 
 
 def _load_converted(network: Any, model: Model) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import mindspore as ms
 import numpy as np
@@ -13,13 +13,26 @@ from mindformers import build_context, set_context
 from mindformers.core.context.build_context import Context
 from mindformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
+from mindformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3MoeForCausalLM
 from mindformers.parallel_core import transformer_config_utils
 from mindformers.parallel_core.inference.base_models.common.embeddings import rope_utils
+from mindspore.communication import get_rank
 
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers import cpu_ops
+from mf_qwen3_bridge.mindformers.ranks import current_rank
+from mf_qwen3_bridge.parallel import SINGLE, ParallelConfig
 
-# Ascend: as in upstream's predict_qwen3.yaml. A CPU is faster in float32, and has no bfloat16 arithmetic of its own.
+InferenceNetwork: TypeAlias = InferenceQwen3ForCausalLM | InferenceQwen3MoeForCausalLM
+
+# By model_type, as config.json calls it.
+_CLASSES: dict[str, tuple[type, type]] = {
+    "qwen3": (Qwen3Config, InferenceQwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, InferenceQwen3MoeForCausalLM),
+}
+# Ascend: as in upstream's predict_qwen3.yaml and predict_qwen3_moe.yaml.
+# A CPU is faster in float32, and has no bfloat16 arithmetic of its own.
 _DTYPES = {
     "Ascend": {"params_dtype": "bfloat16", "compute_dtype": "bfloat16", "rotary_dtype": "bfloat16"},
     "CPU": {"params_dtype": "float32", "compute_dtype": "float32", "rotary_dtype": "float32"},
@@ -32,8 +45,12 @@ _CONTEXT = {
 
 
 def build_inference_network(
-    model_config: Mapping[str, Any], *, device_target: str = "auto", **overrides: Any
-) -> InferenceQwen3ForCausalLM:
+    model_config: Mapping[str, Any],
+    *,
+    device_target: str = "auto",
+    parallel: ParallelConfig = SINGLE,
+    **overrides: Any,
+) -> InferenceNetwork:
     """Builds the network that MindFormers runs for ``run_mode: predict``; its parameters are zeros (norms: ones).
 
     Several networks may live in one process. Upstream's ``network.generate`` wants prompts of one length, padded on the
@@ -45,20 +62,23 @@ def build_inference_network(
             ``params_dtype``, ``compute_dtype``, ``seq_length`` (prompt and answer, 4096 by default), ``block_size`` and
             ``num_blocks`` (of the KV cache: together they must hold all tokens of a batch)...
         device_target: ``Ascend``, ``CPU``, or ``auto``: Ascend when there is one.
+        parallel: the sizes of a run of several processes, each of which calls this; msrun started them.
         overrides: go before ``model_config``.
 
     Raises:
-        BridgeError: there is no such device, or this process already computes on another one.
+        BridgeError: there is no such device, or this process already computes on another one, or in another place of
+            another run.
     """
     target = _device_target(device_target)
-    _enter_predict_mode(target)
+    _enter_predict_mode(target, parallel)
     cpu_ops.install()
     _forget_earlier_networks()
     merged = _FLOAT32_DTYPES | _DTYPES[target] | dict(model_config) | overrides
-    return InferenceQwen3ForCausalLM(Qwen3Config(**copy.deepcopy(merged)))  # upstream writes into rope_scaling
+    config_class, network_class = _CLASSES[merged["model_type"]]
+    return network_class(config_class(**copy.deepcopy(merged)))  # upstream writes into rope_scaling
 
 
-def network_logits(network: InferenceQwen3ForCausalLM, token_ids: Sequence[int]) -> np.ndarray:
+def network_logits(network: InferenceNetwork, token_ids: Sequence[int]) -> np.ndarray:
     """The logits of all positions of one sequence, float32 (len(token_ids), vocab_size), from one prefill.
 
     Upstream's own forward gathers the last position's before the output layer. PyNative mode only: a compiled graph
@@ -93,7 +113,7 @@ def _device_target(requested: str) -> str:
     return chosen if requested == "auto" else requested
 
 
-def _enter_predict_mode(target: str) -> None:
+def _enter_predict_mode(target: str, parallel: ParallelConfig) -> None:
     """Sets what MindFormers keeps per process: environment, its context, MindSpore's mode and device. Repeatable.
 
     A context that somebody else built (run_mindformer.py, a parallel run) is kept.
@@ -110,7 +130,7 @@ def _enter_predict_mode(target: str) -> None:
                 "run_mode": "predict",
                 "use_legacy": False,
                 "context": {"device_target": target, **copy.deepcopy(_CONTEXT[target])},
-                "parallel": {},
+                **_parallel_context(parallel),
             }
         )
     if target == "CPU":
@@ -119,6 +139,24 @@ def _enter_predict_mode(target: str) -> None:
         raise BridgeError(
             f"this process computes on {ms.get_context('device_target')}, not on {target}: start another one"
         )
+    if parallel.world_size > 1 and current_rank() != parallel.rank(get_rank()):
+        raise BridgeError(f"this process holds {current_rank()} of a run already, not its place in {parallel}")
+
+
+def _parallel_context(parallel: ParallelConfig) -> dict[str, Any]:
+    """Upstream's settings for a run of several processes: each computes with its slices, no graph is divided."""
+    if parallel.world_size == 1:
+        return {"parallel": {}}
+    return {
+        "use_parallel": True,
+        "parallel": {"parallel_mode": "MANUAL_PARALLEL", "enable_alltoall": False, "full_batch": False},
+        "parallel_config": {
+            "data_parallel": parallel.data_parallel,
+            "model_parallel": parallel.tensor_parallel,
+            "expert_parallel": parallel.expert_parallel,
+            "pipeline_stage": 1,
+        },
+    }
 
 
 def _forget_earlier_networks() -> None:

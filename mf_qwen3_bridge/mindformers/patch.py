@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
+from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3MoeForCausalLM
 
 from mf_qwen3_bridge.mindformers import conversion
 
@@ -29,11 +30,11 @@ _ADDED = {
     "convert_map_dict": ClassOrInstanceMethod(conversion.convert_map_dict),
     "obtain_name_map": ClassOrInstanceMethod(conversion.obtain_name_map),
 }
-_PATCHED = (InferenceQwen3ForCausalLM,)
+_PATCHED = (InferenceQwen3ForCausalLM, InferenceQwen3MoeForCausalLM)
 
 
 def patch() -> None:
-    """Gives MindFormers' inference class the conversion methods that it lacks. Calling it twice is calling it once."""
+    """Gives MindFormers' inference classes the conversion methods that they lack. Calling it again changes nothing."""
     for cls in _PATCHED:
         for name, method in _ADDED.items():
             setattr(cls, name, method)

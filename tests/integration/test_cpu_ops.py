@@ -5,10 +5,16 @@ That every fixture gets transformers' logits and tokens is tested in test_roads.
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
+import mindspore as ms
+import numpy as np
 import pytest
+from mindformers.parallel_core.inference.parallel_state import ProcessGroup
+from mindformers.parallel_core.process_group_config import ModelCommProcessGroups
+from mindspore.ops.auto_generate import GroupedMatmulV4, MoeInitRoutingV2, MoeTokenUnpermute
 
 import mf_qwen3_bridge
 from mf_qwen3_bridge.errors import BridgeError
@@ -16,6 +22,20 @@ from mf_qwen3_bridge.hf_config import normalise
 from mf_qwen3_bridge.mindformers import cpu_ops
 from mf_qwen3_bridge.mindformers.network import build_inference_network, network_logits
 from tests.integration.conftest import CHECKPOINTS, SMALL_CACHE, golden, greedy_tokens, logits_error
+
+MOE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "moe_intermediate_size": 12,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+}
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -29,9 +49,10 @@ def build(name: str, **overrides: Any) -> Any:
     return network
 
 
-def test_second_generate() -> None:
+@pytest.mark.parametrize("name", ["untied_fp32", "moe_fp32"])
+def test_second_generate(name: str) -> None:
     """A network that has decoded prefills again, one sequence after the other and in a batch."""
-    network, expected = build("untied_fp32"), golden("untied_fp32")
+    network, expected = build(name), golden(name)
     for g in expected:
         assert greedy_tokens(network, [g.prompt], 12) == [g.tokens[:12]]
     assert greedy_tokens(network, [g.prompt for g in expected[::-1]], 3) == [g.tokens[:3] for g in expected[::-1]]
@@ -96,12 +117,98 @@ def test_networks_of_one_process_keep_their_own_rope() -> None:
     ],
     ids=["parameters", "everything"],
 )
-@pytest.mark.parametrize("name", ["untied_fp32", "tied_bf16"])
+@pytest.mark.parametrize("name", ["untied_fp32", "tied_bf16", "moe_scattered"])
 def test_bfloat16(name: str, dtypes: dict[str, str]) -> None:
     network, expected = build(name, **dtypes), golden(name)
     assert logits_error(network, expected) < 0.05
     first = [int(network_logits(network, g.prompt)[-1].argmax()) for g in expected]
     assert [tokens[0] for tokens in greedy_tokens(network, [g.prompt for g in expected], 3)] == first
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16])
+def test_tokens_are_sorted_by_expert_and_back(dtype: Any) -> None:
+    """Three tokens, two of four experts each; expert 3 gets none."""
+    cpu_ops.install()
+    tokens = ms.Tensor([[1, 10], [2, 20], [3, 30]], dtype)
+    experts = ms.Tensor([[2, 0], [1, 2], [0, 2]], ms.int32)
+    copies, rows, counts, _ = MoeInitRoutingV2()(tokens, experts, 0, 0, 4, 0, 2, True)
+    assert copies.dtype == dtype
+    assert copies.astype(ms.float32).asnumpy().tolist() == [[1, 10], [3, 30], [2, 20], [1, 10], [2, 20], [3, 30]]
+    assert (rows.dtype, rows.asnumpy().tolist()) == (ms.int32, [3, 0, 2, 4, 1, 5])
+    assert (counts.dtype, counts.asnumpy().tolist()) == (ms.int32, [2, 1, 3, 0])
+    assert MoeInitRoutingV2()(tokens, experts, 0, 0, 4, 0, 1, True)[2].asnumpy().tolist() == [2, 3, 6, 6]
+
+    said_by_experts = ms.Tensor([[1], [2], [4], [8], [16], [32]], dtype)
+    probabilities = ms.Tensor([[0.5, 0.5], [0.25, 0.75], [0, 1]], dtype)
+    said = MoeTokenUnpermute()(said_by_experts, rows, probabilities, False, None)
+    assert (said.dtype, said.astype(ms.float32).asnumpy().tolist()) == (dtype, [[4.5], [13], [32]])
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16])
+def test_grouped_matmul(dtype: Any) -> None:
+    """MindSpore's own example, with an expert that gets no row, and a row that is another rank's."""
+    cpu_ops.install()
+    rows = ms.Tensor([[n] * 4 for n in (0, 1, 2, 2, 1, 1, 9)], dtype)
+    matrices = np.arange(32).reshape(4, 4, 2)
+    weight = ms.Tensor(np.insert(matrices, 2, 99, axis=0), dtype)
+    counts = ms.Tensor([1, 2, 0, 1, 2], ms.int64)
+    (output,) = GroupedMatmulV4()([rows], [weight], group_list=counts, split_item=3, group_type=0, group_list_type=1)
+    *computed, rest = output.astype(ms.float32).asnumpy().tolist()
+    assert output.dtype == dtype
+    assert computed == [[0, 0], [44, 48], [88, 96], [152, 160], [108, 112], [108, 112]]
+    assert np.isnan(rest).all()
+
+
+def test_other_uses_of_the_operators_are_refused() -> None:
+    cpu_ops.install()
+    rows, experts = ms.Tensor([[1.0, 2.0]]), ms.Tensor([[0]], ms.int32)
+    with pytest.raises(NotImplementedError, match="MoeInitRoutingV2"):
+        MoeInitRoutingV2()(rows, experts, 0, 1, 1, 1, 0, False)
+    with pytest.raises(NotImplementedError, match="GroupedMatmulV4"):
+        GroupedMatmulV4()([rows], [ms.Tensor([[[1.0], [1.0]]])], group_list=ms.Tensor([1], ms.int64))
+    with pytest.raises(NotImplementedError, match="MoeTokenUnpermute"):
+        MoeTokenUnpermute()(rows, experts[0], ms.Tensor([[1.0]]), True, (1, 2))
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("expert_ranks", "tensor_ranks"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
+def test_what_the_ranks_of_a_moe_layer_say_adds_up(expert_ranks: int, tensor_ranks: int, compute_dtype: str) -> None:
+    """Upstream's layer on each rank, one after the other, with this rank's slices of the experts."""
+    network = build_inference_network(MOE, compute_dtype=compute_dtype, **SMALL_CACHE)
+    whole, config = network.model.decoder.layers[0].mlp, network.model.config
+    rng = np.random.default_rng(0)
+    shapes = (whole.router.weight.shape, whole.experts.weight1.shape, whole.experts.weight2.shape)
+    router, fc1, fc2 = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    tokens = rng.integers(-16, 17, (9, MOE["hidden_size"])).astype(np.float32) / 8  # nothing to round in bfloat16
+
+    said = np.zeros_like(tokens)
+    for expert_rank, tensor_rank in itertools.product(range(expert_ranks), range(tensor_ranks)):
+        moe_ep, moe_tp = ProcessGroup(size=expert_ranks, rank=expert_rank), ProcessGroup(size=tensor_ranks)
+        groups = ModelCommProcessGroups(moe_ep=moe_ep, moe_tp=moe_tp, tp_dp=ProcessGroup())  # of size 1: no all_reduce
+        layer = type(whole)(config, whole.submodules, model_comm_pgs=groups)
+        gate, up = np.split(np.split(fc1, expert_ranks)[expert_rank], 2, axis=2)
+        slices = [np.split(matrices, tensor_ranks, axis=2)[tensor_rank] for matrices in (gate, up)]
+        down = np.split(np.split(fc2, expert_ranks)[expert_rank], tensor_ranks, axis=1)[tensor_rank]
+        layer.router.weight_loader(layer.router.weight, router)
+        layer.experts.weight1.set_data(ms.Tensor(np.concatenate(slices, axis=2)))
+        layer.experts.weight2.set_data(ms.Tensor(down))
+        said += layer(ms.Tensor(tokens, config.compute_dtype)).astype(ms.float32).asnumpy()
+
+    expected = moe(tokens, router, fc1, fc2, MOE["num_experts_per_tok"])
+    tolerance = {"float32": 1e-6, "bfloat16": 0.02}[compute_dtype]
+    assert np.abs(said - expected).max() < tolerance * np.abs(expected).max()
+
+
+def moe(tokens: np.ndarray, router: np.ndarray, fc1: np.ndarray, fc2: np.ndarray, top: int) -> np.ndarray:
+    """A mixture of experts by the book: what each token's ``top`` experts say, by their normalised probabilities."""
+    output = np.zeros_like(tokens)
+    for token, logits, row in zip(tokens, tokens @ router.T, output, strict=True):
+        experts = np.argsort(-logits)[:top]
+        probabilities = np.exp(logits[experts]) / np.exp(logits[experts]).sum()
+        for expert, probability in zip(experts, probabilities, strict=True):
+            gate, up = np.split(token @ fc1[expert], 2)
+            row += probability * (gate / (1 + np.exp(-gate)) * up) @ fc2[expert]
+    return output
 
 
 def test_uninstall_gives_everything_back() -> None:

@@ -12,10 +12,10 @@ import pytest
 
 import mf_qwen3_bridge
 from mf_qwen3_bridge import layouts, preflight
-from mf_qwen3_bridge.layouts import contiguous, interleaved
+from mf_qwen3_bridge.layouts import by_expert, contiguous, interleaved
 from mf_qwen3_bridge.preflight import check
 from mf_qwen3_bridge.recognise import LAYOUT_STAMP
-from mf_qwen3_bridge.rules import HF, TRAIN, Rule, dense_rules
+from mf_qwen3_bridge.rules import HF, TRAIN, Rule, model_rules
 from mf_qwen3_bridge.spec import ModelSpec
 from tests.integration.conftest import CHECKPOINTS, TOLERANCE, bits, golden, logits_error
 from tests.tiny import write
@@ -69,14 +69,54 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
 }
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-@pytest.mark.parametrize("name", ["untied_fp32", "tied_bf16"])
+MOE_LAYER = "decoder.layers.1.mlp"
+WEIGHT1, WEIGHT2, ROUTER = (f"{MOE_LAYER}.{name}" for name in ("experts.weight1", "experts.weight2", "router.weight"))
+
+
+def change_expert(change: Callable[[np.ndarray], np.ndarray], expert: int = 2) -> Change:
+    """A change of one expert's matrix."""
+
+    def changed(weight: np.ndarray, _: ModelSpec) -> np.ndarray:
+        weight[expert] = change(weight[expert].copy())
+        return weight
+
+    return changed
+
+
+# In the fixture moe_square, an expert's gate, up and down are square: no shape tells that they are transposed.
+MOE_MUTATIONS: dict[str, tuple[str, Change]] = {
+    "transposed down of an expert": (WEIGHT2, change_expert(np.transpose)),
+    "transposed gate and up of an expert": (
+        WEIGHT1,
+        change_expert(lambda w: np.hstack([m.T for m in np.hsplit(w, 2)])),
+    ),
+    "gate and up of an expert swapped": (WEIGHT1, change_expert(lambda w: np.roll(w, w.shape[1] // 2, axis=1))),
+    "gate and up of an expert interleaved": (
+        WEIGHT1,
+        change_expert(lambda w: w.reshape(w.shape[0], 2, -1).swapaxes(1, 2).reshape(w.shape)),
+    ),
+    "two experts swapped": (WEIGHT1, lambda w, _: w[[1, 0, *range(2, len(w))]]),
+    "experts one off": (WEIGHT2, lambda w, _: np.roll(w, 1, axis=0)),
+    "one expert zeroed": (WEIGHT2, change_expert(np.zeros_like)),
+    "one row of an expert off": (WEIGHT2, change_expert(lambda w: np.roll(w, 1, axis=0))),
+    "router one row off": (ROUTER, shift_one_row),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mutation"),
+    [
+        *((name, mutation) for name in ("untied_fp32", "tied_bf16") for mutation in MUTATIONS),
+        *(("moe_square", mutation) for mutation in MOE_MUTATIONS),
+        *(("moe_square", mutation) for mutation in ("k and v swapped", "QKV interleaved", "one tensor zeroed")),
+    ],
+)
 def test_every_mutation_is_seen(name, mutation):
     network = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / name)
-    right, expected = bits(network), golden(name)[:1]
+    right, expected = bits(network), golden(name)
     assert logits_error(network, expected) < TOLERANCE
 
-    parameter_name, change = MUTATIONS[mutation]
+    parameter_name, change = (MUTATIONS | MOE_MUTATIONS)[mutation]
     parameter = network.parameters_dict()[parameter_name]
     changed = change(parameter.asnumpy().copy(), check(CHECKPOINTS / name).spec)
     assert changed.shape == tuple(parameter.shape)
@@ -91,17 +131,18 @@ def swapped(first: int, second: int, fuses: str) -> Callable[[Iterator[Rule]], I
 
     def change(rules: Iterator[Rule]) -> Iterator[Rule]:
         for rule in rules:
-            tensors = list(rule.tensors)
-            if rule.fuses == fuses:
+            if getattr(rule, "fuses", None) == fuses:
+                tensors = list(rule.tensors)
                 tensors[first], tensors[second] = tensors[second], tensors[first]
-            yield replace(rule, tensors=tuple(tensors))
+                rule = replace(rule, tensors=tuple(tensors))
+            yield rule
 
     return change
 
 
 def twice_the_groups(rules: Iterator[Rule]) -> Iterator[Rule]:
     for rule in rules:
-        yield replace(rule, groups=2 * rule.groups) if rule.fuses == "qkv" else rule
+        yield replace(rule, groups=2 * rule.groups) if getattr(rule, "fuses", None) == "qkv" else rule
 
 
 @pytest.mark.parametrize(
@@ -115,10 +156,28 @@ def test_a_mistake_in_the_rules_is_seen_by_the_other_roads(monkeypatch, tmp_path
     tensors = {target.name: target.make() for target in check(directory).plan(dialect).targets}
     weights = write(tmp_path, tensors, metadata={} if dialect.is_hf else {LAYOUT_STAMP: str(dialect.layout)})
 
-    monkeypatch.setattr(preflight, "dense_rules", lambda spec: change(dense_rules(spec)))
+    monkeypatch.setattr(preflight, "model_rules", lambda spec: change(model_rules(spec)))
     mistaken = mf_qwen3_bridge.from_pretrained(directory, load_checkpoint=weights)  # no shape tells
     assert bits(mistaken) != bits(network)
     assert logits_error(mistaken, golden("untied_fp32")) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda count, rows, columns, transposed: by_expert(count, rows, columns, not transposed),
+        lambda count, rows, columns, transposed: by_expert(count, rows, columns, transposed)[::-1],
+        lambda count, rows, columns, transposed: [e[::-1] for e in by_expert(count, rows, columns, transposed)],
+    ],
+    ids=["not transposed", "experts in reverse", "up before gate"],
+)
+def test_a_mistake_in_the_layout_of_experts_is_seen_by_the_other_roads(monkeypatch, mistake):
+    directory = CHECKPOINTS / "moe_square"
+    network = mf_qwen3_bridge.from_pretrained(directory, use_training_conversion=True)
+    monkeypatch.setattr(layouts, "by_expert", mistake)
+    mistaken = mf_qwen3_bridge.from_pretrained(directory)
+    assert bits(mistaken) != bits(network)
+    assert logits_error(mistaken, golden("moe_square")) > 100 * TOLERANCE
 
 
 def test_a_mistake_in_the_layout_is_seen_by_the_other_roads(monkeypatch):

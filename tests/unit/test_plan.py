@@ -15,15 +15,22 @@ from mf_qwen3_bridge.checkpoint import open_checkpoint
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.plan import make_plan
-from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect, dense_rules, is_training_state, places
+from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect, is_training_state, model_rules
 from mf_qwen3_bridge.spec import ModelSpec
-from tests.tiny import NUMPY, SPEC, random_tensors, write
+from tests.tiny import MOE_SPEC, NUMPY, SPEC, random_tensors, write
 
-MINDFORMERS = [Dialect(Layout(qkv, gate_up)) for qkv in (True, False) for gate_up in (True, False)]
+MINDFORMERS = [
+    Dialect(Layout(qkv, gate_up), stacked)
+    for qkv in (True, False)
+    for gate_up in (True, False)
+    for stacked in (True, False)
+]
+STACKED_HF = Dialect(None, stacked_experts=True)
+DIALECTS = [HF, STACKED_HF, *MINDFORMERS]
 
 
 def convert(directory: Path, spec: ModelSpec, source: Dialect, target: Dialect, dtype: str | None = None):
-    plan = make_plan(dense_rules(spec), open_checkpoint(directory).tensors, source, target, dtype)
+    plan = make_plan(model_rules(spec), open_checkpoint(directory).tensors, source, target, dtype)
     return {tensor.name: tensor.make() for tensor in plan.targets}
 
 
@@ -38,15 +45,18 @@ def assert_same_bits(left, right):
 @st.composite
 def specs(draw) -> ModelSpec:
     groups = draw(st.integers(1, 4))
+    is_moe = draw(st.booleans())
     return ModelSpec(
         num_layers=draw(st.integers(1, 3)),
         hidden_size=draw(st.integers(1, 9)),
         num_attention_heads=groups * draw(st.integers(1, 4)),
         num_query_groups=groups,
         head_dim=2 * draw(st.integers(1, 4)),
-        ffn_hidden_size=draw(st.integers(1, 9)),
+        ffn_hidden_size=0 if is_moe else draw(st.integers(1, 9)),
         vocab_size=draw(st.integers(1, 9)),
         tie_word_embeddings=draw(st.booleans()),
+        num_experts=draw(st.integers(1, 4)) if is_moe else 0,
+        moe_ffn_hidden_size=draw(st.integers(1, 9)) if is_moe else 0,
     )
 
 
@@ -56,19 +66,19 @@ def test_there_and_back_is_bit_exact(tmp_path_factory, spec, dialect, dtype, dat
     directory = tmp_path_factory.mktemp("round_trip")
     hf = random_tensors(spec, dtype=dtype)
     there = convert(write(directory / "hf", hf, shards=data.draw(st.integers(1, 3))), spec, HF, dialect)
-    middle = data.draw(st.sampled_from(MINDFORMERS))
+    middle = data.draw(st.sampled_from([STACKED_HF, *MINDFORMERS]))
     other = convert(write(directory / "there", there), spec, dialect, middle)
     back = convert(write(directory / "other", other), spec, middle, HF)
     assert_same_bits(back, hf)
 
 
 @settings(max_examples=40, deadline=None)
-@given(spec=specs(), source=st.sampled_from([HF, *MINDFORMERS]), target=st.sampled_from([HF, *MINDFORMERS]))
+@given(spec=specs(), source=st.sampled_from(DIALECTS), target=st.sampled_from(DIALECTS))
 def test_every_element_is_claimed_exactly_once(spec, source, target):
     read: dict[str, np.ndarray] = {}
     written: dict[str, np.ndarray] = {}
-    for rule in dense_rules(spec):
-        for here, there in zip(places(rule, source), places(rule, target)):
+    for rule in model_rules(spec):
+        for here, there in zip(rule.places(source), rule.places(target)):
             assert here.view.shape == there.view.shape
             for seen, place in ((read, here), (written, there)):
                 counts = place.view.of(seen.setdefault(place.tensor, np.zeros(place.shape, np.int8)))
@@ -104,10 +114,30 @@ def test_the_training_layout_is_what_reshaping_gives(tmp_path):
     np.testing.assert_array_equal(fc1[1::2], hf[f"{mlp}.up_proj.weight"])
 
 
+def test_experts_in_every_dialect(tmp_path):
+    hf = random_tensors(MOE_SPEC)
+    write(tmp_path, hf)
+    infer, train, stacked = (convert(tmp_path, MOE_SPEC, HF, dialect) for dialect in (INFER, TRAIN, STACKED_HF))
+    hf_mlp, mlp = "model.layers.1.mlp", "decoder.layers.1.mlp"
+    gate, up, down = (
+        [hf[f"{hf_mlp}.experts.{expert}.{part}_proj.weight"] for expert in range(4)] for part in ("gate", "up", "down")
+    )
+    weight1 = np.stack([np.concatenate([g.T, u.T], axis=1) for g, u in zip(gate, up)])  # (experts, hidden, 2 * ffn)
+    weight2 = np.stack([d.T for d in down])  # (experts, ffn, hidden)
+    np.testing.assert_array_equal(infer[f"{mlp}.experts.weight1"], weight1)
+    np.testing.assert_array_equal(infer[f"{mlp}.experts.weight2"], weight2)
+    np.testing.assert_array_equal(train[f"{mlp}.experts.weight1"], weight1.reshape(4 * 12, 2 * 6))
+    np.testing.assert_array_equal(train[f"{mlp}.experts.weight2"], weight2.reshape(4 * 6, 12))
+    np.testing.assert_array_equal(infer[f"{mlp}.router.weight"], hf[f"{hf_mlp}.gate.weight"])
+    gate_up = np.stack([np.concatenate([g, u]) for g, u in zip(gate, up)])
+    np.testing.assert_array_equal(stacked[f"{hf_mlp}.experts.gate_up_proj"], gate_up)
+    np.testing.assert_array_equal(stacked[f"{hf_mlp}.experts.down_proj"], np.stack(down))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_counts_of_qwen3_14b(tied):
     spec = ModelSpec(40, 5120, 40, 8, 128, 17408, 151936, tied)
-    rules = list(dense_rules(spec))
+    rules = list(model_rules(spec))
     assert sum(len(rule.tensors) for rule in rules) == 443 - tied
     assert len(rules) == 323 - tied
 
@@ -162,11 +192,11 @@ def test_a_tied_model_may_store_its_output_layer_but_not_another_one(tmp_path):
     spec = replace(SPEC, tie_word_embeddings=True)
     hf = random_tensors(spec)
     hf["lm_head.weight"] = hf["model.embed_tokens.weight"].copy()
-    plan = make_plan(dense_rules(spec), open_checkpoint(write(tmp_path / "same", hf)).tensors, HF, INFER)
+    plan = make_plan(model_rules(spec), open_checkpoint(write(tmp_path / "same", hf)).tensors, HF, INFER)
     plan.check_duplicates()
     assert plan.num_source_tensors == len(hf)
     hf["lm_head.weight"][3, 2] += 1
-    plan = make_plan(dense_rules(spec), open_checkpoint(write(tmp_path / "other", hf)).tensors, HF, INFER)
+    plan = make_plan(model_rules(spec), open_checkpoint(write(tmp_path / "other", hf)).tensors, HF, INFER)
     with pytest.raises(BridgeError, match="tie_word_embeddings"):
         plan.check_duplicates()
 
@@ -191,14 +221,15 @@ def test_the_state_of_a_training_run_is_left_out(tmp_path):
         "exp_avg_sq_row_decoder.layers.1.mlp.linear_fc2.weight": np.zeros(12, np.float32),
         "scale_window_up_count": np.zeros(1, np.int32),
         "learning_rate_group_1": np.zeros(1, np.float32),
+        "decoder.layers.0.mlp.router.fi_accu": np.zeros(4, np.float32),
     }
-    plan = make_plan(dense_rules(SPEC), open_checkpoint(write(tmp_path, train | state)).tensors, TRAIN, INFER)
+    plan = make_plan(model_rules(SPEC), open_checkpoint(write(tmp_path, train | state)).tensors, TRAIN, INFER)
     assert set(plan.ignored) == set(state)
     assert {target.name for target in plan.targets} == set(train)
 
 
 def test_no_weight_looks_like_the_state_of_a_run():
-    weights = {rule.parameter for rule in dense_rules(SPEC)}
+    weights = {rule.parameter for rule in model_rules(SPEC)}
     assert not any(is_training_state(name, weights) for name in weights)
     assert not is_training_state("decoder.layers.9.mlp.linear_fc1.weight", weights)
     assert not is_training_state("adam_m.decoder.layers.9.mlp.linear_fc1.weight", weights)

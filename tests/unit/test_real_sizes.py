@@ -19,6 +19,8 @@ RELEASED = {
     "Qwen3-8B": ModelSpec(36, 4096, 32, 8, 128, 12288, 151936, False),
     "Qwen3-14B": ModelSpec(40, 5120, 40, 8, 128, 17408, 151936, False),
     "Qwen3-32B": ModelSpec(64, 5120, 64, 8, 128, 25600, 151936, False),
+    "Qwen3-30B-A3B": ModelSpec(48, 2048, 32, 4, 128, 0, 151936, False, 128, 768),
+    "Qwen3-235B-A22B": ModelSpec(94, 4096, 64, 4, 128, 0, 151936, False, 128, 1536),
 }
 
 
@@ -27,10 +29,11 @@ def test_every_released_size_is_planned(tmp_path: Path, name):
     spec = RELEASED[name]
     model = check(write_headers(tmp_path / name, spec, hf_config(spec), shards=4))
     assert model.spec == spec
-    output_layer = 0 if spec.tie_word_embeddings else 1
+    others = 2 if spec.tie_word_embeddings else 3
+    hf_layer, mindformers_layer = (9 + 3 * spec.num_experts, 9) if spec.is_moe else (11, 8)
     text = "\n".join(summary(model))
-    assert f"{11 * spec.num_layers + 2 + output_layer} tensors become" in text
-    assert f"become {8 * spec.num_layers + 2 + output_layer} MindFormers parameters" in text
+    assert f"{hf_layer * spec.num_layers + others} tensors become" in text
+    assert f"become {mindformers_layer * spec.num_layers + others} MindFormers parameters" in text
 
 
 def test_the_counts_of_qwen3_14b(tmp_path: Path):

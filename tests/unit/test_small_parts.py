@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.values import find_fault
+from mf_qwen3_bridge.values import fault_of, largest_magnitude
 from tests.tiny import NUMPY
 
 
@@ -21,15 +21,21 @@ def test_an_error_shows_every_problem():
 
 
 @pytest.mark.parametrize("dtype", NUMPY.values(), ids=str)
-@pytest.mark.parametrize("size", [5, (1 << 20) + 3])
-def test_find_fault(dtype, size):
-    array = np.full(size, -1.5, dtype)
-    assert find_fault(array) is None
+@pytest.mark.parametrize("strided", [False, True])
+def test_faults_of_values(dtype, strided):
+    array = np.full((5, 7), -1.5, dtype)[:, :: 2 if strided else 1]
+
+    def fault():
+        return fault_of(largest_magnitude(array), array.dtype)
+
+    assert fault() is None
     for value in (np.nan, np.inf, -np.inf, -np.nan):
-        array[-1] = value
-        assert find_fault(array) == "NaN or infinity"
-    assert find_fault(np.zeros(size, dtype)) == "all zero"
-    assert find_fault(np.full(size, -0.0, dtype)) == "all zero"
-    array[:] = 0
-    array[-1] = np.array(1e-7, dtype)
-    assert find_fault(array) is None
+        array[-1, -1] = value
+        assert fault() == "NaN or infinity"
+    for zero in (0.0, -0.0):
+        array[:] = zero
+        assert fault() == "all zero"
+    for tiny in (1e-7, -1e-7):
+        array[-1, -1] = np.array(tiny, dtype)
+        assert fault() is None
+    assert largest_magnitude(array[:0]) == 0

@@ -1,0 +1,92 @@
+"""Every rank's part of every parameter, bit for bit what upstream's own ``weight_loader`` functions put there.
+
+One process plays each rank in turn: upstream's ``initialize_model_parallel`` deals the groups for a world of that size
+and that rank, and its network is built for them; only what would talk to other processes is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mindformers.parallel_core.inference import parallel_state
+
+from mf_qwen3_bridge.mindformers.load import load_network
+from mf_qwen3_bridge.mindformers.ranks import current_rank
+from mf_qwen3_bridge.parallel import ParallelConfig
+from mf_qwen3_bridge.spec import ModelSpec
+from tests.integration.conftest import bits, empty_network
+from tests.tiny import hf_config, random_tensors, write
+
+DENSE = ModelSpec(
+    num_layers=2,
+    hidden_size=16,
+    num_attention_heads=8,
+    num_query_groups=2,
+    head_dim=4,
+    ffn_hidden_size=24,
+    vocab_size=32,
+    tie_word_embeddings=False,
+)
+MOE = replace(DENSE, ffn_hidden_size=0, num_experts=8, moe_ffn_hidden_size=24)
+SPECS = {
+    "dense": DENSE,
+    "dense tied": replace(DENSE, tie_word_embeddings=True),
+    "dense MHA": replace(DENSE, num_query_groups=8),
+    "moe": MOE,
+    "moe 4 KV heads": replace(MOE, num_query_groups=4),
+}
+TENSOR_PARALLEL = [ParallelConfig(size) for size in (2, 4, 8)]
+EXPERT_PARALLEL = [
+    *(ParallelConfig(tp, ep) for tp, ep in ((2, 2), (4, 2), (4, 4), (8, 2), (8, 4))),
+    *(ParallelConfig(tp, ep, dp) for tp, ep, dp in ((1, 2, 2), (1, 4, 4), (2, 2, 2), (2, 4, 2), (1, 1, 2), (2, 1, 2))),
+]
+CASES = [
+    *((name, parallel) for name in SPECS for parallel in TENSOR_PARALLEL),
+    *((name, parallel) for name, spec in SPECS.items() if spec.is_moe for parallel in EXPERT_PARALLEL),
+]
+
+
+@contextmanager
+def playing(monkeypatch: pytest.MonkeyPatch, parallel: ParallelConfig, number: int) -> Iterator[None]:
+    """This process as rank ``number`` of many."""
+    with monkeypatch.context() as patch:
+        for name in vars(parallel_state):
+            if name.endswith(("_GROUP", "_RANKS")):
+                patch.setattr(parallel_state, name, getattr(parallel_state, name))
+        patch.setattr(parallel_state, "_is_initialized", lambda: True)
+        patch.setattr(parallel_state, "get_rank", lambda: number)
+        patch.setattr(parallel_state, "get_group_size", lambda: parallel.world_size)
+        patch.setattr(parallel_state, "create_group", lambda group, ranks: None)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_parallel,
+            data_parallel_size=parallel.data_parallel,
+            expert_model_parallel_size=parallel.expert_parallel,
+        )
+        yield
+
+
+@pytest.mark.parametrize(("name", "parallel"), CASES, ids=lambda value: str(value).replace("_parallel", ""))
+def test_every_rank_holds_what_upstream_gives_it(monkeypatch, tmp_path: Path, name, parallel):
+    spec = SPECS[name]
+    directory = write(tmp_path, random_tensors(spec), hf_config(spec))
+    ranks = {parallel.rank(number) for number in range(parallel.world_size)}
+    for number in range(parallel.world_size):
+        rank = parallel.rank(number)
+        if rank not in ranks:
+            continue  # data parallel: the same as another one
+        ranks.discard(rank)
+        with playing(monkeypatch, parallel, number):
+            assert current_rank() == rank
+            upstream, model = empty_network(directory)
+            upstream.load_weights(str(directory))
+            direct, _ = empty_network(directory)
+            load_network(direct, model)
+            assert bits(direct) == bits(upstream)
+            delegated, _ = empty_network(directory)
+            load_network(delegated, model, use_training_conversion=True)
+            assert bits(delegated) == bits(upstream)
+    assert not ranks
