@@ -1,0 +1,105 @@
+"""``scripts/run_infer.py`` under msrun, two processes on the CPU: every rank says what transformers says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
+# Two processes that wait for each other on two cores take a third of a second for a token.
+PROMPTS, NEW_TOKENS = (0, 2), 16
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def msrun(directory: Path, *arguments: object) -> tuple[int, list[str]]:
+    """The command of the README: its exit code, and what each of its two ranks printed."""
+    directory.mkdir(exist_ok=True)
+    command = ["msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}", "--log_dir=msrun_log"]
+    command += ["--join=True", str(ROOT / "scripts" / "run_infer.py"), *map(str, arguments)]
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # msrun starts `python`
+    result = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, check=False, timeout=600)
+    logs = sorted((directory / "msrun_log").glob("worker_*.log"))
+    return result.returncode, [log.read_text(errors="replace") for log in logs]
+
+
+def with_tokenizer(name: str, scratch: Path) -> Path:
+    """The fixture with a tokenizer that spells token 17 as the word ``t17``, and without a token that ends a text."""
+    directory = scratch / name
+    shutil.copytree(FIXTURES / "checkpoints" / name, directory)
+    vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": {f"t{i}": i for i in range(vocab_size)}, "unk_token": "t0"},
+    }
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": -1}))
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return directory
+
+
+def words(tokens: list[int]) -> str:
+    return " ".join(f"t{token}" for token in tokens)
+
+
+def parallel_yaml(path: Path, expert_parallel: int) -> Path:
+    document = {
+        "run_mode": "predict",
+        "use_parallel": True,
+        "parallel_config": {"data_parallel": 1, "model_parallel": 2, "expert_parallel": expert_parallel},
+        "model": {"model_config": {"block_size": 8, "num_blocks": 64}},
+    }
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "expert_parallel", "flags"),
+    [
+        ("one_kv_head", 1, ["--use_training_conversion"]),
+        ("tied_bf16", 1, []),
+        ("moe_bf16", 1, []),
+        ("moe_fused", 2, ["--ep", "2"]),
+        ("moe_scattered", 2, ["--use_training_conversion", "--config", "YAML"]),
+    ],
+)
+def test_every_rank_gives_the_tokens_of_transformers(tmp_path: Path, name, expert_parallel, flags):
+    directory = with_tokenizer(name, tmp_path)
+    config = parallel_yaml(tmp_path / "predict.yaml", expert_parallel)
+    flags = [config if flag == "YAML" else flag for flag in flags]
+    with np.load(FIXTURES / "golden" / f"{name}.npz") as golden:
+        cases = [(golden[f"prompt_{i}"].tolist(), golden[f"tokens_{i}"].tolist()[:NEW_TOKENS]) for i in PROMPTS]
+    prompts = [argument for prompt, _ in cases for argument in ("--prompt", words(prompt))]
+    code, logs = msrun(tmp_path / "run", "--model_dir", directory, "--max_new_tokens", NEW_TOKENS, *flags, *prompts)
+    assert code == 0, logs
+    assert len(logs) == 2
+    for log in logs:
+        assert f"2 processes (tensor parallel 2, expert parallel {expert_parallel})" in log
+        for prompt, tokens in cases:
+            assert f"generate    {words(prompt)}\n         -> {words(tokens)}\n" in log
+
+
+def test_what_does_not_divide_is_told_before_anything_starts(tmp_path: Path):
+    code, logs = msrun(tmp_path / "run", "--model_dir", FIXTURES / "checkpoints" / "one_kv_head", "--tp", 8)
+    assert code != 0
+    for log in logs:
+        assert "num_attention_heads | 4, tensor parallel 8" in log
+        assert "8, number of processes 2" in log
+        assert "mindspore" not in log.lower()
