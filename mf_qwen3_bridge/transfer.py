@@ -19,6 +19,7 @@ PIECE_BYTES = 4 << 20
 # A disk reads whole pages: what lies between two runs of wanted bytes is skipped if it is one at least.
 _PAGE_BYTES = 4096
 _MAX_THREADS = 8
+_ROWS_OF_A_TRANSPOSE = 256
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,12 @@ class Transfer:
         runs = _Runs(piece.source_view, dtype.itemsize)
         if dtype == target.dtype and runs.lie_alike(piece.target_view):
             self._read(piece, runs, target, runs.starts(piece.target_view.strides, piece.target_view.offset))
-        else:
-            buffer = self._buffer(runs.size, dtype)
-            gathered = runs.gathered()
-            self._read(piece, runs, buffer, runs.starts(gathered.strides, 0))
-            copy_elements(gathered.of(buffer), place)
-        return largest_magnitude(place)
+            return largest_magnitude(place)
+        buffer, view = self._buffer(runs.size, dtype), runs.gathered()
+        self._read(piece, runs, buffer, runs.starts(view.strides, 0))
+        gathered = view.of(buffer)
+        copy_elements(gathered, place)
+        return largest_magnitude(gathered if dtype == target.dtype else place)
 
     def _read(self, piece: Copy, runs: _Runs, out: np.ndarray, starts: np.ndarray) -> None:
         memory = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
@@ -176,7 +177,30 @@ def copy_elements(source: np.ndarray, target: np.ndarray) -> None:
     if source.dtype == target.dtype:
         raw = np.dtype(f"u{source.itemsize}")
         source, target = source.view(raw), target.view(raw)
-    np.copyto(target, source, casting="unsafe")
+    if source.ndim == 2 and _innermost_axis(source) != _innermost_axis(target):
+        _transpose(source, target)
+    else:
+        np.copyto(target, source, casting="unsafe")
+
+
+def _innermost_axis(array: np.ndarray) -> int:
+    return min(range(array.ndim), key=lambda axis: (array.shape[axis] == 1, array.strides[axis]))
+
+
+def _transpose(source: np.ndarray, target: np.ndarray) -> None:
+    """Copies between a matrix that lies row by row and one that lies column by column.
+
+    A column's elements lie a row apart, as a rule a power of two, and then in so few of a cache's sets that they drive
+    each other out. So some rows at a time are first laid out at a distance that is none: four times as fast.
+    """
+    if _innermost_axis(source) == 0:
+        source, target = source.T, target.T
+    rows, columns = source.shape
+    laid_out = np.empty((_ROWS_OF_A_TRANSPOSE, columns + 16), source.dtype)[:, :columns]
+    for start in range(0, rows, _ROWS_OF_A_TRANSPOSE):
+        block = source[start : start + _ROWS_OF_A_TRANSPOSE]
+        np.copyto(laid_out[: len(block)], block)
+        np.copyto(target[start : start + _ROWS_OF_A_TRANSPOSE], laid_out[: len(block)], casting="unsafe")
 
 
 def have_equal_bytes(left: TensorInfo, right: TensorInfo, start: int, stop: int) -> bool:
