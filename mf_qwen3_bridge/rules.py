@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from mf_qwen3_bridge import layouts
 from mf_qwen3_bridge.layouts import Layout, View
@@ -103,8 +103,8 @@ class RowsRule:
     rows: tuple[int, ...]
     columns: tuple[int, ...] = ()
     groups: int = 1
-    fuses: str | None = None
-    divided: str | None = None
+    fuses: Literal["qkv", "gate_up"] | None = None
+    divided: Literal["groups", "columns", "experts"] | None = None
 
     def places(self, dialect: Dialect) -> list[Place]:
         """See :class:`Rule`."""
@@ -122,7 +122,7 @@ class RowsRule:
         """See :class:`Rule`. Mirrors the ``weight_loader`` methods of ``mindformers/parallel_core/inference``."""
         size, number = rank.tensor_parallel, rank.tensor_rank
         parts = range(len(self.tensors))
-        if self.divided == "experts" and rank.rotates_router:
+        if self.divided == "experts" and rank.rotates_router and rank.expert_rank > 0:
             return self._rotated(self.rows[0] // rank.expert_parallel * rank.expert_rank)
         if self.divided == "groups" and size > self.groups:
             return self._shared_group(size, number)
@@ -175,7 +175,7 @@ class ExpertsRule:
     num_experts: int
     rows: int
     columns: int
-    divided: str
+    divided: Literal["rows", "columns"]
 
     @property
     def tensors(self) -> tuple[str, ...]:

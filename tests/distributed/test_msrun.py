@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import yaml
+from tests.unit.test_readme import ENGLISH, commands
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 # Two processes that wait for each other on two cores take a third of a second for a token.
 PROMPTS, NEW_TOKENS = (0, 2), 16
+MSRUN = [command for command in commands(ENGLISH) if command[0] == "msrun"]
 
 
 def free_port() -> int:
@@ -27,15 +31,21 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def msrun(directory: Path, *arguments: object) -> tuple[int, list[str]]:
-    """The command of the README: its exit code, and what each of its two ranks printed."""
+def msrun(directory: Path, command: Sequence[object]) -> tuple[int, list[str]]:
+    """Runs it in a directory: its exit code, and what each of the ranks printed."""
     directory.mkdir(exist_ok=True)
-    command = ["msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}", "--log_dir=msrun_log"]
-    command += ["--join=True", str(ROOT / "scripts" / "run_infer.py"), *map(str, arguments)]
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # msrun starts `python`
-    result = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, check=False, timeout=600)
+    words = [re.sub(r"^--master_port=.*", f"--master_port={free_port()}", str(word)) for word in command]
+    result = subprocess.run(words, cwd=directory, env=env, capture_output=True, text=True, check=False, timeout=600)
     logs = sorted((directory / "msrun_log").glob("worker_*.log"))
     return result.returncode, [log.read_text(errors="replace") for log in logs]
+
+
+def two_processes(*arguments: object) -> list[object]:
+    """The command of the README for this machine."""
+    (command,) = (command for command in MSRUN if "--worker_num=2" in command)
+    script = command.index("scripts/run_infer.py")
+    return [*command[:script], ROOT / "scripts" / "run_infer.py", *arguments]
 
 
 def with_tokenizer(name: str, scratch: Path) -> Path:
@@ -74,9 +84,7 @@ def parallel_yaml(path: Path, expert_parallel: int) -> Path:
     ("name", "expert_parallel", "flags"),
     [
         ("one_kv_head", 1, ["--use_training_conversion"]),
-        ("tied_bf16", 1, []),
-        ("moe_bf16", 1, []),
-        ("moe_fused", 2, ["--ep", "2"]),
+        ("moe_fused", 1, []),
         ("moe_scattered", 2, ["--use_training_conversion", "--config", "YAML"]),
     ],
 )
@@ -87,7 +95,8 @@ def test_every_rank_gives_the_tokens_of_transformers(tmp_path: Path, name, exper
     with np.load(FIXTURES / "golden" / f"{name}.npz") as golden:
         cases = [(golden[f"prompt_{i}"].tolist(), golden[f"tokens_{i}"].tolist()[:NEW_TOKENS]) for i in PROMPTS]
     prompts = [argument for prompt, _ in cases for argument in ("--prompt", words(prompt))]
-    code, logs = msrun(tmp_path / "run", "--model_dir", directory, "--max_new_tokens", NEW_TOKENS, *flags, *prompts)
+    arguments = ["--model_dir", directory, "--max_new_tokens", NEW_TOKENS, *flags, *prompts]
+    code, logs = msrun(tmp_path / "run", two_processes(*arguments))
     assert code == 0, logs
     assert len(logs) == 2
     for log in logs:
@@ -97,9 +106,29 @@ def test_every_rank_gives_the_tokens_of_transformers(tmp_path: Path, name, exper
 
 
 def test_what_does_not_divide_is_told_before_anything_starts(tmp_path: Path):
-    code, logs = msrun(tmp_path / "run", "--model_dir", FIXTURES / "checkpoints" / "one_kv_head", "--tp", 8)
+    command = two_processes("--model_dir", FIXTURES / "checkpoints" / "one_kv_head", "--tp", 8)
+    code, logs = msrun(tmp_path / "run", command)
     assert code != 0
     for log in logs:
         assert "num_attention_heads | 4, tensor parallel 8" in log
         assert "8, number of processes 2" in log
         assert "mindspore" not in log.lower()
+
+
+def test_the_commands_of_the_readme(tmp_path: Path):
+    """Those for 8 NPUs run here with 2 processes: the one for a dense model is the one for this machine then."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "scripts").symlink_to(ROOT / "scripts")
+    (run / "demo").symlink_to(ROOT / "demo")
+    (run / "Qwen3-30B-A3B").symlink_to(with_tokenizer("moe_bf16", tmp_path))
+    on_two = [[re.sub(r"(?<=num=)8$|^8$", "2", word) for word in command] for command in MSRUN]
+    dense, moe, here = on_two
+    assert [word.replace("Qwen3-32B", "demo/qwen3-demo") for word in dense] == here
+    code, logs = msrun(run, here)
+    assert code == 0, logs
+    assert all("every row finds its place" in log for log in logs)
+    code, logs = msrun(run, moe)
+    assert code == 0, logs
+    answers = {log[log.index("\ngenerate ") : log.rindex("\n         ->")] for log in logs}
+    assert len(answers) == 1

@@ -83,7 +83,7 @@ def test_convert_weight_dict_lists_all_that_is_wrong():
         conversion.convert_weight_dict(InferenceQwen3ForCausalLM, source, model_config=config)
 
 
-@pytest.mark.parametrize("name", ["split_shards", "tied_bf16"])
+@pytest.mark.parametrize("name", ["split_shards", "tied_bf16", "moe_scattered"])
 def test_the_chain_of_processes_that_feeds_load_weights(tmp_path: Path, name):
     """``qkv_concat: True``: upstream converts each file in a process of its own, and load_weights reads the result."""
     mf_qwen3_bridge.patch()

@@ -55,12 +55,14 @@ def test_python(directory: Path):
 
 
 def test_every_command_is_run_by_some_test():
-    """make and mf-qwen3 check: tests/unit/test_readme.py; pip is how this environment came about."""
+    """make, mf-qwen3 check: tests/unit/test_readme.py; msrun: tests/distributed; pip made this environment."""
     others = [c for c in commands(ENGLISH) if c not in INFER]
     assert {(c[0], c[1]) for c in others} == {
         ("make", "demo"),
         ("make", "test"),
         ("pip", "install"),
         ("mf-qwen3", "check"),
+        ("msrun", "--worker_num=8"),
+        ("msrun", "--worker_num=2"),
     }
     assert INFER

@@ -7,6 +7,7 @@ from pathlib import Path
 import mindformers
 import pytest
 
+from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.preflight import check
 from mf_qwen3_bridge.rules import HF
 from tests.tiny import hf_config, write_headers
@@ -25,7 +26,10 @@ def test_there_are_some():
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [*(("Qwen3-32B", path) for path in DENSE), *(("Qwen3-30B-A3B", path) for path in MOE)],
+    [
+        *(("Qwen3-32B", path) for path in DENSE),
+        *(("Qwen3-30B-A3B", path) for path in MOE if not path.name.startswith("pretrain")),
+    ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_released_sizes(tmp_path: Path, name, path):
@@ -33,3 +37,14 @@ def test_released_sizes(tmp_path: Path, name, path):
     directory = write_headers(tmp_path / name, spec, hf_config(spec, **EXPERTS_PER_TOKEN), shards=4)
     model = check(directory, path)
     assert (model.spec, model.dialect) == (spec, HF)
+
+
+def test_the_pretraining_yaml_computes_another_function_than_the_released_model(tmp_path: Path):
+    """It leaves the experts' probabilities as they are, and multiplies by 1.5: what it trains is no Qwen3-30B-A3B."""
+    spec = RELEASED["Qwen3-30B-A3B"]
+    directory = write_headers(tmp_path / "hf", spec, hf_config(spec, **EXPERTS_PER_TOKEN), shards=4)
+    (pretrain,) = (path for path in MOE if path.name.startswith("pretrain"))
+    with pytest.raises(BridgeError) as error:
+        check(directory, pretrain)
+    subjects = [problem.subject for problem in error.value.problems]
+    assert subjects == ["norm_topk_prob", "moe_router_topk_scaling_factor"]

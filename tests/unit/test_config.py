@@ -38,6 +38,27 @@ QWEN3_14B = {
 }
 
 
+# Qwen3-30B-A3B's, likewise.
+QWEN3_30B_A3B = QWEN3_14B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+
+
 def with_transformers_5_keys(config, **rope):
     """The same config as transformers 5 writes it."""
     config = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
@@ -144,6 +165,41 @@ def test_fields_that_transformers_supplies():
 def test_what_mindformers_cannot_compute_is_refused_by_name(change, named):
     with pytest.raises(BridgeError, match=named):
         normalise(QWEN3_14B | change)
+
+
+def test_an_moe_config_of_either_age():
+    config = normalise(QWEN3_30B_A3B)
+    assert (config["model_type"], config["architectures"]) == ("qwen3_moe", ["Qwen3MoeForCausalLM"])
+    assert (config["num_experts"], config["num_experts_per_tok"], config["moe_intermediate_size"]) == (128, 8, 768)
+    assert config["norm_topk_prob"] is True
+    of_transformers_5 = with_transformers_5_keys(QWEN3_30B_A3B)
+    of_transformers_5["num_local_experts"] = of_transformers_5.pop("num_experts")
+    assert normalise(of_transformers_5) == config
+    minimal = {key: value for key, value in QWEN3_30B_A3B.items() if key not in ("head_dim", "norm_topk_prob")}
+    config = normalise(minimal)
+    assert (config["head_dim"], config["norm_topk_prob"]) == (64, False)  # as transformers' Qwen3Moe has it
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"decoder_sparse_step": 2}, "dense layers among sparse ones"),
+        ({"mlp_only_layers": [0]}, "dense layers among sparse ones"),
+        ({"shared_expert_intermediate_size": 512}, "shared experts"),
+        ({"num_experts_per_tok": 1}, "at least two experts"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok"),
+        ({"num_local_experts": 64}, "num_local_experts"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob"),
+        ({"num_experts": None}, "num_experts"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, "architecture"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+    ],
+)
+def test_what_mindformers_cannot_compute_of_an_moe_is_refused_by_name(change, named):
+    with pytest.raises(BridgeError, match=named) as error:
+        normalise(QWEN3_30B_A3B | change)
+    assert len(error.value.problems) == 1
 
 
 def test_everything_is_refused_at_once():

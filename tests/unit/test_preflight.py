@@ -11,10 +11,11 @@ import pytest
 import yaml
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.layouts import Layout
+from mf_qwen3_bridge.parallel import ParallelConfig
 from mf_qwen3_bridge.preflight import check, summary
 from mf_qwen3_bridge.recognise import LAYOUT_STAMP
 from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect
-from tests.tiny import SPEC, hf_config, random_tensors, write
+from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 
 
 @pytest.fixture
@@ -199,6 +200,85 @@ def test_what_else_a_yaml_says_is_not_used_and_noted(directory: Path, tmp_path: 
     assert model.options == {}
     assert any("hiden_size, max_position_embeddings" in note for note in model.notes)
     assert list(problems(directory, overrides={"hiden_size": 3})) == ["hiden_size"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_experts", 8),
+        ("num_experts", 3),
+        ("moe_intermediate_size", 12),
+        ("moe_intermediate_size", 3),
+        ("num_attention_heads", 8),
+    ],
+)
+@pytest.mark.parametrize("dialect", [HF, Dialect(None, stacked_experts=True), INFER, TRAIN], ids=str)
+def test_each_wrong_number_of_an_moe_is_named_alone(tmp_path: Path, field, value, dialect):
+    stamp = {} if dialect.is_hf else {LAYOUT_STAMP: str(dialect.layout)}
+    tensors = random_tensors(MOE_SPEC, dialect=dialect)
+    write(tmp_path / "right", tensors, hf_config(MOE_SPEC), metadata=stamp)
+    assert check(tmp_path / "right").dialect == dialect
+    write(tmp_path / "wrong", tensors, hf_config(MOE_SPEC, **{field: value}), metadata=stamp)
+    assert list(problems(tmp_path / "wrong")) == [field]
+
+
+def test_weights_of_the_other_kind(tmp_path: Path):
+    write(tmp_path / "a", random_tensors(MOE_SPEC), hf_config())
+    assert "config.json: 0\nweights: 4" in problems(tmp_path / "a")["num_experts"].found
+    write(tmp_path / "b", random_tensors(), hf_config(MOE_SPEC))
+    assert problems(tmp_path / "b")["model.layers.{0..1}.mlp.gate.weight"].found == "missing"
+
+
+def test_a_missing_expert_is_folded_into_one_row(tmp_path: Path):
+    tensors = random_tensors(MOE_SPEC)
+    for layer in range(2):
+        del tensors[f"model.layers.{layer}.mlp.experts.2.up_proj.weight"]
+    found = problems(write(tmp_path, tensors, hf_config(MOE_SPEC)))
+    assert list(found) == ["model.layers.{0..1}.mlp.experts.2.up_proj.weight"]
+
+
+class TestParallel:
+    def yaml_file(self, path: Path, run_mode="predict", use_parallel=True, **sizes) -> Path:
+        document = {"run_mode": run_mode, "use_parallel": use_parallel, "parallel_config": sizes}
+        path.write_text(yaml.safe_dump(document | {"model": {"model_config": {}}}))
+        return path
+
+    @pytest.fixture
+    def moe(self, tmp_path: Path) -> Path:
+        return write(tmp_path / "moe", random_tensors(MOE_SPEC), hf_config(MOE_SPEC))
+
+    def test_sizes_come_from_arguments_or_the_yaml_or_the_number_of_processes(self, moe: Path, tmp_path: Path):
+        config = self.yaml_file(tmp_path / "p.yaml", model_parallel=2, expert_parallel=2, data_parallel=1)
+        assert check(moe).parallel == ParallelConfig(1, 1)
+        assert check(moe, config).parallel == ParallelConfig(2, 2)
+        assert check(moe, config, tensor_parallel=2, num_processes=2).parallel == ParallelConfig(2, 2)
+        assert check(moe, num_processes=2).parallel == ParallelConfig(2, 1)
+        assert check(moe, tensor_parallel=4, expert_parallel=2).parallel == ParallelConfig(4, 2)
+        text = "\n".join(summary(check(moe, tensor_parallel=4, expert_parallel=2)))
+        assert "4 processes (tensor parallel 4, expert parallel 2)" in text
+
+    def test_those_of_a_training_run_or_of_one_card_are_not_inferences(self, moe: Path, tmp_path: Path):
+        sizes = {"model_parallel": 8, "pipeline_stage": 4, "data_parallel": 2}
+        assert check(moe, self.yaml_file(tmp_path / "t.yaml", "finetune", **sizes)).parallel == ParallelConfig(1, 1)
+        assert check(moe, self.yaml_file(tmp_path / "p.yaml", use_parallel=False, **sizes)).parallel == ParallelConfig()
+
+    def test_contradictions_and_what_cannot_be_done(self, moe: Path, tmp_path: Path):
+        config = self.yaml_file(
+            tmp_path / "p.yaml", model_parallel=2, expert_parallel="2", pipeline_stage=2, data_parallel=2
+        )
+        assert list(problems(moe, config, tensor_parallel=4)) == [
+            "parallel_config.expert_parallel",
+            "parallel_config.data_parallel",
+            "parallel_config.pipeline_stage",
+            "tensor parallel",
+        ]
+        assert list(problems(moe, tensor_parallel=2, num_processes=4)) == ["tensor parallel"]
+        assert list(problems(moe, tensor_parallel=8)) == ["num_attention_heads", "moe_ffn_hidden_size"]
+
+    def test_all_at_once_with_what_does_not_fit(self, moe: Path):
+        write(moe, {}, hf_config(MOE_SPEC, moe_intermediate_size=7))
+        write(moe, random_tensors(MOE_SPEC))
+        assert list(problems(moe, expert_parallel=3)) == ["moe_intermediate_size", "expert parallel"]
 
 
 def test_other_checkpoints_that_the_yaml_names_are_noted(directory: Path, tmp_path: Path):
