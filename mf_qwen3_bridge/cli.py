@@ -64,6 +64,7 @@ def check(model_dir: Path, config: Path | None, load_checkpoint: Path | None, tp
 @click.option("--temperature", type=click.FloatRange(0, min_open=True), help="With --do_sample.")
 @click.option("--top_k", type=click.IntRange(1), help="With --do_sample.")
 @click.option("--top_p", type=click.FloatRange(0, 1, min_open=True), help="With --do_sample.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of --do_sample.")
 @click.option("--repetition_penalty", type=click.FloatRange(0, min_open=True), help="Above 1: repeat less.")
 @click.option("--enable_thinking/--no_thinking", default=False, help="Chat template's switch  [default: no_thinking].")
 def infer(

@@ -50,21 +50,27 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     )
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)(?:\d+|\{[\d,.]+\})(?=\.)")
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """Tensor names, sorted, with runs of layer numbers folded into one.
+    """Tensor names, sorted, with runs of layer numbers, and of expert numbers, folded into one.
 
     >>> fold_names(["layers.0.a", "layers.1.a", "layers.3.a", "norm"])
     ['layers.{0..1,3}.a', 'norm']
     """
-    families: dict[str, list[int]] = defaultdict(list)
-    for name in sorted(names):
-        match = _NUMBER.search(name)
-        key = _NUMBER.sub("{}", name, count=1) if match else name
-        families[key].append(int(match.group()) if match else -1)
-    return [key.replace("{}", _braces(sorted(numbers)), 1) for key, numbers in families.items()]
+    folded = sorted(names)
+    for position in (0, 1):  # of the layer, of the expert
+        families: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for name in folded:
+            numbers = list(_NUMBER.finditer(name))
+            match = numbers[position] if len(numbers) > position else None
+            if match and match.group().isdigit():
+                families[name[: match.start()], name[match.end() :]].append(int(match.group()))
+            else:
+                families[name, ""] = []
+        folded = [before + _braces(sorted(numbers)) + after for (before, after), numbers in families.items()]
+    return folded
 
 
 def _braces(numbers: Sequence[int]) -> str:
@@ -75,4 +81,4 @@ def _braces(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     text = ",".join("..".join(map(str, run)) for run in runs)
-    return text if len(numbers) == 1 else f"{{{text}}}"
+    return f"{{{text}}}" if len(numbers) > 1 else text

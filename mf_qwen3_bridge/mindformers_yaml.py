@@ -45,6 +45,10 @@ COMPUTED_NAMES: dict[str, tuple[str, ...]] = {
     "moe_layer_freq": ("decoder_sparse_step",),
     "first_k_dense_replace": (),
     "mlp_only_layers": (),
+    "enable_expert_relocation": (),
+    "moe_router_force_expert_balance": (),
+    "use_alibi_mask": ("use_alibi",),
+    "experimental_attention_variant": (),
 }
 # 2. Additions to config.json: YaRN is asked for so.
 ADDITIONS = frozenset({"rope_scaling"})

@@ -21,7 +21,7 @@ class Rank:
         expert_rank: which of them this is.
         expert_tensor_parallel: how many processes share each expert.
         expert_tensor_rank: which of them this is.
-        rotates_router: whether the router's rows begin with this process's experts.
+        uses_all_to_all: whether tokens are sent to the processes of their experts, instead of to all.
     """
 
     tensor_parallel: int = 1
@@ -30,7 +30,15 @@ class Rank:
     expert_rank: int = 0
     expert_tensor_parallel: int = 1
     expert_tensor_rank: int = 0
-    rotates_router: bool = False
+    uses_all_to_all: bool = False
+
+    @property
+    def rotates_router(self) -> bool:
+        """Whether the router's rows begin with this process's experts: unless tokens are sent to experts by number.
+
+        Mirrors ``Router.weight_loader`` of ``mindformers/parallel_core/inference/transformer/moe/router.py``.
+        """
+        return self.expert_parallel > 1 and not self.uses_all_to_all
 
 
 WHOLE = Rank()
@@ -59,11 +67,9 @@ class ParallelConfig:
         """The place of process ``number``.
 
         Mirrors ``initialize_model_parallel`` of ``mindformers/parallel_core/inference/parallel_state.py`` (order
-        tp-ep-pp-dp, no pipeline) and, for the router, ``update_comm_config`` of its ``utils.py`` and
-        ``Router.weight_loader`` (1.7 to 1.9).
+        tp-ep-pp-dp, no pipeline) and ``update_comm_config`` of its ``utils.py`` (1.7 to 1.9).
         """
         expert_tensor_parallel = self.world_size // self.expert_parallel
-        uses_all_to_all = self.data_parallel > 1 and expert_tensor_parallel == 1
         return Rank(
             tensor_parallel=self.tensor_parallel,
             tensor_rank=number % self.tensor_parallel,
@@ -71,7 +77,7 @@ class ParallelConfig:
             expert_rank=number // expert_tensor_parallel,
             expert_tensor_parallel=expert_tensor_parallel,
             expert_tensor_rank=number % expert_tensor_parallel,
-            rotates_router=self.expert_parallel > 1 and not uses_all_to_all,
+            uses_all_to_all=self.data_parallel > 1 and expert_tensor_parallel == 1,
         )
 
     def problems(self, spec: ModelSpec) -> Iterator[Problem]:
@@ -94,7 +100,9 @@ class ParallelConfig:
             return
         if self.world_size % self.expert_parallel:
             yield Problem(
-                "expert parallel", f"{self.expert_parallel}, {self.world_size} processes", "it has to divide them"
+                "expert parallel",
+                f"{self.expert_parallel}, number of processes {self.world_size}",
+                "it has to divide them: start more with msrun, or name their number with --tp",
             )
             return
         if spec.num_experts % self.expert_parallel:
@@ -116,9 +124,8 @@ SINGLE = ParallelConfig()
 
 
 def num_processes() -> int:
-    """How many processes this one was started with: by msrun, or by a launcher that sets RANK_SIZE."""
-    under_msrun = os.environ.get("MS_ROLE") == "MS_WORKER"
-    return int(os.environ.get("MS_WORKER_NUM" if under_msrun else "RANK_SIZE", "1"))
+    """How many processes msrun started; 1 without it."""
+    return int(os.environ["MS_WORKER_NUM"]) if os.environ.get("MS_ROLE") == "MS_WORKER" else 1
 
 
 def _remedy(name: str, number: int) -> str:

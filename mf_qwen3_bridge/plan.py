@@ -7,14 +7,16 @@ anything is built or read. What happens to the bytes afterwards (into a network,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 
 import numpy as np
 
 from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.layouts import View
 from mf_qwen3_bridge.parallel import WHOLE, Rank
-from mf_qwen3_bridge.rules import EMBEDDING, OUTPUT, Dialect, Rule, is_training_state
+from mf_qwen3_bridge.rules import EMBEDDING, OUTPUT, Dialect, Place, Rule, is_training_state, shares
 from mf_qwen3_bridge.transfer import Copy, Transfer, have_equal_bytes
 
 FLOATS = ("BF16", "F16", "F32")
@@ -124,8 +126,8 @@ def make_plan(
     Raises:
         BridgeError: tensors that are missing, left over, of a wrong shape or dtype. Lists everything.
     """
-    table = [(rule, rule.places(source)) for rule in rules]
-    expected = {place.tensor: place.shape for _, places in table for place in places}
+    rules = list(rules)
+    expected = {place.tensor: place.shape for rule in rules for place in rule.places(source)}
     leftover = tensors.keys() - expected.keys()
     ignored = {name for name in leftover if not source.is_hf and is_training_state(name, expected)}
     duplicates = _duplicates(tensors, leftover, source)
@@ -139,16 +141,25 @@ def make_plan(
     if problems:
         raise BridgeError("the checkpoint does not fit the model", problems)
     copies: dict[tuple[str, tuple[int, ...]], list[Copy]] = {}
-    for rule, places in table:
-        local, cuts = rule.shard(rank)
-        for cut, there in zip(cuts, local.places(target)):
-            here = places[cut.part]
-            copy = Copy(tensors[here.tensor], here.view[cut.where], there.view)
+    for rule in rules:
+        for here, there in _merged(list(shares(rule, rank, source, target))):
+            copy = Copy(tensors[here.tensor], here.view, there.view)
             copies.setdefault((there.tensor, there.shape), []).append(copy)
     targets = (
         Target(name, shape, dtype or _common_dtype(parts), tuple(parts)) for (name, shape), parts in copies.items()
     )
     return Plan(source, target, tuple(targets), tuple(duplicates), tuple(sorted(ignored)), rank)
+
+
+def _merged(pairs: list[tuple[Place, Place]]) -> list[tuple[Place, Place]]:
+    """One pair instead of several, where all parts of one tensor lie in one other as they lie in it."""
+    (here, there), *others = pairs
+    size = prod(there.shape)
+    tensors_differ = any((a.tensor, b.tensor) != (here.tensor, there.tensor) for a, b in others)
+    if not others or tensors_differ or prod(here.shape) != size or any(a.view != b.view for a, b in pairs):
+        return pairs
+    everything = View.whole((size,))
+    return [(replace(here, view=everything), replace(there, view=everything))]
 
 
 def _common_dtype(copies: Iterable[Copy]) -> str:

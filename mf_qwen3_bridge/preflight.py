@@ -115,7 +115,11 @@ def check(
     run_problems += [*parallel_problems, *parallel.problems(spec)]
     sides = {yaml.origin: yaml.model_config, "arguments": arguments}
     in_tensors = numbers_of(checkpoint.tensors, dialect)
-    problems = [*_disagreements(spec, hf_config, sides, in_tensors)]
+    has_experts = any(".experts." in name for name in checkpoint.tensors)
+    if has_experts != spec.is_moe:
+        raise BridgeError(f"config and weights of {model_dir} are of two models", [_other_kind(hf_config, has_experts)])
+    trained_with = yaml.origin if yaml.is_for_training else None
+    problems = [*_disagreements(spec, hf_config, sides, in_tensors, trained_with)]
     try:
         # A wrong number in the config is said above, once: it makes hundreds of tensors look wrong.
         numbers: dict[str, Any] = {field: number for field, (number, _) in in_tensors.items()}
@@ -145,7 +149,7 @@ def _parallel(
             found = f"arguments: {value}\n{yaml.origin}: {sizes[field]}"
             problems.append(Problem(field.replace("_", " "), found, "leave out the argument, or change the YAML"))
     sizes.setdefault("tensor_parallel", num_processes or 1)
-    if num_processes not in (None, sizes["tensor_parallel"]):
+    if num_processes not in (None, sizes["tensor_parallel"]) and not problems:
         size = sizes["tensor_parallel"]
         remedy = f"start {size} processes: msrun --worker_num={size} --local_worker_num={size} --join=True ..."
         problems.append(Problem("tensor parallel", f"{size}, number of processes {num_processes}", remedy))
@@ -162,10 +166,18 @@ def _notes(checkpoint: Checkpoint, hf_dir: Path, yaml: MindFormersYaml) -> Itera
     unused = sorted(yaml.model_config.keys() - OPTIONS - _NAMES - LAYOUT_FLAGS)
     if unused and not yaml.is_for_training:
         yield f"not used: {', '.join(unused)} of {yaml.origin}"
+    if yaml.document.get("parallel_config") and not yaml.is_for_training and not yaml.document.get("use_parallel"):
+        yield f"parallel_config of {yaml.origin} is not used: use_parallel is not True"
     for key, used in (("pretrained_model_dir", hf_dir), ("load_checkpoint", checkpoint.path)):
         named = yaml.document.get(key)
         if named and Path(str(named)).resolve() != used.resolve():
             yield f"{yaml.origin} names {key} {named}; used is {used}"
+
+
+def _other_kind(hf_config: Mapping[str, Any], has_experts: bool) -> Problem:
+    weights = "experts (Qwen3-MoE)" if has_experts else "no experts (dense Qwen3)"
+    found = f"config.json: {hf_config['model_type']}\nweights: {weights}"
+    return Problem("model_type", found, "use the config.json that belongs to the weights")
 
 
 def _disagreements(
@@ -173,16 +185,24 @@ def _disagreements(
     hf_config: Mapping[str, Any],
     sides: Mapping[str, Mapping[str, Any]],
     in_tensors: Mapping[str, tuple[int, str]],
+    trained_with: str | None,
 ) -> Iterator[Problem]:
-    """A row for each thing on which config.json, the other ``sides`` and the tensors do not agree."""
-    for field in (field for field in HF_NAME if field in spec.numbers.keys() | in_tensors.keys() | {"num_experts"}):
+    """A row for each thing on which config.json, the other ``sides`` and the tensors do not agree.
+
+    ``trained_with`` is the side, if there is one, that tells how the weights were trained.
+    """
+    for field in (field for field in HF_NAME if field in spec.numbers or field == "num_experts"):
         config_value = getattr(spec, field)
         number, tensor = in_tensors.get(field, (config_value, ""))
         said = [("config.json", HF_NAME[field], config_value), *_said(sides, MINDFORMERS_NAMES[field])]
         yield from _row(said, (number,), f"weights: {number} ({tensor})" if tensor else None)
     for name, accepted in computed_values(hf_config).items():
         said = [("config.json", name, accepted[0]), *_said(sides, (name, *COMPUTED_NAMES[name]))]
-        yield from _row(said, accepted)
+        for problem in _row(said, accepted):
+            if trained_with is not None and trained_with in problem.found:
+                remedy = f"if the weights were trained as {trained_with} says, config.json is not theirs"
+                problem = replace(problem, remedy=remedy)
+            yield problem
 
 
 def _said(sides: Mapping[str, Mapping[str, Any]], keys: Iterable[str]) -> Iterator[tuple[str, str, Any]]:
@@ -242,7 +262,7 @@ def summary(model: Model) -> Iterator[str]:
         share = model.plan(INFER, rank=model.parallel.rank(0)).source_nbytes
         yield (
             f"parallel    {model.parallel.world_size} processes (tensor parallel {model.parallel.tensor_parallel}, "
-            f"expert parallel {model.parallel.expert_parallel}), each reads {share / 2**20:.1f} MiB"
+            f"expert parallel {model.parallel.expert_parallel}), each holds {share / 2**20:.1f} MiB"
         )
     yield from (f"note        {note}" for note in model.notes)
     if plan.ignored:

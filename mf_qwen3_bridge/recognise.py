@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from mf_qwen3_bridge.checkpoint import Checkpoint, TensorInfo
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.rules import EMBEDDING, Dialect
+from mf_qwen3_bridge.rules import EMBEDDING, Dialect, hf_dialect
 
 # Under this key, the metadata of every MindFormers file that the bridge writes names the layout.
 LAYOUT_STAMP = "mf_qwen3_bridge.layout"
@@ -27,7 +27,7 @@ def dialect_of(checkpoint: Checkpoint, configured: Layout | None = None, origin:
     """
     names = checkpoint.tensors
     if any(name.startswith(("model.layers.", "model.embed_tokens.")) for name in names):
-        return Dialect(None, stacked_experts=any(name.endswith(".experts.gate_up_proj") for name in names))
+        return hf_dialect(names)
     if not any(name.startswith(("decoder.", "embedding.")) for name in names):
         some = ", ".join(sorted(names)[:3])
         raise BridgeError(f"{checkpoint.path}: the tensors' names are neither Hugging Face's nor MindFormers' ({some})")

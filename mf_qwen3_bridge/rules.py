@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -41,6 +41,7 @@ class Dialect:
 
 
 HF = Dialect(None)
+HF_STACKED = Dialect(None, stacked_experts=True)
 INFER = Dialect(layouts.INFERENCE, stacked_experts=True)
 TRAIN = Dialect(layouts.TRAINING_DEFAULT)
 
@@ -217,6 +218,20 @@ def _share(length: int, size: int, number: int) -> slice:
     if length % size:
         raise ValueError(f"{length} can't be divided by {size}")
     return slice(length // size * number, length // size * (number + 1))
+
+
+def shares(rule: Rule, rank: Rank, source: Dialect, target: Dialect) -> Iterator[tuple[Place, Place]]:
+    """For each part of what a rank holds: where it lies in the whole tensors of ``source``, and in its own."""
+    whole = rule.places(source)
+    local, cuts = rule.shard(rank)
+    for cut, there in zip(cuts, local.places(target)):
+        here = whole[cut.part]
+        yield replace(here, view=here.view[cut.where]), there
+
+
+def hf_dialect(names: Iterable[str]) -> Dialect:
+    """How Hugging Face tensors of these names spell experts."""
+    return HF_STACKED if any(name.endswith(".experts.gate_up_proj") for name in names) else HF
 
 
 # The two parameters that a tied model shares: (Hugging Face's name, MindFormers').

@@ -79,7 +79,7 @@ class Transfer:
         self._pool.shutdown(cancel_futures=True)
         self._reader.__exit__()
 
-    def fill(self, target: np.ndarray, copies: Iterable[Copy]) -> int:
+    def fill(self, target: np.ndarray, copies: Iterable[Copy]) -> list[int]:
         """Carries out the copies of one target tensor. Dtypes are cast on the way, rounding to nearest even.
 
         Args:
@@ -87,15 +87,15 @@ class Transfer:
             copies: what it is made of.
 
         Returns:
-            The bits of the largest magnitude written (see :mod:`mf_qwen3_bridge.values`).
+            For each copy the bits of the largest magnitude written (see :mod:`mf_qwen3_bridge.values`).
 
         Raises:
             BridgeError: a file ended early or could not be read.
         """
-        largest = 0
-        pieces = [piece for copy in copies for piece in copy.pieces()]
-        for piece, magnitude in zip(pieces, self._pool.map(lambda piece: self._run(piece, target), pieces)):
-            largest = max(largest, magnitude)
+        pieces = [(number, piece) for number, copy in enumerate(copies) for piece in copy.pieces()]
+        largest = [0] * (pieces[-1][0] + 1)
+        for (number, piece), magnitude in zip(pieces, self._pool.map(lambda p: self._run(p[1], target), pieces)):
+            largest[number] = max(largest[number], magnitude)
             self._advance(piece.nbytes)
         return largest
 

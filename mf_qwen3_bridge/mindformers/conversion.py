@@ -21,10 +21,10 @@ from mindformers.parallel_core.utils.model_mixin import TrainModelMixin
 from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.layouts import INFERENCE, TRAINING_DEFAULT, Layout
-from mf_qwen3_bridge.mindformers.ranks import current_rank
+from mf_qwen3_bridge.mindformers.ranks import rank_of
 from mf_qwen3_bridge.parallel import WHOLE, Rank
 from mf_qwen3_bridge.plan import make_plan
-from mf_qwen3_bridge.rules import INFER, Dialect, Place, model_rules
+from mf_qwen3_bridge.rules import HF_STACKED, INFER, Place, hf_dialect, model_rules, shares
 from mf_qwen3_bridge.spec import ModelSpec
 from mf_qwen3_bridge.transfer import copy_elements
 
@@ -110,7 +110,7 @@ def convert_weight_dict(
         logic = TrainingConversion(spec, TRAINING_DEFAULT)
         return logic.convert_weight_dict(arrays, qkv_dict=qkv_dict, condition=_ImpatientCondition(condition))
     converted = TrainingConversion(spec, INFERENCE).convert_weight_dict(_checked(spec, arrays))
-    rank = WHOLE if isinstance(owner, type) else current_rank()
+    rank = WHOLE if isinstance(owner, type) else rank_of(owner)
     return {name: as_parameter(name, value) for name, value in _share_of(spec, converted, rank).items()}
 
 
@@ -185,10 +185,9 @@ def _unstacked(
     spec: ModelSpec, values: Mapping[str, Value], part_of: Callable[[Value, Place], Value]
 ) -> dict[str, Value]:
     """Experts that are stacked (transformers 5) under the names of single ones, which is all that upstream knows."""
-    stacked = Dialect(None, stacked_experts=True)
     result = dict(values)
     for rule in model_rules(spec):
-        for name, place in zip(rule.tensors, rule.places(stacked)):
+        for name, place in zip(rule.tensors, rule.places(HF_STACKED)):
             if place.tensor != name and place.tensor in values:
                 result.pop(place.tensor, None)
                 result[name] = part_of(values[place.tensor], place)
@@ -200,14 +199,12 @@ def _share_of(spec: ModelSpec, converted: Mapping[str, Any], rank: Rank) -> dict
     result: dict[str, Any] = {}
     for rule in model_rules(spec):
         whole = np.ascontiguousarray(_as_numpy(converted[rule.parameter]))
-        local, cuts = rule.shard(rank)
-        sources, targets = rule.places(INFER), local.places(INFER)
-        if rank == WHOLE:
-            result[rule.parameter] = whole.reshape(targets[0].shape)
-            continue
-        share = result[rule.parameter] = np.empty(targets[0].shape, whole.dtype)
-        for cut, target in zip(cuts, targets):
-            copy_elements(sources[cut.part].view[cut.where].of(whole), target.view.of(share))
+        for here, there in shares(rule, rank, INFER, INFER):
+            if rank == WHOLE:
+                result[rule.parameter] = whole.reshape(there.shape)
+                break
+            share = result.setdefault(rule.parameter, np.empty(there.shape, whole.dtype))
+            copy_elements(here.view.of(whole), there.view.of(share))
     return result
 
 
@@ -221,8 +218,9 @@ def _checked(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.
         name: TensorInfo(name, array.shape, spelling.get(array.dtype.name, str(array.dtype)), Path(), 0, array.nbytes)
         for name, array in arrays.items()
     }
-    stacked = any(name.endswith(".experts.gate_up_proj") for name in arrays)
-    plan = make_plan(model_rules(spec), infos, Dialect(None, stacked), INFER)
+    if any(name.startswith("decoder.") for name in arrays):
+        raise BridgeError("these weights bear MindFormers' names already: convert_weight_dict takes Hugging Face's")
+    plan = make_plan(model_rules(spec), infos, hf_dialect(arrays), INFER)
     plan.check_duplicates(lambda kept, dropped: arrays[kept.name].tobytes() == arrays[dropped.name].tobytes())
     uniform = {
         copy.source.name: arrays[copy.source.name].astype(np.float32)

@@ -383,7 +383,7 @@ def _all_reduce(tensor: Tensor, op: str = ops.ReduceOp.SUM, group: str | None = 
 def _group(self: ProcessGroup) -> str:
     """The name of the group. A CPU knows one group only, that of all processes."""
     if self.size != get_group_size():
-        raise NotImplementedError(f"on CPUs all processes form one group, not {self.global_ranks}: use --tp alone")
+        raise NotImplementedError(f"on CPUs all processes form one group, not {self.global_ranks}")
     return str(GlobalComm.WORLD_COMM_GROUP)
 
 
@@ -412,7 +412,8 @@ def _sort(input: Tensor, *, dim: int = -1, descending: bool = False, stable: boo
 
 def _zeros(size: Any, *, dtype: Any = None) -> Tensor:
     """NumPy's zeros take memory when they are first written to: upstream's default KV cache is several GB."""
-    numpy_dtype = {None: np.float32, ms.float32: np.float32, ms.bfloat16: ml_dtypes.bfloat16}.get(dtype)
+    floats = {None: np.float32, ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: ml_dtypes.bfloat16}
+    numpy_dtype = floats.get(dtype)
     if numpy_dtype is None:
         return _UPSTREAM[mint, "zeros"](size, dtype=dtype)
     return Tensor.from_numpy(np.zeros(size, numpy_dtype))

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.hf_config import read_json
 from mf_qwen3_bridge.mindformers.load import load_network
@@ -75,6 +77,8 @@ def build_network(model: Model, device_target: str = "auto") -> Any:
     )
     network.generation_config.eos_token_id = end_tokens
     network.generation_config.pad_token_id = NO_TOKEN
+    if model.parallel.world_size > 1:
+        np.random.seed(0)  # upstream samples with numpy; processes that draw different tokens share one model no more
     return network
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import numpy as np
 from mf_qwen3_bridge.checkpoint import DTYPES, Checkpoint, open_checkpoint, open_files
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.mindformers import conversion
-from mf_qwen3_bridge.mindformers.ranks import current_rank
-from mf_qwen3_bridge.plan import Plan
+from mf_qwen3_bridge.mindformers.ranks import rank_of
+from mf_qwen3_bridge.plan import Plan, Target
 from mf_qwen3_bridge.preflight import Model
 from mf_qwen3_bridge.progress import progress_bar
 from mf_qwen3_bridge.rules import INFER
@@ -41,13 +42,13 @@ def load_network(network: Any, model: Model, *, use_training_conversion: bool = 
     Raises:
         BridgeError: the network's parameters are not the model's; anything was left unloaded.
     """
-    plan = model.plan(INFER, rank=current_rank())
+    plan = model.plan(INFER, rank=rank_of(network))
     parameters = network.parameters_dict()
     _check_parameters(parameters, plan)
     plan.check_duplicates()
     if use_training_conversion:
         _load_converted(network, model)
-        magnitudes = {name: largest_magnitude(parameter.asnumpy()) for name, parameter in parameters.items()}
+        magnitudes = {target.name: _magnitudes(parameters[target.name], target) for target in plan.targets}
     else:
         magnitudes = _load_directly(parameters, plan)
     _check_values(parameters, magnitudes, plan)
@@ -55,16 +56,25 @@ def load_network(network: Any, model: Model, *, use_training_conversion: bool = 
     return plan
 
 
-def _check_values(parameters: Mapping[str, ms.Parameter], magnitudes: Mapping[str, int], plan: Plan) -> None:
-    """Looks for what no trained model holds: parameters that are all zero, NaN, infinities."""
+def _magnitudes(parameter: ms.Parameter, target: Target) -> list[int]:
+    """For each copy that made the parameter the bits of the largest magnitude."""
+    array = parameter.asnumpy()
+    return [largest_magnitude(copy.target_view.of(array)) for copy in target.copies]
+
+
+def _check_values(parameters: Mapping[str, ms.Parameter], magnitudes: Mapping[str, list[int]], plan: Plan) -> None:
+    """Looks for what no trained model holds: a tensor that is all zero, NaN, infinities."""
     remedy = "the file is damaged (or, in float16, its numbers are too large): compare checksums with the source"
     problems = []
     for target in plan.targets:
-        if fault := fault_of(magnitudes[target.name], _NUMPY_DTYPES[parameters[target.name].dtype]):
-            sources = {copy.source.name: copy.source.file.name for copy in target.copies}
-            folded = fold_names(sources)
-            files = ", ".join(sorted(set(sources.values())))
-            problems.append(Problem(target.name, "\n".join([f"{fault}; made of", *folded, f"({files})"]), remedy))
+        dtype = _NUMPY_DTYPES[parameters[target.name].dtype]
+        faults: dict[tuple[str, str], set[str]] = defaultdict(set)
+        for copy, magnitude in zip(target.copies, magnitudes[target.name]):
+            if fault := fault_of(magnitude, dtype):
+                faults[fault, copy.source.file.name].add(copy.source.name)
+        lines = [f"{fault}: {name} ({file})" for (fault, file), names in faults.items() for name in fold_names(names)]
+        if lines:
+            problems.append(Problem(target.name, "\n".join(lines), remedy))
     if problems:
         raise BridgeError("weights that no trained model has", problems)
 
@@ -100,11 +110,11 @@ def _check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> Non
         raise BridgeError("the checkpoint does not fit the network", problems)
 
 
-def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> dict[str, int]:
+def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> dict[str, list[int]]:
     """Each tensor's bytes are read once, in the network's layout and dtype, and handed to the Parameter.
 
     Returns:
-        The bits of each parameter's largest magnitude.
+        For each parameter what :func:`_magnitudes` says of it.
     """
     magnitudes = {}
     with progress_bar("loading", plan.source_nbytes) as advance, Transfer(advance) as transfer:

@@ -21,7 +21,7 @@ from mindspore.communication import get_rank
 
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers import cpu_ops
-from mf_qwen3_bridge.mindformers.ranks import current_rank
+from mf_qwen3_bridge.mindformers.ranks import rank_of
 from mf_qwen3_bridge.parallel import SINGLE, ParallelConfig
 
 InferenceNetwork: TypeAlias = InferenceQwen3ForCausalLM | InferenceQwen3MoeForCausalLM
@@ -70,12 +70,20 @@ def build_inference_network(
             another run.
     """
     target = _device_target(device_target)
+    if target == "CPU" and 1 < parallel.expert_parallel < parallel.world_size:
+        raise BridgeError(
+            f"expert parallel {parallel.expert_parallel} of {parallel.world_size} processes needs several groups of "
+            "processes, and CPUs know one: use 1 or all"
+        )
     _enter_predict_mode(target, parallel)
     cpu_ops.install()
     _forget_earlier_networks()
     merged = _FLOAT32_DTYPES | _DTYPES[target] | dict(model_config) | overrides
     config_class, network_class = _CLASSES[merged["model_type"]]
-    return network_class(config_class(**copy.deepcopy(merged)))  # upstream writes into rope_scaling
+    network = network_class(config_class(**copy.deepcopy(merged)))  # upstream writes into rope_scaling
+    if parallel.world_size > 1 and rank_of(network) != parallel.rank(get_rank()):
+        raise BridgeError(f"this process is {rank_of(network)} of another run, which has no place in {parallel}")
+    return network
 
 
 def network_logits(network: InferenceNetwork, token_ids: Sequence[int]) -> np.ndarray:
@@ -139,8 +147,6 @@ def _enter_predict_mode(target: str, parallel: ParallelConfig) -> None:
         raise BridgeError(
             f"this process computes on {ms.get_context('device_target')}, not on {target}: start another one"
         )
-    if parallel.world_size > 1 and current_rank() != parallel.rank(get_rank()):
-        raise BridgeError(f"this process holds {current_rank()} of a run already, not its place in {parallel}")
 
 
 def _parallel_context(parallel: ParallelConfig) -> dict[str, Any]:

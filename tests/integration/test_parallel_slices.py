@@ -15,7 +15,7 @@ import pytest
 from mindformers.parallel_core.inference import parallel_state
 
 from mf_qwen3_bridge.mindformers.load import load_network
-from mf_qwen3_bridge.mindformers.ranks import current_rank
+from mf_qwen3_bridge.mindformers.ranks import rank_of
 from mf_qwen3_bridge.parallel import ParallelConfig
 from mf_qwen3_bridge.spec import ModelSpec
 from tests.integration.conftest import bits, empty_network
@@ -80,8 +80,8 @@ def test_every_rank_holds_what_upstream_gives_it(monkeypatch, tmp_path: Path, na
             continue  # data parallel: the same as another one
         ranks.discard(rank)
         with playing(monkeypatch, parallel, number):
-            assert current_rank() == rank
             upstream, model = empty_network(directory)
+            assert rank_of(upstream) == rank
             upstream.load_weights(str(directory))
             direct, _ = empty_network(directory)
             load_network(direct, model)

@@ -13,7 +13,7 @@ import pytest
 from tests.unit.test_readme import CHINESE, ENGLISH, ROOT, blocks, commands
 
 MODULES = {"python": ["scripts/run_infer.py"], "mf-qwen3": ["-m", "mf_qwen3_bridge.cli", "infer"]}
-INFER = [c for c in commands(ENGLISH) if "scripts/run_infer.py" in c or c[:2] == ["mf-qwen3", "infer"]]
+INFER = [c for c in commands(ENGLISH) if c[:2] in (["python", "scripts/run_infer.py"], ["mf-qwen3", "infer"])]
 
 
 @pytest.fixture

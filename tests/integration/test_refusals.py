@@ -18,7 +18,7 @@ from mf_qwen3_bridge.preflight import check
 from mf_qwen3_bridge.recognise import LAYOUT_STAMP
 from mf_qwen3_bridge.rules import INFER
 from tests.integration.conftest import CHECKPOINTS, empty_network
-from tests.tiny import SPEC, hf_config, random_tensors, write
+from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 
 ROOT = Path(__file__).parents[2]
 BOTH_ROADS = pytest.mark.parametrize("use_training_conversion", [False, True])
@@ -36,6 +36,23 @@ def test_nan_and_infinity(tmp_path: Path, use_training_conversion, value, dtype)
     (problem,) = error.value.problems
     assert problem.subject == "decoder.layers.1.mlp.linear_fc2.weight"
     assert "model.layers.1.mlp.down_proj.weight (model.safetensors)" in problem.found
+
+
+@BOTH_ROADS
+@pytest.mark.parametrize("expert", [0, 3])
+def test_one_expert(tmp_path: Path, use_training_conversion, expert):
+    """Of the experts that make a parameter, the faulty one is named; none may be all zero."""
+    tensors = random_tensors(MOE_SPEC)
+    zero, infinite = (f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight" for part in ("up", "down"))
+    tensors[zero][:] = 0
+    tensors[infinite][1, 1] = -np.inf
+    write(tmp_path, tensors, hf_config(MOE_SPEC))
+    with pytest.raises(BridgeError) as error:
+        mf_qwen3_bridge.from_pretrained(tmp_path, use_training_conversion=use_training_conversion)
+    assert [problem.found for problem in error.value.problems] == [
+        f"all zero: {zero} (model.safetensors)",
+        f"NaN or infinity: {infinite} (model.safetensors)",
+    ]
 
 
 @BOTH_ROADS

@@ -15,12 +15,11 @@ from mf_qwen3_bridge.checkpoint import Reader, open_checkpoint
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.parallel import ParallelConfig
 from mf_qwen3_bridge.plan import Plan, make_plan
-from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect, model_rules
+from mf_qwen3_bridge.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.spec import ModelSpec
 from tests.tiny import MOE_SPEC, SPEC, Tensors, random_tensors, write
 
-STACKED_HF = Dialect(None, stacked_experts=True)
-SOURCES = [HF, STACKED_HF, TRAIN, INFER, Dialect(Layout(interleaved_qkv=False, interleaved_gate_up=True))]
+SOURCES = [HF, HF_STACKED, TRAIN, INFER, Dialect(Layout(interleaved_qkv=False, interleaved_gate_up=True))]
 
 
 def plan_of(directory: Path, spec: ModelSpec, parallel: ParallelConfig, number: int, source: Dialect = HF) -> Plan:
@@ -152,6 +151,25 @@ def test_nothing_is_read_that_a_rank_does_not_need(tmp_path, monkeypatch, spec, 
         total += needed
     assert max(read) <= transfer.PIECE_BYTES
     assert total >= sum(target.nbytes for target in open_checkpoint(directory).tensors.values())
+
+
+@pytest.mark.parametrize("source", [TRAIN, INFER])
+@pytest.mark.parametrize("spec", [SPEC, MOE_SPEC], ids=["dense", "moe"])
+def test_a_mindformers_checkpoint_is_read_once(tmp_path, monkeypatch, source, spec):
+    """Gate and up of an expert lie in one tensor, and where they lie in the network: they are not read apart."""
+    monkeypatch.setattr(transfer, "_PAGE_BYTES", 1)
+    directory = write(tmp_path, random_tensors(spec, dialect=source))
+    read = []
+    original = Reader.read
+    monkeypatch.setattr(
+        Reader, "read", lambda self, tensor, start, out: (read.append(len(out)), original(self, tensor, start, out))
+    )
+    plan = plan_of(directory, spec, ParallelConfig(), 0, source)
+    for target in plan.targets:
+        target.make()
+    assert sum(read) == plan.source_nbytes == open_checkpoint(directory).nbytes
+    if source == INFER:
+        assert len(read) == len(plan.targets)
 
 
 @pytest.mark.parametrize("piece_bytes", [4, 8, 50, 1000])

@@ -15,7 +15,7 @@ from mf_qwen3_bridge.checkpoint import open_checkpoint
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.plan import make_plan
-from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect, is_training_state, model_rules
+from mf_qwen3_bridge.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, is_training_state, model_rules
 from mf_qwen3_bridge.spec import ModelSpec
 from tests.tiny import MOE_SPEC, NUMPY, SPEC, random_tensors, write
 
@@ -25,8 +25,8 @@ MINDFORMERS = [
     for gate_up in (True, False)
     for stacked in (True, False)
 ]
-STACKED_HF = Dialect(None, stacked_experts=True)
-DIALECTS = [HF, STACKED_HF, *MINDFORMERS]
+
+DIALECTS = [HF, HF_STACKED, *MINDFORMERS]
 
 
 def convert(directory: Path, spec: ModelSpec, source: Dialect, target: Dialect, dtype: str | None = None):
@@ -66,7 +66,7 @@ def test_there_and_back_is_bit_exact(tmp_path_factory, spec, dialect, dtype, dat
     directory = tmp_path_factory.mktemp("round_trip")
     hf = random_tensors(spec, dtype=dtype)
     there = convert(write(directory / "hf", hf, shards=data.draw(st.integers(1, 3))), spec, HF, dialect)
-    middle = data.draw(st.sampled_from([STACKED_HF, *MINDFORMERS]))
+    middle = data.draw(st.sampled_from([HF_STACKED, *MINDFORMERS]))
     other = convert(write(directory / "there", there), spec, dialect, middle)
     back = convert(write(directory / "other", other), spec, middle, HF)
     assert_same_bits(back, hf)
@@ -117,7 +117,7 @@ def test_the_training_layout_is_what_reshaping_gives(tmp_path):
 def test_experts_in_every_dialect(tmp_path):
     hf = random_tensors(MOE_SPEC)
     write(tmp_path, hf)
-    infer, train, stacked = (convert(tmp_path, MOE_SPEC, HF, dialect) for dialect in (INFER, TRAIN, STACKED_HF))
+    infer, train, stacked = (convert(tmp_path, MOE_SPEC, HF, dialect) for dialect in (INFER, TRAIN, HF_STACKED))
     hf_mlp, mlp = "model.layers.1.mlp", "decoder.layers.1.mlp"
     gate, up, down = (
         [hf[f"{hf_mlp}.experts.{expert}.{part}_proj.weight"] for expert in range(4)] for part in ("gate", "up", "down")

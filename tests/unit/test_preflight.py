@@ -224,9 +224,19 @@ def test_each_wrong_number_of_an_moe_is_named_alone(tmp_path: Path, field, value
 
 def test_weights_of_the_other_kind(tmp_path: Path):
     write(tmp_path / "a", random_tensors(MOE_SPEC), hf_config())
-    assert "config.json: 0\nweights: 4" in problems(tmp_path / "a")["num_experts"].found
+    found = problems(tmp_path / "a")
+    assert list(found) == ["model_type"]
+    assert found["model_type"].found == "config.json: qwen3\nweights: experts (Qwen3-MoE)"
     write(tmp_path / "b", random_tensors(), hf_config(MOE_SPEC))
-    assert problems(tmp_path / "b")["model.layers.{0..1}.mlp.gate.weight"].found == "missing"
+    assert problems(tmp_path / "b")["model_type"].found == "config.json: qwen3_moe\nweights: no experts (dense Qwen3)"
+
+
+def test_what_a_training_yaml_says_is_not_to_be_changed(tmp_path: Path):
+    directory = write(tmp_path / "hf", random_tensors(MOE_SPEC), hf_config(MOE_SPEC))
+    config = yaml_file(tmp_path / "t.yaml", "finetune", norm_topk_prob=False)
+    assert "config.json is not theirs" in problems(directory, config)["norm_topk_prob"].remedy
+    config = yaml_file(tmp_path / "p.yaml", "predict", norm_topk_prob=False)
+    assert "set norm_topk_prob to True" in problems(directory, config)["norm_topk_prob"].remedy
 
 
 def test_a_missing_expert_is_folded_into_one_row(tmp_path: Path):
