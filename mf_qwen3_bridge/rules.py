@@ -95,8 +95,7 @@ class RowsRule:
         columns: shape of one row.
         groups: number of groups that an interleaved layout deals the rows in, and that ranks share.
         fuses: what the parameter fuses, if it fuses anything; decides which layout flag applies.
-        divided: what tensor parallel ranks share: whole ``groups`` of rows, the ``columns``, or nothing, each
-            holding all of it; ``experts``: they hold all of it, but each begins with the rows of its own experts.
+        divided: what tensor parallel ranks divide: whole ``groups`` of rows, the ``columns``, or nothing.
     """
 
     parameter: str
@@ -105,7 +104,7 @@ class RowsRule:
     columns: tuple[int, ...] = ()
     groups: int = 1
     fuses: Literal["qkv", "gate_up"] | None = None
-    divided: Literal["groups", "columns", "experts"] | None = None
+    divided: Literal["groups", "columns"] | None = None
 
     def places(self, dialect: Dialect) -> list[Place]:
         """See :class:`Rule`."""
@@ -122,34 +121,48 @@ class RowsRule:
     def shard(self, rank: Rank) -> tuple[RowsRule, list[Cut]]:
         """See :class:`Rule`. Mirrors the ``weight_loader`` methods of ``mindformers/parallel_core/inference``."""
         size, number = rank.tensor_parallel, rank.tensor_rank
-        parts = range(len(self.tensors))
-        if self.divided == "experts" and rank.rotates_router and rank.expert_rank > 0:
-            return self._rotated(self.rows[0] // rank.expert_parallel * rank.expert_rank)
-        if self.divided == "groups" and size > self.groups:
-            return self._shared_group(size, number)
+        local = self
+        where: tuple[slice, ...] = ()
         if self.divided == "groups":
-            mine = _share(self.groups, size, number)
             local = replace(self, rows=tuple(n // size for n in self.rows), groups=self.groups // size)
-            return local, [Cut(part, (mine,)) for part in parts]
-        if self.divided == "columns":
-            mine = _share(self.columns[0], size, number)
+            where = (_share(self.groups, size, number),)
+        elif self.divided == "columns":
             local = replace(self, columns=(self.columns[0] // size,))
-            return local, [Cut(part, (slice(None), slice(None), mine)) for part in parts]
-        return self, [Cut(part) for part in parts]
+            where = (slice(None), slice(None), _share(self.columns[0], size, number))
+        return local, [Cut(part, where) for part in range(len(self.tensors))]
 
-    def _shared_group(self, size: int, number: int) -> tuple[RowsRule, list[Cut]]:
-        """More ranks than KV heads: ranks that share one hold all of its keys and values, and divide its queries."""
-        ranks_of_group = _share(size, self.groups, 0).stop
-        group, member = divmod(number, ranks_of_group)
-        query, *others = (n // self.groups for n in self.rows)
-        local = replace(self, rows=(query // ranks_of_group, *others), groups=1)
+
+class QkvRule(RowsRule):
+    """Queries, keys and values; a group is a KV head with its query heads."""
+
+    def shard(self, rank: Rank) -> tuple[RowsRule, list[Cut]]:
+        """As other rows; of more ranks than groups, those of one group divide its queries, and each holds its KV head.
+
+        Mirrors ``QKVParallelLinear.weight_loader`` of ``.../inference/tensor_parallel/layers.py``.
+        """
+        if rank.tensor_parallel <= self.groups:
+            return super().shard(rank)
+        ranks_of_group = _share(rank.tensor_parallel, self.groups, 0).stop
+        group, member = divmod(rank.tensor_rank, ranks_of_group)
+        query, *key_value = (n // self.groups for n in self.rows)
+        local = replace(self, rows=(query // ranks_of_group, *key_value), groups=1)
         mine = slice(group, group + 1)
-        queries = Cut(0, (mine, _share(query, ranks_of_group, member)))
-        return local, [queries, *(Cut(part, (mine,)) for part in range(1, len(self.rows)))]
+        return local, [Cut(0, (mine, _share(query, ranks_of_group, member))), Cut(1, (mine,)), Cut(2, (mine,))]
 
-    def _rotated(self, start: int) -> tuple[RowsRule, list[Cut]]:
-        """The rows from ``start`` on, then those before it."""
-        everything, total = slice(None), self.rows[0]
+
+class RouterRule(RowsRule):
+    """The router, a row for each expert: every rank holds all of them."""
+
+    def shard(self, rank: Rank) -> tuple[RowsRule, list[Cut]]:
+        """All rows, but each rank of several that share the experts begins with those of its own.
+
+        Mirrors ``Router.weight_loader`` of ``.../inference/transformer/moe/router.py``.
+        """
+        total = self.rows[0]
+        start = _share(total, rank.expert_parallel, rank.expert_rank).start if rank.rotates_router else 0
+        if start == 0:
+            return super().shard(rank)
+        everything = slice(None)
         local = replace(self, tensors=self.tensors * 2, rows=(total - start, start))
         return local, [Cut(0, (everything, slice(start, total))), Cut(0, (everything, slice(0, start)))]
 
@@ -189,13 +202,14 @@ class ExpertsRule:
             alone = View.whole((self.rows, self.columns))
             return [Place(name, alone.shape, alone) for name in self.tensors]
         count, columns, all_rows = self.num_experts, self.columns, [self.rows] * len(self.projections)
+        total = sum(all_rows)
         views = layouts.by_expert(count, all_rows, columns, transposed=not dialect.is_hf)
-        name = self.parameter
-        shape: tuple[int, ...] = (count * columns, sum(all_rows))
+        shape: tuple[int, ...]
         if dialect.is_hf:
-            name, shape = f"{self.experts}.{self.stacked}", (count, sum(all_rows), columns)
-        elif dialect.stacked_experts:
-            shape = (count, columns, sum(all_rows))
+            name, shape = f"{self.experts}.{self.stacked}", (count, total, columns)
+        else:
+            name = self.parameter
+            shape = (count, columns, total) if dialect.stacked_experts else (count * columns, total)
         return [Place(name, shape, view) for expert in views for view in expert]
 
     def shard(self, rank: Rank) -> tuple[ExpertsRule, list[Cut]]:
@@ -252,7 +266,7 @@ def model_rules(spec: ModelSpec) -> Iterator[Rule]:
         hf, mf = f"model.layers.{layer}", f"decoder.layers.{layer}"
         attn, self_attention = f"{hf}.self_attn", f"{mf}.self_attention"
         yield RowsRule(f"{mf}.input_layernorm.weight", (f"{hf}.input_layernorm.weight",), (hidden,))
-        yield RowsRule(
+        yield QkvRule(
             f"{self_attention}.linear_qkv.weight",
             (f"{attn}.q_proj.weight", f"{attn}.k_proj.weight", f"{attn}.v_proj.weight"),
             (query, key_value, key_value),
@@ -289,7 +303,7 @@ def _mlp(spec: ModelSpec, hf: str, mf: str) -> Iterator[Rule]:
 
 def _experts(spec: ModelSpec, hf: str, mf: str) -> Iterator[Rule]:
     hidden, ffn, count = spec.hidden_size, spec.moe_ffn_hidden_size, spec.num_experts
-    yield RowsRule(f"{mf}.router.weight", (f"{hf}.gate.weight",), (count,), (hidden,), divided="experts")
+    yield RouterRule(f"{mf}.router.weight", (f"{hf}.gate.weight",), (count,), (hidden,))
     experts = f"{hf}.experts"
     gate_up = ("gate_proj", "up_proj")
     yield ExpertsRule(f"{mf}.experts.weight1", experts, gate_up, "gate_up_proj", count, ffn, hidden, divided="rows")

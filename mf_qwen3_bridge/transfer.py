@@ -76,8 +76,10 @@ class Transfer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        self._reader.__exit__()
+        try:
+            self._pool.shutdown(cancel_futures=True)
+        finally:
+            self._reader.__exit__()
 
     def fill(self, target: np.ndarray, copies: Iterable[Copy]) -> list[int]:
         """Carries out the copies of one target tensor. Dtypes are cast on the way, rounding to nearest even.
