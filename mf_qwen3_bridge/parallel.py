@@ -124,8 +124,11 @@ SINGLE = ParallelConfig()
 
 
 def num_processes() -> int:
-    """How many processes msrun started; 1 without it."""
-    return int(os.environ["MS_WORKER_NUM"]) if os.environ.get("MS_ROLE") == "MS_WORKER" else 1
+    """How many processes compute in the run that msrun started; 1 without it.
+
+    msrun runs the script once more, as the scheduler that the others meet at: it too has to join the run.
+    """
+    return int(os.environ["MS_WORKER_NUM"]) if os.environ.get("MS_ROLE") in ("MS_WORKER", "MS_SCHED") else 1
 
 
 def _remedy(name: str, number: int) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mf_qwen3_bridge import transfer
 from mf_qwen3_bridge.checkpoint import Reader, open_checkpoint
 from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.parallel import ParallelConfig
+from mf_qwen3_bridge.parallel import ParallelConfig, num_processes
 from mf_qwen3_bridge.plan import Plan, make_plan
 from mf_qwen3_bridge.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.spec import ModelSpec
@@ -221,6 +221,14 @@ def test_what_does_not_divide_is_told_at_once():
     assert [p.subject for p in ParallelConfig(4, 4).problems(moe)] == ["num_experts"]
     assert [p.subject for p in ParallelConfig(4, 2).problems(moe)] == ["moe_ffn_hidden_size"]
     assert not list(ParallelConfig(2, 2).problems(moe))
+
+
+@pytest.mark.parametrize(("role", "expected"), [("MS_WORKER", 8), ("MS_SCHED", 8), (None, 1)])
+def test_the_number_of_processes_is_what_msrun_started(monkeypatch, role, expected):
+    """Without its scheduler, which runs the script as well, the others would wait for ever."""
+    for name, value in {"MS_ROLE": role, "MS_WORKER_NUM": "8" if role else None, "RANK_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    assert num_processes() == expected
 
 
 def test_places_of_eight_ranks():
