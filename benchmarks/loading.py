@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,16 +32,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from mf_qwen3_bridge.checkpoint import DTYPES, HF_INDEX, Reader, TensorInfo, open_checkpoint
+from mf_qwen3_bridge.checkpoint import DTYPES, Reader, TensorInfo, open_checkpoint, read_header
 from mf_qwen3_bridge.errors import table
-from mf_qwen3_bridge.rules import HF, model_rules
-from mf_qwen3_bridge.spec import HF_NAME, ModelSpec
+from mf_qwen3_bridge.spec import ModelSpec
 from mf_qwen3_bridge.transfer import PIECE_BYTES
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.tiny import hf_config, write_headers
 
 MIB = 1 << 20
 _B06 = ModelSpec(28, 1024, 16, 8, 128, 3072, 151936, True)
@@ -58,43 +61,20 @@ SHARD_BYTES = 4 << 30
 
 def make_checkpoint(directory: Path, spec: ModelSpec) -> None:
     """A Hugging Face directory with random weights, none of them zero; does nothing where it is already."""
-    if (directory / HF_INDEX).is_file():
+    if directory.is_dir():
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = {
-        "architectures": ["Qwen3MoeForCausalLM" if spec.is_moe else "Qwen3ForCausalLM"],
-        "model_type": "qwen3_moe" if spec.is_moe else "qwen3",
-        "rope_theta": 1000000,
-        "torch_dtype": "bfloat16",
-        **({"num_experts_per_tok": 8, "norm_topk_prob": True} if spec.is_moe else {}),
-        **{HF_NAME[field]: number for field, number in spec.numbers.items()},
-    }
-    (directory / "config.json").write_text(json.dumps(config))
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_headers(partial, spec, hf_config(spec, max_position_embeddings=40960), shards=2)
     noise = np.random.default_rng(0).standard_normal(8 * MIB).astype(ml_dtypes.bfloat16).view(np.uint8)
-    shapes = {place.tensor: place.shape for rule in model_rules(spec) for place in rule.places(HF)}
-    weight_map: dict[str, str] = {}
-    shard: dict[str, tuple[int, ...]] = {}
-
-    def write_shard() -> None:
-        file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        header, end = {}, 0
-        for name, shape in shard.items():
-            begin, end = end, end + 2 * int(np.prod(shape))
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-            weight_map[name] = file
-        encoded = json.dumps(header).encode()
-        with (directory / file).open("wb") as stream:
-            stream.write(len(encoded).to_bytes(8, "little") + encoded)
-            for start in range(0, end, noise.size):
+    for file in partial.glob("*.safetensors"):
+        tensors, _ = read_header(file)
+        first, end = min(tensor.start for tensor in tensors.values()), file.stat().st_size
+        with file.open("r+b") as stream:
+            stream.seek(first)
+            for start in range(first, end, noise.size):
                 stream.write(memoryview(noise)[: end - start])  # type: ignore[arg-type]
-        shard.clear()
-
-    for name, shape in shapes.items():
-        shard[name] = shape
-        if sum(2 * int(np.prod(shape)) for shape in shard.values()) > SHARD_BYTES:
-            write_shard()
-    write_shard()
-    (directory / HF_INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    partial.rename(directory)
 
 
 def private_bytes() -> int:

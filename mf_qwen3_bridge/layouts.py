@@ -9,7 +9,9 @@ MindFormers fuses q, k, v into one parameter and gate, up into another. There ar
 A fused tensor does not tell which one it has, both have the same shape, and the wrong one computes garbage.
 The inference network reads contiguous parameters; the training network's layout follows two config flags.
 
-This module is the only definition of both. A layout says, for each part, which *view* of the fused tensor shows
+It also stacks the experts of a layer, each of them transposed.
+
+This module is the only definition of all three. A layout says, for each part, which *view* of the fused tensor shows
 the part's rows; the same view read from right to left splits the tensor again.
 """
 

@@ -63,13 +63,12 @@ class Transfer:
 
     Args:
         advance: is told the number of bytes after each piece.
-        threads: how many work at a time; as many as there are cores (up to 8) when left out.
     """
 
-    def __init__(self, advance: Callable[[int], object] | None = None, threads: int | None = None) -> None:
+    def __init__(self, advance: Callable[[int], object] | None = None) -> None:
         self._advance = advance or (lambda nbytes: None)
         self._reader = Reader()
-        self._pool = ThreadPoolExecutor(threads or min(_MAX_THREADS, len(os.sched_getaffinity(0))))
+        self._pool = ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0))))
         self._buffers = threading.local()
 
     def __enter__(self) -> Transfer:

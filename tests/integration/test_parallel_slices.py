@@ -15,8 +15,10 @@ import pytest
 from mindformers.parallel_core.inference import parallel_state
 
 from mf_qwen3_bridge.mindformers.load import load_network
+from mf_qwen3_bridge.mindformers.network import build_inference_network
 from mf_qwen3_bridge.mindformers.ranks import rank_of
 from mf_qwen3_bridge.parallel import ParallelConfig
+from mf_qwen3_bridge.preflight import check
 from mf_qwen3_bridge.spec import ModelSpec
 from tests.integration.conftest import bits, empty_network
 from tests.tiny import hf_config, random_tensors, write
@@ -90,3 +92,17 @@ def test_every_rank_holds_what_upstream_gives_it(monkeypatch, tmp_path: Path, na
             load_network(delegated, model, use_training_conversion=True)
             assert bits(delegated) == bits(upstream)
     assert not ranks
+
+
+def test_the_routers_order_is_the_networks_own(monkeypatch, tmp_path: Path):
+    """A config may ask for all-to-all where the sizes don't: then no router begins with its own experts."""
+    directory = write(tmp_path, random_tensors(MOE), hf_config(MOE))
+    model = check(directory)
+    with playing(monkeypatch, ParallelConfig(2, 2), 1):
+        upstream, direct, rotated = (
+            build_inference_network(model.hf_config, use_alltoall=flag) for flag in (True, True, False)
+        )
+        upstream.load_weights(str(directory))
+        load_network(direct, model)
+        load_network(rotated, model)
+        assert bits(direct) == bits(upstream) != bits(rotated)

@@ -116,6 +116,20 @@ def test_every_rank_holds_what_slicing_gives(tmp_path_factory, run, source):
             np.testing.assert_array_equal(target.make(), expected[target.name], target.name, strict=True)
 
 
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """The length of every read, in bytes."""
+    lengths: list[int] = []
+    original = Reader.read
+
+    def counting(self, tensor, start, out):
+        lengths.append(len(out))
+        original(self, tensor, start, out)
+
+    monkeypatch.setattr(Reader, "read", counting)
+    return lengths
+
+
 LARGE = replace(SPEC, hidden_size=256, num_attention_heads=16, num_query_groups=4, head_dim=1024, ffn_hidden_size=16384)
 LARGE_MOE = replace(MOE_SPEC, hidden_size=512, head_dim=4096, num_layers=1, moe_ffn_hidden_size=8)
 
@@ -131,13 +145,8 @@ LARGE_MOE = replace(MOE_SPEC, hidden_size=512, head_dim=4096, num_layers=1, moe_
     ],
     ids=lambda value: str(value) if isinstance(value, ParallelConfig) else "",
 )
-def test_nothing_is_read_that_a_rank_does_not_need(tmp_path, monkeypatch, spec, parallel):
+def test_nothing_is_read_that_a_rank_does_not_need(tmp_path, read, spec, parallel):
     directory = write(tmp_path, random_tensors(spec, dtype="BF16"))
-    read = []
-    original = Reader.read
-    monkeypatch.setattr(
-        Reader, "read", lambda self, tensor, start, out: (read.append(len(out)), original(self, tensor, start, out))
-    )
     total = 0
     for number in range(parallel.world_size):
         plan = plan_of(directory, spec, parallel, number)
@@ -155,15 +164,10 @@ def test_nothing_is_read_that_a_rank_does_not_need(tmp_path, monkeypatch, spec, 
 
 @pytest.mark.parametrize("source", [TRAIN, INFER])
 @pytest.mark.parametrize("spec", [SPEC, MOE_SPEC], ids=["dense", "moe"])
-def test_a_mindformers_checkpoint_is_read_once(tmp_path, monkeypatch, source, spec):
+def test_a_mindformers_checkpoint_is_read_once(tmp_path, monkeypatch, read, source, spec):
     """Gate and up of an expert lie in one tensor, and where they lie in the network: they are not read apart."""
     monkeypatch.setattr(transfer, "_PAGE_BYTES", 1)
     directory = write(tmp_path, random_tensors(spec, dialect=source))
-    read = []
-    original = Reader.read
-    monkeypatch.setattr(
-        Reader, "read", lambda self, tensor, start, out: (read.append(len(out)), original(self, tensor, start, out))
-    )
     plan = plan_of(directory, spec, ParallelConfig(), 0, source)
     for target in plan.targets:
         target.make()
