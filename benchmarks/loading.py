@@ -39,7 +39,7 @@ import numpy as np
 from mf_qwen3_bridge.checkpoint import DTYPES, Reader, TensorInfo, open_checkpoint, read_header
 from mf_qwen3_bridge.errors import table
 from mf_qwen3_bridge.spec import ModelSpec
-from mf_qwen3_bridge.transfer import PIECE_BYTES
+from mf_qwen3_bridge.tiles import TILE_BYTES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -106,7 +106,7 @@ def peak_private_bytes() -> Iterator[list[int]]:
 
 def floor(directory: Path, dtype: np.dtype) -> list[np.ndarray]:
     """Reads every file's tensors piece by piece and copies each piece once; nothing is fused, nothing looked at."""
-    elements = PIECE_BYTES // 2
+    elements = TILE_BYTES // 2
     buffers = threading.local()
 
     def copy(target: np.ndarray, source: TensorInfo, start: int) -> None:

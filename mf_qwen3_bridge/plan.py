@@ -6,6 +6,7 @@ anything is built or read. What happens to the bytes afterwards (into a network,
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -17,7 +18,9 @@ from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.layouts import View
 from mf_qwen3_bridge.parallel import WHOLE, Rank
 from mf_qwen3_bridge.rules import EMBEDDING, OUTPUT, Dialect, Place, Rule, is_training_state, shares
-from mf_qwen3_bridge.transfer import Copy, Transfer, have_equal_bytes
+from mf_qwen3_bridge.tiles import Copy
+from mf_qwen3_bridge.transfer import Transfer, have_equal_bytes
+from mf_qwen3_bridge.values import fault_of
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -37,6 +40,11 @@ class Target:
     shape: tuple[int, ...]
     dtype: str
     copies: tuple[Copy, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def make(self) -> np.ndarray:
         """The tensor, its sources read from disk. Whoever makes many keeps a :class:`Transfer` for all."""
@@ -100,6 +108,30 @@ class Plan:
         if problems:
             raise BridgeError("tied tensors differ", problems)
 
+    def check_values(self, magnitudes: Mapping[str, Mapping[str, float]]) -> None:
+        """Looks for what no trained model holds: a tensor that is all zero, NaN, infinities.
+
+        Args:
+            magnitudes: for each target, for each source tensor in it the largest magnitude.
+
+        Raises:
+            BridgeError: names what was found, and the files it comes from.
+        """
+        remedy = "the file is damaged (or, in float16, its numbers are too large): compare checksums with the source"
+        problems = []
+        for target in self.targets:
+            faults: dict[tuple[str, str], set[str]] = defaultdict(set)
+            for source in {copy.source for copy in target.copies}:
+                if fault := fault_of(magnitudes[target.name][source.name]):
+                    faults[fault, source.file.name].add(source.name)
+            lines = [
+                f"{fault}: {name} ({file})" for (fault, file), names in faults.items() for name in fold_names(names)
+            ]
+            if lines:
+                problems.append(Problem(target.name, "\n".join(lines), remedy))
+        if problems:
+            raise BridgeError("weights that no trained model has", problems)
+
     def _have_equal_bytes(self, kept: TensorInfo, dropped: TensorInfo) -> bool:
         size, number = self.rank.tensor_parallel, self.rank.tensor_rank
         return have_equal_bytes(kept, dropped, kept.nbytes * number // size, kept.nbytes * (number + 1) // size)
@@ -143,7 +175,7 @@ def make_plan(
     copies: dict[tuple[str, tuple[int, ...]], list[Copy]] = {}
     for rule in rules:
         for here, there in _merged(list(shares(rule, rank, source, target))):
-            copy = Copy(tensors[here.tensor], here.view, there.view)
+            copy = Copy(tensors[here.tensor], here.view, there.tensor, there.view)
             copies.setdefault((there.tensor, there.shape), []).append(copy)
     targets = (
         Target(name, shape, dtype or _common_dtype(parts), tuple(parts)) for (name, shape), parts in copies.items()

@@ -1,75 +1,77 @@
-"""The bytes of a conversion: read from files in pieces of bounded size, by several threads, each put in place once."""
+"""The bytes of a conversion: read from files tile by tile, by several threads, and put in place once."""
 
 from __future__ import annotations
 
 import os
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Condition
+from typing import TypeVar
 
 import numpy as np
 
 from mf_qwen3_bridge.checkpoint import DTYPES, Reader, TensorInfo
-from mf_qwen3_bridge.layouts import View
-from mf_qwen3_bridge.values import largest_magnitude
+from mf_qwen3_bridge.tiles import TILE_BYTES, Copy, Tile, reads, tiles
+from mf_qwen3_bridge.values import is_exact, largest_magnitude
 
-# Stretch of a file that is worked on at a time: long for a disk, yet still in the cache when it is put in place.
-PIECE_BYTES = 4 << 20
-# A disk reads whole pages: what lies between two runs of wanted bytes is skipped if it is one at least.
-_PAGE_BYTES = 4096
+# Of all threads together; an expert of the largest model, read and transposed, takes 50 MiB.
+BUFFER_BYTES = 128 << 20
 _MAX_THREADS = 8
 _ROWS_OF_A_TRANSPOSE = 256
+_ALIGNMENT = 64
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Copy:
-    """Part of a source tensor, and where it goes in the target: two views of one shape."""
+class Buffers:
+    """Lends memory, of BUFFER_BYTES in total, and keeps it for the next: fresh memory costs more than filling it."""
 
-    source: TensorInfo
-    source_view: View
-    target_view: View
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+        self._total = 0
+        self._changed = Condition()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the source that it uses."""
-        return self.source_view.size * DTYPES[self.source.dtype].itemsize
+    @contextmanager
+    def lend(self, nbytes: int) -> Iterator[np.ndarray]:
+        """An array of ``nbytes`` bytes, uint8; waits until others give back theirs where there is no more."""
+        with self._changed:
+            while (memory := self._take(nbytes)) is None:
+                self._changed.wait()
+        try:
+            yield memory[:nbytes]
+        finally:
+            with self._changed:
+                self._free.append(memory)
+                self._changed.notify_all()
 
-    def pieces(self) -> Iterator[Copy]:
-        """The same copy in pieces that each span few bytes of the file, their axes in the order of the file."""
-        strides = self.source_view.strides
-        order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
-        limit = PIECE_BYTES // DTYPES[self.source.dtype].itemsize
-        for source, target in _split(self.source_view.permute(*order), self.target_view.permute(*order), limit):
-            yield Copy(self.source, source, target)
-
-
-def _split(source: View, target: View, limit: int) -> Iterator[tuple[View, View]]:
-    """Cuts a pair of views along its axes, the outermost first, until nothing spans more than ``limit`` elements."""
-    if source.span <= limit:
-        yield source, target
-        return
-    length, count = source.shape[0], limit // source.strides[0]
-    if length == 1 or count == 0:
-        for index in range(length):
-            yield from _split(source[index], target[index], limit)
-        return
-    for start in range(0, length, count):
-        yield from _split(source[start : start + count], target[start : start + count], limit)
+    def _take(self, nbytes: int) -> np.ndarray | None:
+        fitting = [number for number, memory in enumerate(self._free) if memory.size >= nbytes]
+        if fitting:
+            return self._free.pop(min(fitting, key=lambda number: self._free[number].size))
+        while self._free and self._total + nbytes > BUFFER_BYTES:
+            self._total -= self._free.pop().size
+        if self._total and self._total + nbytes > BUFFER_BYTES:
+            return None
+        self._total += nbytes
+        return np.empty(nbytes, np.uint8)
 
 
 class Transfer:
-    """Fills arrays with what copies say. ``with Transfer() as transfer: ...`` ends its threads and closes the files.
+    """Carries out copies. ``with Transfer() as transfer: ...`` ends its threads and closes the files.
 
     Args:
-        advance: is told the number of bytes after each piece.
+        advance: is told the number of bytes after each tile.
     """
 
     def __init__(self, advance: Callable[[int], object] | None = None) -> None:
         self._advance = advance or (lambda nbytes: None)
         self._reader = Reader()
-        self._pool = ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0))))
-        self._buffers = threading.local()
+        self._num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+        self._pool = ThreadPoolExecutor(self._num_threads)
+        self.buffers = Buffers()
 
     def __enter__(self) -> Transfer:
         return self
@@ -80,7 +82,7 @@ class Transfer:
         finally:
             self._reader.__exit__()
 
-    def fill(self, target: np.ndarray, copies: Iterable[Copy]) -> list[int]:
+    def fill(self, target: np.ndarray, copies: Iterable[Copy]) -> dict[str, float]:
         """Carries out the copies of one target tensor. Dtypes are cast on the way, rounding to nearest even.
 
         Args:
@@ -88,89 +90,88 @@ class Transfer:
             copies: what it is made of.
 
         Returns:
-            For each copy the bits of the largest magnitude written (see :mod:`mf_qwen3_bridge.values`).
+            For each source tensor the largest magnitude (see :mod:`mf_qwen3_bridge.values`).
 
         Raises:
             BridgeError: a file ended early or could not be read.
         """
-        pieces = [(number, piece) for number, copy in enumerate(copies) for piece in copy.pieces()]
-        largest = [0] * (pieces[-1][0] + 1)
-        for (number, piece), magnitude in zip(pieces, self._pool.map(lambda p: self._run(p[1], target), pieces)):
-            largest[number] = max(largest[number], magnitude)
-            self._advance(piece.nbytes)
+        largest: dict[str, float] = {}
+        for tile, magnitudes in self.map(lambda tile: (tile, self._fill(tile, target)), tiles(copies)):
+            for copy, magnitude in zip(tile, magnitudes):
+                largest[copy.source.name] = max(largest.get(copy.source.name, 0.0), magnitude)
+            self.advance(tile)
         return largest
 
-    def _run(self, piece: Copy, target: np.ndarray) -> int:
-        """Reads a piece's bytes and puts them in place; straight from the file when they lie there as they did here."""
-        dtype = DTYPES[piece.source.dtype]
-        place = piece.target_view.of(target)
-        runs = _Runs(piece.source_view, dtype.itemsize)
-        if dtype == target.dtype and runs.lie_alike(piece.target_view):
-            self._read(piece, runs, target, runs.starts(piece.target_view.strides, piece.target_view.offset))
-            return largest_magnitude(place)
-        buffer, view = self._buffer(runs.size, dtype), runs.gathered()
-        self._read(piece, runs, buffer, runs.starts(view.strides, 0))
-        gathered = view.of(buffer)
-        copy_elements(gathered, place)
-        return largest_magnitude(gathered if dtype == target.dtype else place)
+    def advance(self, tile: Tile) -> None:
+        """Says that a tile is done."""
+        self._advance(sum(copy.nbytes for copy in tile))
 
-    def _read(self, piece: Copy, runs: _Runs, out: np.ndarray, starts: np.ndarray) -> None:
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """``function`` of each item, by all threads, in order; takes only a few items in advance."""
+        pending: deque[Future[Result]] = deque()
+        for item in items:
+            pending.append(self._pool.submit(function, item))
+            if len(pending) > 4 * self._num_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def _fill(self, tile: Tile, target: np.ndarray) -> list[float]:
+        """Straight from the file when the elements lie there as they do in the target."""
+        places = [copy.target_view.of(target) for copy in tile]
+        (copy, place), *others = zip(tile, places)
+        dtype = DTYPES[copy.source.dtype]
+        if not others and copy.lies_alike and dtype == target.dtype:
+            self._read(copy.source, copy.source_view.offset, place)
+            return [largest_magnitude(place)]
+        with self.buffers.lend(read_nbytes(tile)) as memory:
+            gathered = self.gather(tile, memory)
+            for elements, place in zip(gathered, places):
+                copy_elements(elements, place)
+            return [
+                largest_magnitude(elements if is_exact(elements.dtype, target.dtype) else place)
+                for elements, place in zip(gathered, places)
+            ]
+
+    def gather(self, tile: Tile, memory: np.ndarray) -> list[np.ndarray]:
+        """Reads what a tile needs, each byte once.
+
+        Args:
+            tile: the copies.
+            memory: room for :func:`read_nbytes` bytes.
+
+        Returns:
+            For each copy the elements it takes, as they lie in the file: views of ``memory``.
+        """
+        found: dict[Copy, np.ndarray] = {}
+        for copies, stretch in reads(tile):
+            source = copies[0].source
+            elements, memory = carve(memory, stretch.size, DTYPES[source.dtype])
+            for number, start in enumerate(stretch.starts.tolist()):
+                self._read(source, start, elements[number * stretch.length : (number + 1) * stretch.length])
+            found |= {copy: view.of(elements) for copy, view in zip(copies, stretch.views)}
+        return [found[copy] for copy in tile]
+
+    def _read(self, source: TensorInfo, start: int, out: np.ndarray) -> None:
         memory = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-        itemsize, nbytes = out.itemsize, runs.length * out.itemsize
-        begins = runs.starts(piece.source_view.strides, piece.source_view.offset) * itemsize
-        for begin, start in zip(begins.tolist(), (starts * itemsize).tolist()):
-            self._reader.read(piece.source, begin, memory[start : start + nbytes])
-
-    def _buffer(self, size: int, dtype: np.dtype) -> np.ndarray:
-        """This thread's own memory, taken once."""
-        nbytes = size * dtype.itemsize
-        memory: np.ndarray | None = getattr(self._buffers, "memory", None)
-        if memory is None or memory.size < nbytes:
-            memory = self._buffers.memory = np.empty(max(nbytes, PIECE_BYTES), np.uint8)
-        return memory[:nbytes].view(dtype)
+        self._reader.read(source, start * out.itemsize, memory)
 
 
-class _Runs:
-    """A piece's elements as runs of neighbouring bytes; runs with less than a page between them count as one.
+def carve(memory: np.ndarray, size: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The first bytes of ``memory`` as an array of ``size`` elements, and the rest."""
+    nbytes = size * dtype.itemsize
+    return memory[:nbytes].view(dtype), memory[nbytes + -nbytes % _ALIGNMENT :]
 
-    Args:
-        view: the piece in its source, outermost axis first.
-        itemsize: bytes of an element.
-    """
 
-    def __init__(self, view: View, itemsize: int) -> None:
-        self._view = view
-        self._outer = len(view.shape)  # the axes that tell the runs apart; those after them lie within a run
-        self.length = 1
-        while self._outer:
-            count, stride = view.shape[self._outer - 1], view.strides[self._outer - 1]
-            if count > 1 and (stride - self.length) * itemsize >= _PAGE_BYTES:
-                break
-            self.length += stride * (count - 1)
-            self._outer -= 1
+def room(size: int, dtype: np.dtype) -> int:
+    """Bytes that :func:`carve` takes."""
+    nbytes = size * dtype.itemsize
+    return nbytes + -nbytes % _ALIGNMENT
 
-    @property
-    def size(self) -> int:
-        """Elements of all runs, with the gaps inside them."""
-        return self.length * int(np.prod(self._view.shape[: self._outer], dtype=np.int64))
 
-    def starts(self, strides: tuple[int, ...], offset: int) -> np.ndarray:
-        """Where each run begins in a tensor in which the piece has these strides and this offset: int64 (runs,)."""
-        starts = np.array([offset], np.int64)
-        for count, stride in zip(self._view.shape[: self._outer], strides):
-            starts = (starts[:, None] + np.arange(count, dtype=np.int64) * stride).reshape(-1)
-        return starts
-
-    def lie_alike(self, target: View) -> bool:
-        """Whether every run lies in ``target`` as in the source, without gaps."""
-        inner = View(target.shape[self._outer :], target.strides[self._outer :])
-        return inner.is_contiguous and inner.size == self.length
-
-    def gathered(self) -> View:
-        """The piece in an array that holds the runs one after the other."""
-        shape = self._view.shape[: self._outer]
-        outer = tuple(stride * self.length for stride in View.whole(shape).strides)
-        return View(self._view.shape, outer + self._view.strides[self._outer :])
+def read_nbytes(tile: Tile) -> int:
+    """Bytes of memory for what a tile reads."""
+    return sum(room(stretch.size, DTYPES[copies[0].source.dtype]) for copies, stretch in reads(tile))
 
 
 def copy_elements(source: np.ndarray, target: np.ndarray) -> None:
@@ -178,10 +179,11 @@ def copy_elements(source: np.ndarray, target: np.ndarray) -> None:
     if source.dtype == target.dtype:
         raw = np.dtype(f"u{source.itemsize}")
         source, target = source.view(raw), target.view(raw)
-    if source.ndim == 2 and _innermost_axis(source) != _innermost_axis(target):
-        _transpose(source, target)
-    else:
-        np.copyto(target, source, casting="unsafe")
+    with np.errstate(over="ignore"):  # whoever casts looks for infinities
+        if source.ndim == 2 and _innermost_axis(source) != _innermost_axis(target):
+            _transpose(source, target)
+        else:
+            np.copyto(target, source, casting="unsafe")
 
 
 def _innermost_axis(array: np.ndarray) -> int:
@@ -213,8 +215,8 @@ def have_equal_bytes(left: TensorInfo, right: TensorInfo, start: int, stop: int)
     if left.nbytes != right.nbytes:
         return False
     with Reader() as reader:
-        for begin in range(start, stop, PIECE_BYTES):
-            pieces = [bytearray(min(PIECE_BYTES, stop - begin)) for _ in range(2)]
+        for begin in range(start, stop, TILE_BYTES):
+            pieces = [bytearray(min(TILE_BYTES, stop - begin)) for _ in range(2)]
             for tensor, piece in zip((left, right), pieces):
                 reader.read(tensor, begin, memoryview(piece))
             if pieces[0] != pieces[1]:

@@ -1,4 +1,4 @@
-"""Whether an array holds what weights never are: NaN, infinities, nothing but zeros.
+"""What weights never are (NaN, infinities, nothing but zeros), and what casting does to them.
 
 Looks at the bits: numpy has no fast loops for bfloat16. The bits of a float without its sign grow with its magnitude,
 and those of infinities and NaN are the largest.
@@ -6,24 +6,80 @@ and those of infinities and NaN are the largest.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field
+
+import ml_dtypes
 import numpy as np
 
-# Bits of the exponent: all set means NaN or infinity.
-_EXPONENT = {"float32": 0x7F80_0000, "bfloat16": 0x7F80, "float16": 0x7C00}
+_EXACT = {(np.dtype(narrow), np.dtype(np.float32)) for narrow in (np.float16, ml_dtypes.bfloat16)}
+_BUFFERED_ELEMENTS = 64 << 10
 
 
-def largest_magnitude(array: np.ndarray) -> int:
-    """The bits of the largest magnitude in a float32, float16 or bfloat16 array, 0 if it is empty."""
+def largest_magnitude(array: np.ndarray) -> float:
+    """The largest magnitude in a float32, float16 or bfloat16 array: infinity if it holds NaN, 0 if it is empty."""
     if not array.size:
-        return 0
+        return 0.0
     bits = array.view(f"u{array.itemsize}")
     sign = 1 << (8 * array.itemsize - 1)
     # As signed integers the positive numbers are the largest, as unsigned ones the negative numbers.
-    return max(int(bits.view(f"i{array.itemsize}").max()), int(bits.max()) - sign, 0)
+    largest = max(int(bits.view(f"i{array.itemsize}").max()), int(bits.max()) - sign, 0)
+    value = float(np.array(largest, bits.dtype).view(array.dtype))
+    return math.inf if math.isnan(value) else value
 
 
-def fault_of(magnitude: int, dtype: np.dtype) -> str | None:
+def fault_of(magnitude: float) -> str | None:
     """What is wrong with a tensor whose :func:`largest_magnitude` this is; None when nothing is."""
-    if magnitude >= _EXPONENT[dtype.name]:
+    if math.isinf(magnitude):
         return "NaN or infinity"
     return "all zero" if magnitude == 0 else None
+
+
+def is_exact(source: np.dtype, target: np.dtype) -> bool:
+    """Whether every value of one dtype is one of the other too."""
+    return source == target or (source, target) in _EXACT
+
+
+@dataclass
+class Casts:
+    """What casting from one dtype to a narrower one did.
+
+    Attributes:
+        values: how many were cast.
+        rounded: how many of them are not what they were.
+        vanished: how many of these became zero.
+        overflowed: names of the tensors in which finite values became infinite.
+    """
+
+    values: int = 0
+    rounded: int = 0
+    vanished: int = 0
+    overflowed: set[str] = field(default_factory=set)
+
+    def __add__(self, other: Casts) -> Casts:
+        return Casts(
+            self.values + other.values,
+            self.rounded + other.rounded,
+            self.vanished + other.vanished,
+            self.overflowed | other.overflowed,
+        )
+
+
+def casts_of(name: str, source: np.ndarray, target: np.ndarray) -> Casts:
+    """Compares an array with what became of it in another dtype.
+
+    Args:
+        name: the tensor's name.
+        source: the values.
+        target: the same values, cast; of the same shape.
+    """
+    casts = Casts(values=source.size)
+    pairs = np.nditer([source, target], ["external_loop", "buffered"], buffersize=_BUFFERED_ELEMENTS)
+    for before, after in pairs:
+        back = after.astype(source.dtype)
+        changed = back != before
+        casts.rounded += int(np.count_nonzero(changed))
+        casts.vanished += int(np.count_nonzero(changed & (back == 0)))
+        if np.isinf(back[changed]).any():
+            casts.overflowed.add(name)
+    return casts

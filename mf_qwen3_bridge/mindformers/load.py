@@ -19,7 +19,7 @@ from mf_qwen3_bridge.preflight import Model
 from mf_qwen3_bridge.progress import progress_bar
 from mf_qwen3_bridge.rules import INFER
 from mf_qwen3_bridge.transfer import Transfer
-from mf_qwen3_bridge.values import fault_of, largest_magnitude
+from mf_qwen3_bridge.values import largest_magnitude
 
 _NUMPY_DTYPES = {ms.float32: DTYPES["F32"], ms.float16: DTYPES["F16"], ms.bfloat16: DTYPES["BF16"]}
 
@@ -51,32 +51,19 @@ def load_network(network: Any, model: Model, *, use_training_conversion: bool = 
         magnitudes = {target.name: _magnitudes(parameters[target.name], target) for target in plan.targets}
     else:
         magnitudes = _load_directly(parameters, plan)
-    _check_values(parameters, magnitudes, plan)
+    plan.check_values(magnitudes)
     network.process_weights_after_loading(network.model)  # as upstream's load_weights ends
     return plan
 
 
-def _magnitudes(parameter: ms.Parameter, target: Target) -> list[int]:
-    """For each copy that made the parameter the bits of the largest magnitude."""
+def _magnitudes(parameter: ms.Parameter, target: Target) -> dict[str, float]:
+    """For each source tensor of a parameter the largest magnitude."""
     array = parameter.asnumpy()
-    return [largest_magnitude(copy.target_view.of(array)) for copy in target.copies]
-
-
-def _check_values(parameters: Mapping[str, ms.Parameter], magnitudes: Mapping[str, list[int]], plan: Plan) -> None:
-    """Looks for what no trained model holds: a tensor that is all zero, NaN, infinities."""
-    remedy = "the file is damaged (or, in float16, its numbers are too large): compare checksums with the source"
-    problems = []
-    for target in plan.targets:
-        dtype = _NUMPY_DTYPES[parameters[target.name].dtype]
-        faults: dict[tuple[str, str], set[str]] = defaultdict(set)
-        for copy, magnitude in zip(target.copies, magnitudes[target.name]):
-            if fault := fault_of(magnitude, dtype):
-                faults[fault, copy.source.file.name].add(copy.source.name)
-        lines = [f"{fault}: {name} ({file})" for (fault, file), names in faults.items() for name in fold_names(names)]
-        if lines:
-            problems.append(Problem(target.name, "\n".join(lines), remedy))
-    if problems:
-        raise BridgeError("weights that no trained model has", problems)
+    largest: dict[str, float] = defaultdict(float)
+    for copy in target.copies:
+        name = copy.source.name
+        largest[name] = max(largest[name], largest_magnitude(copy.target_view.of(array)))
+    return largest
 
 
 def _check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
@@ -110,7 +97,7 @@ def _check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> Non
         raise BridgeError("the checkpoint does not fit the network", problems)
 
 
-def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> dict[str, list[int]]:
+def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> dict[str, dict[str, float]]:
     """Each tensor's bytes are read once, in the network's layout and dtype, and handed to the Parameter.
 
     Returns:

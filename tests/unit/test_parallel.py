@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mf_qwen3_bridge import transfer
+from mf_qwen3_bridge import tiles
 from mf_qwen3_bridge.checkpoint import Reader, open_checkpoint
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.parallel import ParallelConfig, num_processes
@@ -158,7 +158,7 @@ def test_nothing_is_read_that_a_rank_does_not_need(tmp_path, read, spec, paralle
         assert needed == plan.source_nbytes
         assert needed <= sum(read) <= needed * (1.4 if spec.is_moe and parallel.expert_parallel == 1 else 1)
         total += needed
-    assert max(read) <= transfer.PIECE_BYTES
+    assert max(read) <= tiles.TILE_BYTES
     assert total >= sum(target.nbytes for target in open_checkpoint(directory).tensors.values())
 
 
@@ -166,7 +166,7 @@ def test_nothing_is_read_that_a_rank_does_not_need(tmp_path, read, spec, paralle
 @pytest.mark.parametrize("spec", [SPEC, MOE_SPEC], ids=["dense", "moe"])
 def test_a_mindformers_checkpoint_is_read_once(tmp_path, monkeypatch, read, source, spec):
     """Gate and up of an expert lie in one tensor, and where they lie in the network: they are not read apart."""
-    monkeypatch.setattr(transfer, "_PAGE_BYTES", 1)
+    monkeypatch.setattr(tiles, "_PAGE_BYTES", 1)
     directory = write(tmp_path, random_tensors(spec, dialect=source))
     plan = plan_of(directory, spec, ParallelConfig(), 0, source)
     for target in plan.targets:
@@ -189,8 +189,8 @@ def test_pieces_of_any_size_make_the_same(tmp_path, monkeypatch, piece_bytes, pa
         plan = make_plan(model_rules(spec), tensors, HF, INFER, dtype, sizes.rank(1))
         whole = {target.name: target.make() for target in plan.targets}
         with monkeypatch.context() as patch:
-            patch.setattr(transfer, "PIECE_BYTES", piece_bytes)
-            patch.setattr(transfer, "_PAGE_BYTES", page_bytes)
+            patch.setattr(tiles, "TILE_BYTES", piece_bytes)
+            patch.setattr(tiles, "_PAGE_BYTES", page_bytes)
             for target in plan.targets:
                 assert target.make().tobytes() == whole[target.name].tobytes(), target.name
 

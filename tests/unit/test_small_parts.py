@@ -30,7 +30,7 @@ def test_faults_of_values(dtype, strided):
     array = np.full((5, 7), -1.5, dtype)[:, :: 2 if strided else 1]
 
     def fault():
-        return fault_of(largest_magnitude(array), array.dtype)
+        return fault_of(largest_magnitude(array))
 
     assert fault() is None
     for value in (np.nan, np.inf, -np.inf, -np.nan):
