@@ -40,6 +40,8 @@ MINDFORMERS_INDEX = "param_name_map.json"
 # ms.unified_safetensors puts here what rank 0 held beside the merged weights: counters, and its slices of the
 # optimizer state.
 HYPER_PARAMETERS = "hyper_param.safetensors"
+# A directory that is still being written, or whose writing was interrupted.
+UNFINISHED_SUFFIX = ".incomplete"
 # The limit that the safetensors library sets itself.
 _MAX_HEADER = 100_000_000
 
@@ -203,6 +205,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if path.is_file():
         return Checkpoint(path, *read_header(path))
+    if path.name.endswith(UNFINISHED_SUFFIX):
+        raise BridgeError(f"{path} is not finished: give the command that makes it again, and it goes on")
     if not path.is_dir():
         raise BridgeError(f"{path} does not exist: give a safetensors file or a directory of them")
     for name in (HF_INDEX, MINDFORMERS_INDEX):

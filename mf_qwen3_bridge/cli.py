@@ -13,10 +13,9 @@ from typing import Any
 import click
 
 from mf_qwen3_bridge import __version__
+from mf_qwen3_bridge.cli_files import DIRECTORY, convert, export
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.parallel import num_processes
-
-_DIRECTORY = click.Path(path_type=Path)
 
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,9 +23,9 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--ep", type=click.IntRange(1), metavar="N", help="Expert parallel size  [default: 1]."),
         click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor parallel size  [default: all]."),
-        click.option("--load_checkpoint", type=_DIRECTORY, metavar="DIR", help="Weights, when not in --model_dir."),
-        click.option("--config", type=_DIRECTORY, metavar="YAML", help="MindFormers YAML to hold them against."),
-        click.option("--model_dir", type=_DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory."),
+        click.option("--load_checkpoint", type=DIRECTORY, metavar="DIR", help="Weights, when not in --model_dir."),
+        click.option("--config", type=DIRECTORY, metavar="YAML", help="MindFormers YAML to hold them against."),
+        click.option("--model_dir", type=DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory."),
     ):
         command = option(command)
     return command
@@ -36,6 +35,10 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.version_option(__version__, prog_name="mf-qwen3")
 def cli() -> None:
     """Qwen3 weights between Hugging Face and MindFormers: right, or with a clear refusal."""
+
+
+cli.add_command(convert)
+cli.add_command(export)
 
 
 @cli.command()
@@ -55,7 +58,7 @@ def check(model_dir: Path, config: Path | None, load_checkpoint: Path | None, tp
 @cli.command()
 @_model_options
 @click.option("--use_training_conversion", is_flag=True, help="Convert with MindFormers' own training class.")
-@click.option("--tokenizer_path", type=_DIRECTORY, metavar="DIR", help="Tokenizer directory  [default: --model_dir].")
+@click.option("--tokenizer_path", type=DIRECTORY, metavar="DIR", help="Tokenizer directory  [default: --model_dir].")
 @click.option("--test_mode", type=click.Choice(["generate", "chat", "both"]), default="generate", show_default=True)
 @click.option("--prompt", multiple=True, help="Text to continue or answer; may be given several times.")
 @click.option("--device_target", type=click.Choice(["auto", "Ascend", "CPU"]), default="auto", show_default=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.spec import HF_NAME, ModelSpec
 
 # What model.model_config may hold is of four kinds.
 # 1. The model's numbers (spec.NAMES) and what it computes with: have to be what config.json says, and what MindFormers'
@@ -172,6 +173,28 @@ class MindFormersYaml:
                     Problem(f"parallel_config.{key}", repr(config[key]), "the bridge runs tensor and expert parallel")
                 )
         return sizes, problems
+
+    def hf_config(self, spec: ModelSpec) -> tuple[dict[str, Any], list[str]]:
+        """A config.json made of what the YAML says.
+
+        Args:
+            spec: the model's numbers.
+
+        Returns:
+            The config.json, and what it lacks because the YAML does not say it.
+        """
+        kind = "qwen3_moe" if spec.is_moe else "qwen3"
+        config: dict[str, Any] = {"model_type": kind, **{HF_NAME[field]: n for field, n in spec.numbers.items()}}
+        required = ["max_position_embeddings", "rms_norm_eps", "rope_theta"]
+        required += ["num_experts_per_tok", "norm_topk_prob"] if spec.is_moe else []
+        optional = ["rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"]
+        for name in required + optional:
+            for key in (name, *COMPUTED_NAMES.get(name, ())):
+                if self.model_config.get(key) is not None:
+                    value = self.model_config[key]
+                    # YAML takes 1e-6 for a string
+                    config[name] = float(value) if name in ("rms_norm_eps", "rope_theta") else value
+        return config, [name for name in required if name not in config]
 
     @property
     def pretrained_model_dir(self) -> Path | None:

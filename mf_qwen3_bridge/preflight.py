@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.checkpoint import Checkpoint, open_checkpoint, stale_files
 from mf_qwen3_bridge.errors import BridgeError, Problem
-from mf_qwen3_bridge.hf_config import read_hf_config
+from mf_qwen3_bridge.hf_config import normalise, read_hf_config
+from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.mindformers_yaml import (
     ADDITIONS,
     COMPUTED_NAMES,
@@ -20,10 +21,10 @@ from mf_qwen3_bridge.mindformers_yaml import (
     read_mindformers_yaml,
     run_options,
 )
-from mf_qwen3_bridge.parallel import WHOLE, ParallelConfig, Rank
+from mf_qwen3_bridge.parallel import SINGLE, WHOLE, ParallelConfig, Rank
 from mf_qwen3_bridge.plan import Plan, make_plan
 from mf_qwen3_bridge.recognise import dialect_of, numbers_of
-from mf_qwen3_bridge.rules import INFER, Dialect, Rule, model_rules
+from mf_qwen3_bridge.rules import INFER, OUTPUT, Dialect, Rule, model_rules
 from mf_qwen3_bridge.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
 
 # Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 1.9).
@@ -43,6 +44,7 @@ class Model:
         dialect: how they are named and laid out.
         rules: its table.
         parallel: how the run is spread over processes.
+        training_layout: the layout of the training network, if the YAML says it.
         notes: what is unusual, but right.
     """
 
@@ -54,6 +56,7 @@ class Model:
     dialect: Dialect
     rules: tuple[Rule, ...]
     parallel: ParallelConfig
+    training_layout: Layout | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -77,6 +80,7 @@ def check(
     weights: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
+    default_layout: Layout | None = None,
     tensor_parallel: int | None = None,
     expert_parallel: int | None = None,
     num_processes: int | None = None,
@@ -90,6 +94,7 @@ def check(
         weights: a directory or file with the weights, for weights that lie apart from config.json: those of a
             MindFormers training run, for example.
         overrides: entries of ``model.model_config`` that go before the YAML's.
+        default_layout: the layout of MindFormers weights when neither they nor the YAML say one.
         tensor_parallel: processes that share attention, MLP and vocabulary; else the YAML's, else ``num_processes``.
         expert_parallel: processes that share the experts; else the YAML's, else 1.
         num_processes: how many run; left out when none does yet.
@@ -106,7 +111,7 @@ def check(
     additions = {key: said[key] for key in ADDITIONS if key in said}
     hf_config = read_hf_config(hf_dir, additions)
     checkpoint = open_checkpoint(weights or model_dir)
-    dialect = dialect_of(checkpoint, yaml.training_layout, yaml.origin)
+    dialect = dialect_of(checkpoint, yaml.training_layout, yaml.origin, default_layout)
     spec = ModelSpec.from_model_config(hf_config)
     options, run_problems = run_options(({} if yaml.is_for_training else yaml.model_config) | arguments)
     run_problems += _unknown_arguments(arguments)
@@ -120,14 +125,7 @@ def check(
         raise BridgeError(f"config and weights of {model_dir} are of two models", [_other_kind(hf_config, has_experts)])
     trained_with = yaml.origin if yaml.is_for_training else None
     problems = [*_disagreements(spec, hf_config, sides, in_tensors, trained_with)]
-    try:
-        # A wrong number in the config is said above, once: it makes hundreds of tensors look wrong.
-        numbers: dict[str, Any] = {field: number for field, (number, _) in in_tensors.items()}
-        make_plan(model_rules(replace(spec, **numbers)), checkpoint.tensors, dialect, dialect)
-    except BridgeError as error:
-        problems += error.problems
-    except ValueError:  # heads and groups that don't divide: their rows are above
-        pass
+    problems += _tensor_problems(spec, checkpoint, dialect, in_tensors)
     if problems:
         raise BridgeError(
             f"config and weights of {model_dir} don't fit: take both from one model, or change what the table says",
@@ -136,7 +134,79 @@ def check(
     if run_problems:
         raise BridgeError(f"{model_dir} can't be run like this", run_problems)
     rules, notes = tuple(model_rules(spec)), tuple(_notes(checkpoint, hf_dir, yaml))
-    return Model(hf_dir, spec, hf_config, options, checkpoint, dialect, rules, parallel, notes)
+    layout = yaml.training_layout
+    return Model(hf_dir, spec, hf_config, options, checkpoint, dialect, rules, parallel, layout, notes)
+
+
+def _tensor_problems(
+    spec: ModelSpec, checkpoint: Checkpoint, dialect: Dialect, in_tensors: Mapping[str, tuple[int, str]]
+) -> list[Problem]:
+    """What is wrong with the tensors as such: a wrong number in a config is said elsewhere, once."""
+    numbers: dict[str, Any] = {field: number for field, (number, _) in in_tensors.items()}
+    try:
+        make_plan(model_rules(replace(spec, **numbers)), checkpoint.tensors, dialect, dialect)
+    except BridgeError as error:
+        return error.problems
+    except ValueError:  # heads and groups that don't divide: their rows are in another table
+        pass
+    return []
+
+
+def check_trained(
+    weights: Path,
+    hf_config: Path | None = None,
+    config: Path | None = None,
+    numbers: Mapping[str, Any] | None = None,
+) -> Model:
+    """Checks what a MindFormers training run saved against all that is known of the model.
+
+    Args:
+        weights: a directory or file with the merged weights.
+        hf_config: a Hugging Face directory with the model's config.json; else that of the YAML's
+            ``pretrained_model_dir``, or one beside the weights, if there is one.
+        config: the YAML of the training run.
+        numbers: what the caller says of the model, under any of MindFormers' names.
+
+    Returns:
+        The model. Its ``hf_config`` is empty if nothing says all of what a config.json holds.
+
+    Raises:
+        BridgeError: with a table of everything that does not fit, and what to change.
+    """
+    yaml = read_mindformers_yaml(config) if config else MindFormersYaml()
+    beside = weights if weights.is_dir() else weights.parent
+    for hf_dir in [hf_config] if hf_config else filter(None, [yaml.pretrained_model_dir, beside]):
+        if hf_config or (hf_dir / "config.json").is_file():
+            return check(hf_dir, config, weights, numbers, default_layout=TRAINING_DEFAULT)
+    checkpoint = open_checkpoint(weights)
+    dialect = dialect_of(checkpoint, yaml.training_layout, yaml.origin, TRAINING_DEFAULT)
+    said = {yaml.origin: yaml.model_config, "arguments": dict(numbers or {})}
+    in_tensors = numbers_of(checkpoint.tensors, dialect)
+    tied = {value for _, _, value in _said(said, ("tie_word_embeddings",))} or {
+        dialect.name(OUTPUT) not in checkpoint.tensors
+    }
+    try:
+        spec = ModelSpec.from_model_config(
+            {field: number for field, (number, _) in in_tensors.items()} | {"tie_word_embeddings": tied == {True}}
+        )
+    except KeyError as error:
+        raise BridgeError(f"{weights} is not a whole model: its tensors don't show {error.args[0]}") from error
+    problems = [*_number_rows(spec, [], said, in_tensors), *_tensor_problems(spec, checkpoint, dialect, in_tensors)]
+    normalised: dict[str, Any] = {}
+    absent: list[str] = []
+    if config:
+        raw, absent = yaml.hf_config(spec)
+        if not absent:
+            normalised = normalise(raw, yaml.origin)
+            problems += _computed_rows(normalised, [], said, None)
+    if problems:
+        raise BridgeError(f"{weights} is not what the numbers say: change what the table says", problems)
+    rules = tuple(model_rules(spec))
+    notes = [*_notes(checkpoint, beside, yaml)]
+    if absent:
+        notes.append(f"{yaml.origin} does not say {', '.join(absent)}")
+    layout = yaml.training_layout
+    return Model(beside, spec, normalised, {}, checkpoint, dialect, rules, SINGLE, layout, tuple(notes))
 
 
 def _parallel(
@@ -191,13 +261,35 @@ def _disagreements(
 
     ``trained_with`` is the side, if there is one, that tells how the weights were trained.
     """
+    yield from _number_rows(spec, ["config.json"], sides, in_tensors)
+    yield from _computed_rows(hf_config, ["config.json"], sides, trained_with)
+
+
+def _number_rows(
+    spec: ModelSpec,
+    origins: Sequence[str],
+    sides: Mapping[str, Mapping[str, Any]],
+    in_tensors: Mapping[str, tuple[int, str]],
+) -> Iterator[Problem]:
+    """Where what ``spec`` (from ``origins``), the sides and the tensors say of the model's numbers differs."""
     for field in (field for field in HF_NAME if field in spec.numbers or field == "num_experts"):
         config_value = getattr(spec, field)
         number, tensor = in_tensors.get(field, (config_value, ""))
-        said = [("config.json", HF_NAME[field], config_value), *_said(sides, MINDFORMERS_NAMES[field])]
+        said = [(origin, HF_NAME[field], config_value) for origin in origins]
+        said += _said(sides, MINDFORMERS_NAMES[field])
         yield from _row(said, (number,), f"weights: {number} ({tensor})" if tensor else None)
+
+
+def _computed_rows(
+    hf_config: Mapping[str, Any],
+    origins: Sequence[str],
+    sides: Mapping[str, Mapping[str, Any]],
+    trained_with: str | None,
+) -> Iterator[Problem]:
+    """Where the sides say that something else is computed than what ``hf_config`` (from ``origins``) says."""
     for name, accepted in computed_values(hf_config).items():
-        said = [("config.json", name, accepted[0]), *_said(sides, (name, *COMPUTED_NAMES[name]))]
+        said = [(origin, name, accepted[0]) for origin in origins]
+        said += _said(sides, (name, *COMPUTED_NAMES[name]))
         for problem in _row(said, accepted):
             if trained_with is not None and trained_with in problem.found:
                 remedy = f"if the weights were trained as {trained_with} says, config.json is not theirs"
@@ -216,7 +308,7 @@ def _row(said: list[tuple[str, str, Any]], accepted: tuple[Any, ...], weights: s
     if wrong:
         lines = [f"{side}: {value}" for side, _, value in said] + ([weights] if weights else [])
         remedy = " and ".join(f"set {key} to {accepted[0]} in {side}" for side, key in wrong)
-        if said[0][1] == "num_hidden_layers" and accepted[0] < said[0][2]:
+        if said[0][1] == HF_NAME["num_layers"] and accepted[0] < said[0][2]:
             remedy = f"is a file of the checkpoint missing? If not, {remedy}"
         yield Problem(said[0][1], "\n".join(lines), remedy)
 

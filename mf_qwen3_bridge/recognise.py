@@ -14,13 +14,16 @@ from mf_qwen3_bridge.rules import EMBEDDING, Dialect, hf_dialect
 LAYOUT_STAMP = "mf_qwen3_bridge.layout"
 
 
-def dialect_of(checkpoint: Checkpoint, configured: Layout | None = None, origin: str = "YAML") -> Dialect:
+def dialect_of(
+    checkpoint: Checkpoint, configured: Layout | None = None, origin: str = "YAML", default: Layout | None = None
+) -> Dialect:
     """Whose names the tensors bear and, for MindFormers', in which layout they lie.
 
     Args:
         checkpoint: the tensors. The files' metadata may bear the bridge's stamp.
         configured: the layout that the YAML says they were trained in.
         origin: the YAML's name, for messages.
+        default: the layout to take when neither stamp nor YAML says one.
 
     Raises:
         BridgeError: the names are nobody's, or the layout is not known, or stamp and YAML contradict each other.
@@ -41,7 +44,7 @@ def dialect_of(checkpoint: Checkpoint, configured: Layout | None = None, origin:
             "the layouts of QKV and gate/up contradict each other",
             [Problem("layout", f"files: {stamped}\n{origin}: {configured}", f"in the YAML: {stamped.training_flags}")],
         )
-    layout = stamped or configured
+    layout = stamped or configured or default
     if layout is None:
         raise BridgeError(
             f"{checkpoint.path} holds MindFormers weights, but nothing says how QKV and gate/up lie in them, and the "

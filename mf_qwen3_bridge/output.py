@@ -1,0 +1,346 @@
+"""A directory that is seen under its name when everything in it is on disk, and not before.
+
+Until then it is ``NAME.incomplete`` beside it. Its safetensors files bear other names and have no header, so that
+nothing takes them for weights. Several workers, on one machine or on several that share the disk, may write to it.
+
+Who is killed, or finds the disk full, leaves it; the same command goes on with it. There is no record of what was
+written: whoever goes on compares, and writes what differs.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any
+
+import numpy as np
+
+from mf_qwen3_bridge.checkpoint import UNFINISHED_SUFFIX
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.files import OutputFile
+from mf_qwen3_bridge.parallel import ALONE, Worker
+
+# Holds what the bridge itself needs until all is done.
+_STATE = ".mf-qwen3"
+_COMPARED_BYTES = 1 << 20
+_BEAT_SECONDS = 1.0
+# A worker that gives no sign for so long is taken for dead.
+PATIENCE_SECONDS = 60.0
+
+
+class OutputDirectory:
+    """The directory and its files.
+
+    Args:
+        path: where it is to be; does not exist, or is empty.
+        files: the safetensors files.
+        job: all that decides what the bytes will be; an interrupted run is only continued by the same job.
+        worker: which of the workers this is.
+    """
+
+    def __init__(self, path: Path, files: Iterable[OutputFile], job: Mapping[str, Any], worker: Worker = ALONE) -> None:
+        self.path = path.parent.resolve() / path.name
+        self.incomplete = self.path.with_name(self.path.name + UNFINISHED_SUFFIX)
+        self.files = {file.name: file for file in files}
+        self.worker = worker
+        self._job = json.dumps(job, indent=2, sort_keys=True)
+        self._descriptors: dict[str, int] = {}
+        self._present: dict[str, int] = {}  # bytes that a file had when it was opened
+        self._lock = Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all safetensors files."""
+        return sum(file.nbytes for file in self.files.values())
+
+    def check(self) -> None:
+        """Whether it can be made, without making anything.
+
+        Raises:
+            BridgeError: the place is taken, or the disk is too small.
+        """
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
+            raise BridgeError(f"{self.path} is there already, and is no directory: choose another output")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise BridgeError(f"{self.path} is not empty, and nothing is overwritten: choose another output")
+        if os.path.ismount(self.path):
+            raise BridgeError(f"{self.path} is where a disk is mounted: name a directory inside it")
+        self._check_interrupted()
+        existing = next(parent for parent in self.path.parents if parent.is_dir())
+        if not os.access(existing, os.W_OK):
+            raise BridgeError(f"{existing} can't be written to: choose another output, or look at its permissions")
+        there = sum(file.stat().st_blocks * 512 for file in self.incomplete.rglob("*") if file.is_file())
+        free, needed = shutil.disk_usage(existing).free, self.nbytes - there
+        if free < needed:
+            raise BridgeError(
+                f"{needed / 2**30:.1f} GiB are needed for {self.path}, {free / 2**30:.1f} GiB are free: "
+                "make room, or choose another disk"
+            )
+
+    def _check_interrupted(self) -> None:
+        """Refuses to touch an unfinished directory that another job left."""
+        if not self.incomplete.exists():
+            return
+        job = self.incomplete / _STATE / "job.json"
+        remedy = "remove it, or choose another output"
+        if not job.is_file():
+            if any(path.name != _STATE for path in self.incomplete.iterdir()):
+                raise BridgeError(f"{self.incomplete} is in the way, and the bridge did not make it: {remedy}")
+        elif job.read_text() != self._job:
+            theirs = json.loads(job.read_text())
+            ours = json.loads(self._job)
+            differs = ", ".join(key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key))
+            raise BridgeError(
+                f"{self.incomplete} was left by another job, interrupted (not the same: {differs}): {remedy}"
+            )
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Makes the unfinished directory, or takes up the one that is there.
+
+        Raises:
+            BridgeError: see :meth:`check`; another process is writing to it; the disk is full.
+        """
+        self.check()
+        with _said_to_the_user(self.path):
+            state = self.incomplete / _STATE
+            state.mkdir(parents=True, exist_ok=True)
+            _write(state / "job.json", self._job.encode(), f"job.{self.worker.number}")
+            lock = os.open(state / f"lock.{self.worker.number}", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                self._claim(lock)
+                yield
+            finally:
+                for descriptor in self._descriptors.values():
+                    os.close(descriptor)
+                self._descriptors.clear()
+                os.close(lock)
+
+    def _claim(self, lock: int) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BridgeError(f"another process is writing to {self.incomplete}: wait for it, or end it") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def put(self, file: str, start: int, elements: np.ndarray) -> None:
+        """Writes elements to a file unless they are there already. Several threads may do so.
+
+        Args:
+            file: its name.
+            start: offset in bytes.
+            elements: a C-contiguous array.
+        """
+        data = elements.reshape(-1).view(np.uint8)
+        descriptor = self._descriptor(file)
+        if start + data.size <= self._present[file] and _holds(descriptor, start, data):
+            return
+        memory, done = memoryview(data), 0  # type: ignore[arg-type]
+        while done < len(memory):
+            done += os.pwrite(descriptor, memory[done:], start + done)
+
+    def _descriptor(self, name: str) -> int:
+        with self._lock:
+            if name not in self._descriptors:
+                partial = self._partial(name)
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                finished = self.incomplete / name
+                if finished.exists():  # the last run was killed at its very end
+                    finished.rename(partial)
+                self._descriptors[name] = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+                self._present[name] = os.fstat(self._descriptors[name]).st_size
+            return self._descriptors[name]
+
+    def _partial(self, name: str) -> Path:
+        return self.incomplete / f"{name}.partial"
+
+    def sync(self, run: Callable[[Callable[[int], None], Iterable[int]], Iterable[None]] = map) -> None:
+        """Waits until what this worker wrote is on disk.
+
+        Args:
+            run: applies a function to each descriptor, as ``map`` does.
+        """
+        for _ in run(os.fsync, list(self._descriptors.values())):
+            pass
+
+    def complete(self, others: Mapping[str, bytes]) -> None:
+        """Makes the directory appear, with all its safetensors files written.
+
+        Args:
+            others: the remaining files: config, tokenizer; the index last.
+        """
+        for name, file in self.files.items():
+            descriptor = self._descriptor(name)
+            os.pwrite(descriptor, file.header, 0)
+            os.ftruncate(descriptor, file.nbytes)
+            os.fsync(descriptor)
+            self._partial(name).rename(self.incomplete / name)
+        for name, content in others.items():
+            _write(self.incomplete / name, content)
+        for directory in {(self.incomplete / name).parent for name in (*self.files, *others)} | {self.incomplete}:
+            _sync_directory(directory)
+        self.incomplete.rename(self.path)
+        _sync_directory(self.path.parent)
+        shutil.rmtree(self.path / _STATE)
+
+    def discard(self) -> None:
+        """Removes the unfinished directory."""
+        shutil.rmtree(self.incomplete)
+
+
+def _holds(descriptor: int, start: int, data: np.ndarray) -> bool:
+    """Whether a file holds these bytes at ``start``."""
+    for begin in range(0, data.size, _COMPARED_BYTES):
+        expected = data[begin : begin + _COMPARED_BYTES]
+        found = np.frombuffer(os.pread(descriptor, expected.size, start + begin), np.uint8)
+        if not np.array_equal(found, expected):
+            return False
+    return True
+
+
+def _write(path: Path, content: bytes, temporary: str = "tmp") -> None:
+    """A small file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{temporary}")
+    with partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.rename(path)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _said_to_the_user(path: Path) -> Iterator[None]:
+    """What the operating system refuses, as the user's affair."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room" if full else "look at the disk and its permissions"
+        raise BridgeError(
+            f"{path} can't be written: {error.strerror}; {remedy}, and give the same command again: it goes on"
+        ) from error
+
+
+class Workers:
+    """Signs of life of the workers of one job, in files of the unfinished directory.
+
+    What an earlier run left does not count: a sign is one that was seen to change.
+
+    Args:
+        directory: the unfinished directory.
+        worker: which of them this is.
+    """
+
+    def __init__(self, directory: OutputDirectory) -> None:
+        self._state = directory.incomplete / _STATE
+        self._incomplete = directory.incomplete
+        self._worker = directory.worker
+        self._news: dict[str, Any] = {}
+        self._stopped = Event()
+        self._old = {number: self._read(number) for number in self._others}
+
+    @property
+    def _others(self) -> list[int]:
+        return [number for number in range(self._worker.count) if number != self._worker.number]
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Gives signs of life, the last of them that this worker failed if it does."""
+        if not self._others:
+            yield
+            return
+        beating = Thread(target=self._beat, daemon=True)
+        beating.start()
+        try:
+            yield
+        except BaseException as error:
+            self._news = {"failed": str(error) or type(error).__name__}
+            raise
+        finally:
+            self._stopped.set()
+            beating.join()
+
+    def say(self, **news: Any) -> None:
+        """Says something to the others from now on."""
+        self._news = news
+
+    def _beat(self) -> None:
+        while True:
+            stopped = self._stopped.wait(_BEAT_SECONDS)
+            if not self._state.is_dir():
+                return  # all is done, and the directory has its name
+            sign = json.dumps({"at": time.time_ns(), **self._news})
+            _write(self._state / f"worker.{self._worker.number}", sign.encode())
+            if stopped:
+                return
+
+    def _read(self, number: int) -> dict[str, Any]:
+        try:
+            sign: dict[str, Any] = json.loads((self._state / f"worker.{number}").read_text())
+        except (OSError, json.JSONDecodeError):
+            return {}
+        return sign
+
+    def wait_for(self, key: str) -> list[Any]:
+        """What each of the others says under ``key``, when all have said it.
+
+        Raises:
+            BridgeError: one of them failed, or gives no sign of life.
+        """
+        answers: dict[int, Any] = {}
+        for _ in self._watch():
+            answers = {n: sign[key] for n, sign in self._signs().items() if key in sign}
+            if len(answers) == len(self._others):
+                break
+        return [answers[number] for number in sorted(answers)]
+
+    def wait_for_the_end(self) -> None:
+        """Returns when the first worker has given the directory its name.
+
+        Raises:
+            BridgeError: it failed, or gives no sign of life.
+        """
+        for _ in self._watch():
+            if not self._incomplete.is_dir():
+                break
+
+    def _signs(self) -> dict[int, dict[str, Any]]:
+        return {n: sign for n in self._others if (sign := self._read(n)) and sign != self._old[n]}
+
+    def _watch(self) -> Iterator[None]:
+        """Looks at the others again and again."""
+        last: dict[int, tuple[Any, float]] = {}
+        started = time.monotonic()
+        while True:
+            yield
+            signs, now = self._signs(), time.monotonic()
+            for number in self._others:
+                sign = signs.get(number, {})
+                if "failed" in sign:
+                    raise BridgeError(f"worker {number} of {self._worker.count} failed: {sign['failed']}")
+                if last.get(number, (None, 0))[0] != sign.get("at"):
+                    last[number] = (sign.get("at"), now)
+                if now - last.get(number, (None, started))[1] > PATIENCE_SECONDS and self._incomplete.is_dir():
+                    raise BridgeError(
+                        f"worker {number} of {self._worker.count} gives no sign of life for {PATIENCE_SECONDS:.0f} s: "
+                        "look at its log, and start all again with the same command: they go on"
+                    )
+            time.sleep(_BEAT_SECONDS / 4)
