@@ -177,11 +177,11 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
 
 def _share(job: Job, worker: Worker) -> Iterator[tuple[int, Tile, Mapping[str, TensorInfo]]]:
     """This worker's tiles: (number of the part, tile, where each target goes). Each gets as many bytes."""
-    done = 0
+    done, total = 0, job.source_nbytes
     for number, part in enumerate(job.parts):
         places = {name: tensor for file in part.files for name, tensor in file.tensors.items()}
         for tile in tiles((copy for target in part.plan.targets for copy in target.copies), to_files=True):
-            if done * worker.count // job.source_nbytes == worker.number:
+            if done * worker.count // total == worker.number:
                 yield number, tile, places
             done += sum(copy.nbytes for copy in tile)
 

@@ -75,12 +75,17 @@ def tiles(copies: Iterable[Copy], to_files: bool = False) -> Iterator[Tile]:
         if nbytes <= TILE_BYTES:
             yield tile
             continue
-        cuts = [_cut(tile, axis, nbytes) for axis in _common_axes(tile)] or [[(copy,) for copy in tile]]
-        pieces = min(cuts, key=lambda pieces: _cost(pieces, to_files))
-        if to_files and nbytes <= _LARGEST_TILE_BYTES and _cost(pieces, to_files) > _MUCH_DEARER * _cost([tile], True):
+        cuts = [_Cut(axis, length, nbytes) for axis, length in _common_axes(tile)]
+        if not cuts:
+            for copy in tile:
+                yield from tiles((copy,), to_files)
+            continue
+        best = min(cuts, key=lambda cut: cut.cost(tile, to_files))
+        is_dear = to_files and best.cost(tile, to_files) > _MUCH_DEARER * _cost(tile, to_files)
+        if is_dear and nbytes <= _LARGEST_TILE_BYTES:
             yield tile
             continue
-        for piece in pieces:
+        for piece in best.pieces(tile):
             yield from tiles(piece, to_files)
 
 
@@ -89,11 +94,32 @@ def _nbytes(tile: Tile) -> int:
     return sum(stretch.size * copies[0].itemsize for copies, stretch in reads(tile))
 
 
-def _cost(pieces: list[Tile], to_files: bool) -> int:
-    """What like tiles cost: bytes to read, and as many as could be read in the time that each run takes."""
-    sides = [reads(pieces[0]), writes(pieces[0])] if to_files else [reads(pieces[0])]
+def _cost(tile: Tile, to_files: bool) -> int:
+    """What a tile costs: bytes to read, and as many as could be read in the time that each run takes."""
+    sides = [reads(tile), writes(tile)] if to_files else [reads(tile)]
     runs = sum(len(stretch.starts) for side in sides for _, stretch in side)
-    return len(pieces) * (_nbytes(pieces[0]) + runs * _BYTES_PER_RUN)
+    return _nbytes(tile) + runs * _BYTES_PER_RUN
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A tile cut along an axis into pieces that read TILE_BYTES, or a single entry of the axis, each."""
+
+    axis: int
+    length: int
+    nbytes: int
+
+    @property
+    def step(self) -> int:
+        return max(1, self.length // -(-self.nbytes // TILE_BYTES))
+
+    def pieces(self, tile: Tile) -> Iterator[Tile]:
+        for start in range(0, self.length, self.step):
+            stop = min(start + self.step, self.length)
+            yield tuple(copy.cut(self.axis, start, stop) for copy in tile)
+
+    def cost(self, tile: Tile, to_files: bool) -> int:
+        return -(-self.length // self.step) * _cost(next(self.pieces(tile)), to_files)
 
 
 def _interwoven(copies: Sequence[Copy]) -> list[Tile]:
@@ -122,21 +148,12 @@ def _interwoven(copies: Sequence[Copy]) -> list[Tile]:
     return [tuple(group) for group in groups.values()]
 
 
-def _common_axes(tile: Tile) -> Iterator[int]:
-    """The axes along which all copies of a tile can be cut at the same places."""
+def _common_axes(tile: Tile) -> Iterator[tuple[int, int]]:
+    """The axes along which all copies of a tile can be cut at the same places, and their lengths."""
     shapes = [copy.source_view.shape for copy in tile]
     for axis, lengths in enumerate(zip(*shapes)):
         if lengths[0] > 1 and len(set(lengths)) == 1 and len({len(shape) for shape in shapes}) == 1:
-            yield axis
-
-
-def _cut(tile: Tile, axis: int, nbytes: int) -> list[Tile]:
-    """A tile cut along an axis into pieces that read TILE_BYTES, or a single entry of the axis, each."""
-    length = tile[0].source_view.shape[axis]
-    step = max(1, length // -(-nbytes // TILE_BYTES))
-    return [
-        tuple(copy.cut(axis, start, min(start + step, length)) for copy in tile) for start in range(0, length, step)
-    ]
+            yield axis, lengths[0]
 
 
 @dataclass(frozen=True)
