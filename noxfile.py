@@ -39,6 +39,8 @@ def integration(session: nox.Session, mindformers: str) -> None:
 
 @nox.session(python="3.11")
 def judge(session: nox.Session) -> None:
-    """The committed golden logits and tokens, recomputed by transformers and torch."""
-    session.install("--quiet", TORCH, TRANSFORMERS, "numpy<2", "safetensors")
+    """What transformers and torch say: of exports, and of the committed golden logits and tokens."""
+    session.install("--quiet", TORCH, TRANSFORMERS)
+    session.install("--quiet", "-e", ".[test]")
+    session.run("pytest", "tests/judge", *session.posargs)
     session.run("python", "tests/fixtures/make_fixtures.py", "--check")
