@@ -112,6 +112,18 @@ class Reader:
             return self._descriptors[file]
 
 
+def read_bytes(tensor: TensorInfo) -> bytes:
+    """All of a small tensor's bytes.
+
+    Raises:
+        BridgeError: the file ended early or could not be read.
+    """
+    content = bytearray(tensor.nbytes)
+    with Reader() as reader:
+        reader.read(tensor, 0, memoryview(content))
+    return bytes(content)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """All tensors of a directory, a file or several, and the files' metadata."""

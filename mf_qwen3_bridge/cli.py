@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from mf_qwen3_bridge import __version__
-from mf_qwen3_bridge.cli_files import DIRECTORY, convert, export
+from mf_qwen3_bridge.cli_files import DIRECTORY, convert, export, unify
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.parallel import num_processes
 
@@ -39,6 +39,7 @@ def cli() -> None:
 
 cli.add_command(convert)
 cli.add_command(export)
+cli.add_command(unify)
 
 
 @cli.command()

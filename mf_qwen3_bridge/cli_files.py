@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mf_qwen3_bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from mf_qwen3_bridge.rank_files import RankFiles
 
 DIRECTORY = click.Path(path_type=Path)
 _DTYPE = click.Choice(["bf16", "fp16", "fp32"])
@@ -36,6 +41,9 @@ _DEFAULTS: dict[str, dict[str, int]] = {
 NUMBERS = tuple(dict.fromkeys(name for defaults in _DEFAULTS.values() for name in defaults))
 
 
+_command = partial(click.command, context_settings={"help_option_names": ["-h", "--help"]})
+
+
 def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
@@ -48,6 +56,16 @@ def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
 _config = click.option("--config", type=DIRECTORY, metavar="YAML", help="MindFormers YAML of the training run.")
 _dry_run = click.option("--dry_run", is_flag=True, help="Say what would be done; write nothing.")
 _number_options = _options(*(click.option(f"--{name}", type=click.IntRange(1), metavar="N") for name in NUMBERS))
+_strategies = partial(
+    click.option, "--src_strategy_dirs", type=DIRECTORY, metavar="DIR", help="The run's strategy folder."
+)
+_rank_dirs = partial(
+    click.option, "--mindspore_ckpt_dir", type=DIRECTORY, metavar="DIR", help="Holds rank_0, rank_1, ..."
+)
+_file_suffix = click.option(
+    "--file_suffix", metavar="EPOCH_STEP", help="Of the ranks' files; needed if there are several."
+)
+_rank_options = _options(_strategies(), _rank_dirs(), _file_suffix)
 _export_options = _options(
     click.option("--hf_config", type=DIRECTORY, metavar="DIR", help="Hugging Face directory of the model."),
     _config,
@@ -59,12 +77,14 @@ _export_options = _options(
 )
 
 
-@click.command()
+@_command()
 @click.option("--model_dir", type=DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory.")
 @click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
 @click.option("--load_checkpoint", type=DIRECTORY, metavar="DIR", help="Weights, when not in --model_dir.")
 @click.option("--layout", type=click.Choice(["train", "infer"]), default="train", show_default=True)
 @_config
+@click.option("--tp", type=click.IntRange(1), metavar="N", help="A directory per rank: tensor parallel size.")
+@click.option("--ep", type=click.IntRange(1), metavar="N", help="A directory per rank: expert parallel size.")
 @click.option("--dtype", type=_DTYPE, help="Of the tensors that are written  [default: as they are].")
 @_dry_run
 def convert(
@@ -73,6 +93,8 @@ def convert(
     load_checkpoint: Path | None,
     layout: str,
     config: Path | None,
+    tp: int | None,
+    ep: int | None,
     dtype: str | None,
     dry_run: bool,
 ) -> None:
@@ -82,26 +104,86 @@ def convert(
     infer: for load_param_into_net on the inference network.
     """
     from mf_qwen3_bridge import jobs, preflight
-    from mf_qwen3_bridge.rules import INFER, TRAIN
+    from mf_qwen3_bridge.layouts import TRAINING_DEFAULT
+    from mf_qwen3_bridge.parallel import ParallelConfig
+    from mf_qwen3_bridge.rules import INFER, Dialect
 
     model = preflight.check(model_dir, config, load_checkpoint)
-    target = INFER if layout == "infer" else replace(TRAIN, layout=model.training_layout or TRAIN.layout)
-    _make(jobs.to_mindformers(model, target, output_dir, dtype), dry_run)
+    trained = model.training_layout or TRAINING_DEFAULT
+    if tp and trained.tensor_parallel not in (1, tp):
+        raise BridgeError(f"--tp {tp}: {config} says model_parallel {trained.tensor_parallel}; leave out one")
+    target = INFER if layout == "infer" else Dialect(trained.on(tp or trained.tensor_parallel))
+    if tp or ep:
+        job = jobs.to_ranks(model, target, output_dir, ParallelConfig(tp or 1, ep or 1), dtype)
+    else:
+        job = jobs.to_mindformers(model, target, output_dir, dtype)
+    _make(job, dry_run)
 
 
-@click.command()
-@click.option("--input_path", type=DIRECTORY, metavar="DIR", required=True, help="Merged training checkpoint.")
+@_command()
+@click.option("--input_path", type=DIRECTORY, metavar="DIR", help="Merged training checkpoint.")
+@_rank_options
 @click.option("--output_path", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
 @_export_options
-def export(input_path: Path, output_path: Path, **options: Any) -> None:
-    """Convert a merged MindFormers training checkpoint to a complete Hugging Face directory.
+def export(
+    input_path: Path | None,
+    src_strategy_dirs: Path | None,
+    mindspore_ckpt_dir: Path | None,
+    file_suffix: str | None,
+    output_path: Path,
+    **options: Any,
+) -> None:
+    """Convert a MindFormers training checkpoint to a complete Hugging Face directory.
 
+    The checkpoint is --input_path, merged, or what the ranks saved: --mindspore_ckpt_dir with --src_strategy_dirs.
     What the model is, its tensors say; --hf_config, --config and numbers are held against that.
     """
-    _export(input_path, output_path, options)
+    if (input_path is None) == (mindspore_ckpt_dir is None) or (mindspore_ckpt_dir is None) != (
+        src_strategy_dirs is None
+    ):
+        raise click.UsageError("give --input_path, or --mindspore_ckpt_dir and --src_strategy_dirs")
+    if mindspore_ckpt_dir and src_strategy_dirs:
+        _export(_ranks(src_strategy_dirs, mindspore_ckpt_dir, file_suffix), output_path, options)
+    elif input_path:
+        _export(input_path, output_path, options)
 
 
-@click.command()
+@_command()
+@_options(*(option(required=True) for option in (_strategies, _rank_dirs)))
+@click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Holds the result's directory.")
+@_file_suffix
+@click.option("--filter_out_param_prefix", metavar="PREFIX", help="Leave these out: adam_, the optimizer's state.")
+@click.option("--has_redundancy", type=bool, default=True, show_default=True, help="Taken for compatibility.")
+@_dry_run
+def unify(
+    src_strategy_dirs: Path,
+    mindspore_ckpt_dir: Path,
+    output_dir: Path,
+    file_suffix: str | None,
+    filter_out_param_prefix: str | None,
+    has_redundancy: bool,
+    dry_run: bool,
+) -> None:
+    """Merge what the ranks of a training run saved.
+
+    The result is in OUTPUT_DIR/FILE_SUFFIX_ckpt_convert/unified_safe. Each part of each parameter is taken from
+    whichever rank's file holds it, so --has_redundancy makes no difference.
+    """
+    from mf_qwen3_bridge import jobs
+
+    ranks = _ranks(src_strategy_dirs, mindspore_ckpt_dir, file_suffix)
+    output = output_dir / (f"{file_suffix}_ckpt_convert" if file_suffix else "ckpt_convert") / "unified_safe"
+    _make(jobs.unify(ranks, output, filter_out_param_prefix), dry_run)
+
+
+def _ranks(src_strategy_dirs: Path, mindspore_ckpt_dir: Path, file_suffix: str | None) -> RankFiles:
+    from mf_qwen3_bridge.rank_files import open_rank_files
+
+    strategies = import_module("mf_qwen3_bridge.mindformers.strategies")  # needs MindSpore
+    return open_rank_files(mindspore_ckpt_dir, strategies.read_strategies(src_strategy_dirs), file_suffix)
+
+
+@_command()
 @click.option("--model", "kind", type=click.Choice(list(_DEFAULTS)), required=True)
 @click.option("--input_path", type=DIRECTORY, metavar="DIR", required=True, help="The checkpoint to convert.")
 @click.option("--output_path", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
@@ -136,22 +218,26 @@ def _numbers(options: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _export(
-    input_path: Path, output_path: Path, options: Mapping[str, Any], defaults: Mapping[str, int] | None = None
+    source: Path | RankFiles, output_path: Path, options: Mapping[str, Any], defaults: Mapping[str, int] | None = None
 ) -> None:
-    from mf_qwen3_bridge import jobs, preflight
+    from mf_qwen3_bridge import jobs
+    from mf_qwen3_bridge.checkpoint import open_checkpoint
     from mf_qwen3_bridge.files import parse_size
+    from mf_qwen3_bridge.trained import check_trained
 
     hf_config, config, numbers = options["hf_config"], options["config"], _numbers(options)
     if not hf_config and not config:
         numbers = {**(defaults or {}), **numbers}
+    ranks = None if isinstance(source, Path) else source
+    checkpoint = ranks.checkpoint if ranks else open_checkpoint(Path(str(source)))
     job = jobs.to_hf(
-        preflight.check_trained(input_path, hf_config, config, numbers),
+        check_trained(checkpoint, hf_config, config, numbers, ranks.tensor_parallel if ranks else None),
         output_path,
         options["dtype"],
         parse_size(options["max_shard_size"]),
         options["write_tied_lm_head"],
     )
-    _make(job, options["dry_run"])
+    _make(jobs.from_ranks(job, ranks) if ranks else job, options["dry_run"])
 
 
 def _make(job: Any, dry_run: bool) -> None:

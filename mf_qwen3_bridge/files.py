@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mf_qwen3_bridge.checkpoint import DTYPES, HF_INDEX, MINDFORMERS_INDEX, TensorInfo
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.plan import Plan, Target
 from mf_qwen3_bridge.recognise import LAYOUT_STAMP
 
@@ -68,19 +69,32 @@ def hf_files(plan: Plan, max_bytes: int = HF_SHARD_BYTES) -> tuple[list[OutputFi
     return files, {HF_INDEX: _index(files)} if len(files) > 1 else {}
 
 
-def mindformers_files(
-    plan: Plan, directory: str = "", max_bytes: int = MINDFORMERS_FILE_BYTES
-) -> tuple[list[OutputFile], dict[str, bytes]]:
+def mindformers_metadata(layout: Layout | None) -> dict[str, str]:
+    """What every file of a MindFormers checkpoint says of itself: its layout, where that is known."""
+    stamp = {LAYOUT_STAMP: str(layout)} if layout else {}
+    return {"format": "ms", "remove_redundancy": "False", **stamp}
+
+
+def mindformers_files(plan: Plan, max_bytes: int = MINDFORMERS_FILE_BYTES) -> tuple[list[OutputFile], dict[str, bytes]]:
     """The files of a MindFormers checkpoint, each stamped with its layout, and ``param_name_map.json``.
 
     Mirrors what ``mindspore.unified_safetensors`` (2.7 to 2.9) writes.
     """
-    metadata = {"format": "ms", LAYOUT_STAMP: str(plan.target.layout)}
+    metadata = mindformers_metadata(plan.target.layout)
     files = [
-        output_file(f"{directory}part{number}.safetensors", targets, metadata)
+        output_file(f"part{number}.safetensors", targets, metadata)
         for number, targets in enumerate(_deal(plan.targets, max_bytes))
     ]
-    return files, {f"{directory}{MINDFORMERS_INDEX}": _index(files)}
+    return files, {MINDFORMERS_INDEX: _index(files)}
+
+
+def rank_file(plan: Plan, rank: int, model: str) -> OutputFile:
+    """The file of one rank; MindFormers reads the newest of a rank's directory, so there is one.
+
+    Mirrors the names that ``CheckpointMonitor`` of ``mindformers/core/callback`` (1.7 to 1.9) gives.
+    """
+    name = f"rank_{rank}/{model}_rank_{rank}-0_0.safetensors"
+    return output_file(name, plan.targets, mindformers_metadata(plan.target.layout))
 
 
 def _deal(targets: Sequence[Target], max_bytes: int) -> Iterator[list[Target]]:

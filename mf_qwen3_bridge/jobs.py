@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from math import lcm
 from pathlib import Path
 from typing import Any
 
+from mf_qwen3_bridge.checkpoint import HYPER_PARAMETERS, read_bytes
 from mf_qwen3_bridge.convert import Job, Part
-from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.files import HF_SHARD_BYTES, hf_files, mindformers_files
+from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.files import HF_SHARD_BYTES, hf_files, mindformers_files, output_file, rank_file
 from mf_qwen3_bridge.hf_config import read_json
-from mf_qwen3_bridge.plan import Plan
+from mf_qwen3_bridge.layouts import Layout, View
+from mf_qwen3_bridge.parallel import ParallelConfig
+from mf_qwen3_bridge.plan import Plan, Target
 from mf_qwen3_bridge.preflight import Model
+from mf_qwen3_bridge.rank_files import RankFiles
 from mf_qwen3_bridge.recognise import LAYOUT_STAMP
-from mf_qwen3_bridge.rules import EMBEDDING, HF, OUTPUT, Dialect
+from mf_qwen3_bridge.rules import EMBEDDING, HF, INFER, OUTPUT, Dialect, ExpertsRule
+from mf_qwen3_bridge.slices import Box, read_from_slices, write_slices
+from mf_qwen3_bridge.tiles import Copy
 
 # What belongs to a model beside its weights and config.json, as transformers and the Hub name it.
 _COMPANIONS = (
@@ -45,7 +52,7 @@ def to_mindformers(model: Model, target: Dialect, output: Path, dtype: str | Non
     """
     plan = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
     files, index = mindformers_files(plan)
-    return Job(output, (Part(plan, files),), index, model.notes)
+    return Job(output, (Part(plan, files),), index, notes=model.notes)
 
 
 def to_hf(
@@ -77,7 +84,7 @@ def to_hf(
     others = {file.name: file.read_bytes() for file in _companions(model)}
     if config:
         others["config.json"] = json.dumps(config, indent=2).encode()
-    return Job(output, (Part(plan, files),), others | index, (*model.notes, *_export_notes(model, others)))
+    return Job(output, (Part(plan, files),), others | index, notes=(*model.notes, *_export_notes(model, others)))
 
 
 def _with_output_layer(plan: Plan) -> Plan:
@@ -113,3 +120,107 @@ def _export_notes(model: Model, others: dict[str, bytes]) -> Iterator[str]:
         )
     elif "tokenizer_config.json" not in others:
         yield f"no tokenizer is written: there is none in {model.hf_dir}"
+
+
+def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConfig, dtype: str | None = None) -> Job:
+    """A directory ``rank_N/`` for each rank, with that rank's part of every parameter.
+
+    Args:
+        model: the checkpoint it is made of, of any dialect.
+        target: the dialect to make; the inference network's, or one of the training network's.
+        output: the directory.
+        parallel: tensor and expert parallel sizes. In training, ranks beyond these hold the same again.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; as in the checkpoint when left out.
+
+    Raises:
+        BridgeError: the sizes don't divide the model.
+    """
+    is_for_inference = target == INFER
+    if problems := list(parallel.problems(model.spec) if is_for_inference else _training_problems(model, parallel)):
+        raise BridgeError("the model can't be divided so", problems)
+    number_dtype = DTYPE_NAMES[dtype][0] if dtype else None
+    kind = "qwen3_moe" if model.spec.is_moe else "qwen3"
+    parts = []
+    for number in range(parallel.world_size if is_for_inference else _training_world_size(parallel)):
+        if is_for_inference:
+            plan = model.plan(target, number_dtype, parallel.rank(number))
+        else:
+            plan = model.plan(target, number_dtype)
+            plan = write_slices(plan, dict(training_boxes(model, plan, parallel, number)))
+        parts.append(Part(plan, [rank_file(plan, number, kind)]))
+    return Job(output, tuple(parts), {}, notes=model.notes)
+
+
+def _training_world_size(parallel: ParallelConfig) -> int:
+    """Ranks that hold different things: those after them hold the same again."""
+    return lcm(parallel.tensor_parallel, parallel.expert_parallel)
+
+
+def _training_problems(model: Model, parallel: ParallelConfig) -> Iterator[Problem]:
+    spec, tensor, expert = model.spec, parallel.tensor_parallel, parallel.expert_parallel
+    divided = {"num_query_groups": spec.num_query_groups, "vocab_size": spec.vocab_size}
+    if not spec.is_moe:
+        divided["ffn_hidden_size"] = spec.ffn_hidden_size
+    for name, number in divided.items():
+        if number % tensor:
+            yield Problem(name, f"{number}, tensor parallel {tensor}", "training needs a size that divides it")
+    if not spec.is_moe and expert > 1:
+        yield Problem("expert parallel", str(expert), "the model has no experts: leave it out")
+    elif spec.is_moe and spec.num_experts % expert:
+        yield Problem("num_experts", f"{spec.num_experts}, expert parallel {expert}", "use a size that divides it")
+
+
+def training_boxes(model: Model, plan: Plan, parallel: ParallelConfig, number: int) -> Iterator[tuple[str, Box]]:
+    """What rank ``number`` of a training run holds of each parameter that is cut.
+
+    Mirrors the ``shard`` methods of ``mindformers/parallel_core/training_graph`` (1.7 to 1.9): tensor parallel cuts
+    rows or columns in even blocks, whatever they mean; experts are cut by expert parallel alone.
+    """
+    shapes = {target.name: target.shape for target in plan.targets}
+    for rule in model.rules:
+        shape = shapes[rule.parameter]
+        is_experts = isinstance(rule, ExpertsRule)
+        size = parallel.expert_parallel if is_experts else parallel.tensor_parallel
+        axis = 0 if is_experts or rule.divided == "groups" else 1
+        if rule.divided is None or size == 1:
+            continue
+        part, step = number % size, shape[axis] // size
+        mine = (part * step, (part + 1) * step)
+        yield rule.parameter, Box(mine) if axis == 0 else Box((0, shape[0]), mine)
+
+
+def from_ranks(job: Job, ranks: RankFiles) -> Job:
+    """A job that was made as if the ranks' tensors were whole, reading them where they are."""
+    parts = tuple(replace(part, plan=read_from_slices(part.plan, ranks.slices)) for part in job.parts)
+    return replace(job, parts=parts)
+
+
+def unify(ranks: RankFiles, output: Path, filter_out_param_prefix: str | None = None) -> Job:
+    """The merged checkpoint of a training run, as ``mindspore.unified_safetensors`` writes it.
+
+    Args:
+        ranks: what the run left.
+        output: the directory.
+        filter_out_param_prefix: parameters whose names begin so are left out: ``adam_`` for the optimizer's state.
+    """
+    wholes = {name: (tensor, View.whole(tensor.shape)) for name, tensor in ranks.checkpoint.tensors.items()}
+    targets = tuple(
+        Target(name, tensor.shape, tensor.dtype, (Copy(tensor, whole, name, whole),))
+        for name, (tensor, whole) in wholes.items()
+        if not (filter_out_param_prefix and name.startswith(filter_out_param_prefix))
+    )
+    if not targets:
+        raise BridgeError(f"every parameter begins with {filter_out_param_prefix!r}: nothing is left to merge")
+    stamp = ranks.checkpoint.metadata.get(LAYOUT_STAMP)
+    dialect = Dialect(Layout.parse(stamp) if stamp else None)
+    plan = read_from_slices(Plan(dialect, dialect, targets), ranks.slices)
+    files, index = mindformers_files(plan)
+    others = {HYPER_PARAMETERS: _hyper_parameters(ranks)} if ranks.unlisted else {}
+    return Job(output, (Part(plan, files),), others | index, checks_values=False)
+
+
+def _hyper_parameters(ranks: RankFiles) -> bytes:
+    """A safetensors file with what no strategy lists: counters."""
+    small = [Target(tensor.name, tensor.shape, tensor.dtype, ()) for tensor in ranks.unlisted.values()]
+    file = output_file(HYPER_PARAMETERS, small, {"format": "ms"})
+    return file.header + b"".join(read_bytes(ranks.unlisted[name]) for name in file.tensors)

@@ -18,7 +18,7 @@ the part's rows; the same view read from right to left splits the tensor again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -174,21 +174,36 @@ def by_expert(num_experts: int, rows: Sequence[int], columns: int, transposed: b
 
 @dataclass(frozen=True)
 class Layout:
-    """How a MindFormers checkpoint or network lays out its fused parameters."""
+    """How a MindFormers checkpoint or network lays out its fused parameters.
+
+    Attributes:
+        interleaved_qkv: whether q, k, v lie group by group.
+        interleaved_gate_up: whether gate and up lie row by row.
+        tensor_parallel: of the training run. Each of its ranks lays out its own block of the rows, so that what is
+            contiguous is contiguous within each of so many blocks. (1 where nothing is contiguous: it does not matter.)
+    """
 
     interleaved_qkv: bool
     interleaved_gate_up: bool
+    tensor_parallel: int = 1
 
     @classmethod
-    def of_training(cls, model_config: Mapping[str, Any]) -> Layout:
+    def of_training(cls, model_config: Mapping[str, Any], tensor_parallel: int = 1) -> Layout:
         """The layout of a training network, from the ``model.model_config`` section of its YAML.
 
-        Mirrors the defaults of ``Qwen3Config`` and ``TransformerConfig`` (MindFormers 1.7 to 1.9): both interleaved.
+        Mirrors the defaults of ``Qwen3Config`` and ``TransformerConfig`` (MindFormers 1.7 to 1.9): both interleaved;
+        and how ``training_graph/transformer/{attention,mlp}.py`` split the block of each tensor parallel rank.
         """
-        return cls(
+        layout = cls(
             interleaved_qkv=not model_config.get("use_contiguous_weight_layout_attention", False),
             interleaved_gate_up=bool(model_config.get("use_interleaved_weight_layout_mlp", True)),
         )
+        return layout.on(tensor_parallel)
+
+    def on(self, tensor_parallel: int) -> Layout:
+        """The same flags, in a training run of so many tensor parallel ranks."""
+        depends = not (self.interleaved_qkv and self.interleaved_gate_up)
+        return replace(self, tensor_parallel=tensor_parallel if depends else 1)
 
     @property
     def training_flags(self) -> dict[str, bool]:
@@ -200,7 +215,8 @@ class Layout:
 
     def __str__(self) -> str:
         words = {True: "interleaved", False: "contiguous"}
-        return f"qkv={words[self.interleaved_qkv]},gate_up={words[self.interleaved_gate_up]}"
+        blocks = f",tensor_parallel={self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        return f"qkv={words[self.interleaved_qkv]},gate_up={words[self.interleaved_gate_up]}{blocks}"
 
     @classmethod
     def parse(cls, text: str) -> Layout:
@@ -209,9 +225,10 @@ class Layout:
         Raises:
             ValueError: there is none.
         """
+        flags, _, blocks = text.partition(",tensor_parallel=")
         for layout in (cls(qkv, gate_up) for qkv in (True, False) for gate_up in (True, False)):
-            if str(layout) == text:
-                return layout
+            if str(layout) == flags and (blocks.isdigit() or not blocks):
+                return layout.on(int(blocks or 1))
         raise ValueError(f"unknown layout {text!r}")
 
 

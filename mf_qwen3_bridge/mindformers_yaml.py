@@ -148,7 +148,16 @@ class MindFormersYaml:
             Problem(flag, repr(value), "true or false") for flag, value in flags.items() if type(value) is not bool
         ]:
             raise BridgeError(f"{self.origin} can't be used", wrong)
-        return Layout.of_training(flags) if self.is_for_training or len(flags) == len(LAYOUT_FLAGS) else None
+        if not self.is_for_training and len(flags) < len(LAYOUT_FLAGS):
+            return None
+        return Layout.of_training(flags, self.training_tensor_parallel)
+
+    @property
+    def training_tensor_parallel(self) -> int:
+        """Over how many tensor parallel ranks a training run with this YAML is spread."""
+        config = self.document.get("parallel_config") or {}
+        size = config.get("model_parallel") if isinstance(config, dict) and self.document.get("use_parallel") else 1
+        return size if self.is_for_training and type(size) is int and size > 0 else 1
 
     def parallel_sizes(self) -> tuple[dict[str, int], list[Problem]]:
         """How an inference run is spread over processes, as far as the YAML says, and what is wrong with it.

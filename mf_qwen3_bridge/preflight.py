@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mf_qwen3_bridge.agreement import disagreements, tensor_problems
 from mf_qwen3_bridge.checkpoint import Checkpoint, open_checkpoint, stale_files
 from mf_qwen3_bridge.errors import BridgeError, Problem
-from mf_qwen3_bridge.hf_config import normalise, read_hf_config
-from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.hf_config import read_hf_config
+from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.mindformers_yaml import (
     ADDITIONS,
     COMPUTED_NAMES,
     LAYOUT_FLAGS,
     OPTIONS,
     MindFormersYaml,
-    computed_values,
     read_mindformers_yaml,
     run_options,
 )
-from mf_qwen3_bridge.parallel import SINGLE, WHOLE, ParallelConfig, Rank
+from mf_qwen3_bridge.parallel import WHOLE, ParallelConfig, Rank
 from mf_qwen3_bridge.plan import Plan, make_plan
 from mf_qwen3_bridge.recognise import dialect_of, numbers_of
-from mf_qwen3_bridge.rules import INFER, OUTPUT, Dialect, Rule, model_rules
-from mf_qwen3_bridge.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
+from mf_qwen3_bridge.rules import INFER, Dialect, Rule, model_rules
+from mf_qwen3_bridge.spec import MINDFORMERS_NAMES, ModelSpec
 
 # Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 1.9).
 _DEFAULT_SIZES = {"seq_length": 4096, "num_blocks": 1024, "block_size": 32}
@@ -77,10 +77,11 @@ class Model:
 def check(
     model_dir: Path,
     config: Path | None = None,
-    weights: Path | None = None,
+    weights: Path | Checkpoint | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
     default_layout: Layout | None = None,
+    saved_by: int | None = None,
     tensor_parallel: int | None = None,
     expert_parallel: int | None = None,
     num_processes: int | None = None,
@@ -95,6 +96,7 @@ def check(
             MindFormers training run, for example.
         overrides: entries of ``model.model_config`` that go before the YAML's.
         default_layout: the layout of MindFormers weights when neither they nor the YAML say one.
+        saved_by: how many tensor parallel ranks of a training run saved them, if that is known apart from the YAML.
         tensor_parallel: processes that share attention, MLP and vocabulary; else the YAML's, else ``num_processes``.
         expert_parallel: processes that share the experts; else the YAML's, else 1.
         num_processes: how many run; left out when none does yet.
@@ -110,22 +112,23 @@ def check(
     said = yaml.model_config | arguments
     additions = {key: said[key] for key in ADDITIONS if key in said}
     hf_config = read_hf_config(hf_dir, additions)
-    checkpoint = open_checkpoint(weights or model_dir)
-    dialect = dialect_of(checkpoint, yaml.training_layout, yaml.origin, default_layout)
+    checkpoint = weights if isinstance(weights, Checkpoint) else open_checkpoint(weights or model_dir)
+    layout = yaml.training_layout and yaml.training_layout.on(saved_by or yaml.training_tensor_parallel)
+    dialect = dialect_of(checkpoint, layout, yaml.origin, default_layout)
     spec = ModelSpec.from_model_config(hf_config)
     options, run_problems = run_options(({} if yaml.is_for_training else yaml.model_config) | arguments)
     run_problems += _unknown_arguments(arguments)
     named = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
     parallel, parallel_problems = _parallel(yaml, named, num_processes)
-    run_problems += [*parallel_problems, *parallel.problems(spec)]
+    run_problems += [*parallel_problems, *parallel.problems(spec), *_block_problems(dialect, parallel)]
     sides = {yaml.origin: yaml.model_config, "arguments": arguments}
     in_tensors = numbers_of(checkpoint.tensors, dialect)
     has_experts = any(".experts." in name for name in checkpoint.tensors)
     if has_experts != spec.is_moe:
         raise BridgeError(f"config and weights of {model_dir} are of two models", [_other_kind(hf_config, has_experts)])
     trained_with = yaml.origin if yaml.is_for_training else None
-    problems = [*_disagreements(spec, hf_config, sides, in_tensors, trained_with)]
-    problems += _tensor_problems(spec, checkpoint, dialect, in_tensors)
+    problems = [*disagreements(spec, hf_config, sides, in_tensors, trained_with)]
+    problems += tensor_problems(spec, checkpoint, dialect, in_tensors)
     if problems:
         raise BridgeError(
             f"config and weights of {model_dir} don't fit: take both from one model, or change what the table says",
@@ -133,80 +136,17 @@ def check(
         )
     if run_problems:
         raise BridgeError(f"{model_dir} can't be run like this", run_problems)
-    rules, notes = tuple(model_rules(spec)), tuple(_notes(checkpoint, hf_dir, yaml))
-    layout = yaml.training_layout
+    rules, notes = tuple(model_rules(spec)), tuple(notes_on(checkpoint, hf_dir, yaml))
     return Model(hf_dir, spec, hf_config, options, checkpoint, dialect, rules, parallel, layout, notes)
 
 
-def _tensor_problems(
-    spec: ModelSpec, checkpoint: Checkpoint, dialect: Dialect, in_tensors: Mapping[str, tuple[int, str]]
-) -> list[Problem]:
-    """What is wrong with the tensors as such: a wrong number in a config is said elsewhere, once."""
-    numbers: dict[str, Any] = {field: number for field, (number, _) in in_tensors.items()}
-    try:
-        make_plan(model_rules(replace(spec, **numbers)), checkpoint.tensors, dialect, dialect)
-    except BridgeError as error:
-        return error.problems
-    except ValueError:  # heads and groups that don't divide: their rows are in another table
-        pass
-    return []
-
-
-def check_trained(
-    weights: Path,
-    hf_config: Path | None = None,
-    config: Path | None = None,
-    numbers: Mapping[str, Any] | None = None,
-) -> Model:
-    """Checks what a MindFormers training run saved against all that is known of the model.
-
-    Args:
-        weights: a directory or file with the merged weights.
-        hf_config: a Hugging Face directory with the model's config.json; else that of the YAML's
-            ``pretrained_model_dir``, or one beside the weights, if there is one.
-        config: the YAML of the training run.
-        numbers: what the caller says of the model, under any of MindFormers' names.
-
-    Returns:
-        The model. Its ``hf_config`` is empty if nothing says all of what a config.json holds.
-
-    Raises:
-        BridgeError: with a table of everything that does not fit, and what to change.
-    """
-    yaml = read_mindformers_yaml(config) if config else MindFormersYaml()
-    beside = weights if weights.is_dir() else weights.parent
-    for hf_dir in [hf_config] if hf_config else filter(None, [yaml.pretrained_model_dir, beside]):
-        if hf_config or (hf_dir / "config.json").is_file():
-            return check(hf_dir, config, weights, numbers, default_layout=TRAINING_DEFAULT)
-    checkpoint = open_checkpoint(weights)
-    dialect = dialect_of(checkpoint, yaml.training_layout, yaml.origin, TRAINING_DEFAULT)
-    said = {yaml.origin: yaml.model_config, "arguments": dict(numbers or {})}
-    in_tensors = numbers_of(checkpoint.tensors, dialect)
-    tied = {value for _, _, value in _said(said, ("tie_word_embeddings",))} or {
-        dialect.name(OUTPUT) not in checkpoint.tensors
-    }
-    try:
-        spec = ModelSpec.from_model_config(
-            {field: number for field, (number, _) in in_tensors.items()} | {"tie_word_embeddings": tied == {True}}
+def _block_problems(dialect: Dialect, parallel: ParallelConfig) -> Iterator[Problem]:
+    if dialect.layout and dialect.layout.tensor_parallel > 1 and parallel.world_size > 1:
+        yield Problem(
+            "layout",
+            f"contiguous in {dialect.layout.tensor_parallel} blocks, those of the training run's tensor parallel ranks",
+            "only one process can load it so; for several, export it to Hugging Face first (mf-qwen3 export)",
         )
-    except KeyError as error:
-        raise BridgeError(f"{weights} is not a whole model: its tensors don't show {error.args[0]}") from error
-    problems = [*_number_rows(spec, [], said, in_tensors), *_tensor_problems(spec, checkpoint, dialect, in_tensors)]
-    normalised: dict[str, Any] = {}
-    absent: list[str] = []
-    if config:
-        raw, absent = yaml.hf_config(spec)
-        if not absent:
-            normalised = normalise(raw, yaml.origin)
-            problems += _computed_rows(normalised, [], said, None)
-    if problems:
-        raise BridgeError(f"{weights} is not what the numbers say: change what the table says", problems)
-    rules = tuple(model_rules(spec))
-    notes = [*_notes(checkpoint, beside, yaml)]
-    if absent:
-        notes.append(f"{yaml.origin} does not say {', '.join(absent)}")
-    layout = yaml.training_layout
-    return Model(beside, spec, normalised, {}, checkpoint, dialect, rules, SINGLE, layout, tuple(notes))
 
 
 def _parallel(
@@ -226,7 +166,8 @@ def _parallel(
     return ParallelConfig(**sizes), problems
 
 
-def _notes(checkpoint: Checkpoint, hf_dir: Path, yaml: MindFormersYaml) -> Iterator[str]:
+def notes_on(checkpoint: Checkpoint, hf_dir: Path, yaml: MindFormersYaml) -> Iterator[str]:
+    """What is unusual about a checkpoint and a YAML, but right."""
     if not (hf_dir / "generation_config.json").is_file():
         yield "no generation_config.json: a text ends at config.json's eos_token_id only"
     if "rope_scaling" in yaml.model_config:
@@ -248,76 +189,6 @@ def _other_kind(hf_config: Mapping[str, Any], has_experts: bool) -> Problem:
     weights = "experts (Qwen3-MoE)" if has_experts else "no experts (dense Qwen3)"
     found = f"config.json: {hf_config['model_type']}\nweights: {weights}"
     return Problem("model_type", found, "use the config.json that belongs to the weights")
-
-
-def _disagreements(
-    spec: ModelSpec,
-    hf_config: Mapping[str, Any],
-    sides: Mapping[str, Mapping[str, Any]],
-    in_tensors: Mapping[str, tuple[int, str]],
-    trained_with: str | None,
-) -> Iterator[Problem]:
-    """A row for each thing on which config.json, the other ``sides`` and the tensors do not agree.
-
-    ``trained_with`` is the side, if there is one, that tells how the weights were trained.
-    """
-    yield from _number_rows(spec, ["config.json"], sides, in_tensors)
-    yield from _computed_rows(hf_config, ["config.json"], sides, trained_with)
-
-
-def _number_rows(
-    spec: ModelSpec,
-    origins: Sequence[str],
-    sides: Mapping[str, Mapping[str, Any]],
-    in_tensors: Mapping[str, tuple[int, str]],
-) -> Iterator[Problem]:
-    """Where what ``spec`` (from ``origins``), the sides and the tensors say of the model's numbers differs."""
-    for field in (field for field in HF_NAME if field in spec.numbers or field == "num_experts"):
-        config_value = getattr(spec, field)
-        number, tensor = in_tensors.get(field, (config_value, ""))
-        said = [(origin, HF_NAME[field], config_value) for origin in origins]
-        said += _said(sides, MINDFORMERS_NAMES[field])
-        yield from _row(said, (number,), f"weights: {number} ({tensor})" if tensor else None)
-
-
-def _computed_rows(
-    hf_config: Mapping[str, Any],
-    origins: Sequence[str],
-    sides: Mapping[str, Mapping[str, Any]],
-    trained_with: str | None,
-) -> Iterator[Problem]:
-    """Where the sides say that something else is computed than what ``hf_config`` (from ``origins``) says."""
-    for name, accepted in computed_values(hf_config).items():
-        said = [(origin, name, accepted[0]) for origin in origins]
-        said += _said(sides, (name, *COMPUTED_NAMES[name]))
-        for problem in _row(said, accepted):
-            if trained_with is not None and trained_with in problem.found:
-                remedy = f"if the weights were trained as {trained_with} says, config.json is not theirs"
-                problem = replace(problem, remedy=remedy)
-            yield problem
-
-
-def _said(sides: Mapping[str, Mapping[str, Any]], keys: Iterable[str]) -> Iterator[tuple[str, str, Any]]:
-    """(side, key, value) wherever a side uses one of a thing's names."""
-    for side, model_config in sides.items():
-        yield from ((side, key, model_config[key]) for key in keys if model_config.get(key) is not None)
-
-
-def _row(said: list[tuple[str, str, Any]], accepted: tuple[Any, ...], weights: str | None = None) -> Iterator[Problem]:
-    wrong = [(side, key) for side, key, value in said if not any(_same(value, right) for right in accepted)]
-    if wrong:
-        lines = [f"{side}: {value}" for side, _, value in said] + ([weights] if weights else [])
-        remedy = " and ".join(f"set {key} to {accepted[0]} in {side}" for side, key in wrong)
-        if said[0][1] == HF_NAME["num_layers"] and accepted[0] < said[0][2]:
-            remedy = f"is a file of the checkpoint missing? If not, {remedy}"
-        yield Problem(said[0][1], "\n".join(lines), remedy)
-
-
-def _same(left: Any, right: Any) -> bool:
-    try:
-        return float(left) == float(right)  # YAML takes 1e-6 for a string
-    except (TypeError, ValueError, OverflowError):
-        return bool(left == right)
 
 
 # All that MindFormers calls what config.json says too.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal, Protocol
 
 from mf_qwen3_bridge import layouts
 from mf_qwen3_bridge.layouts import Layout, View
-from mf_qwen3_bridge.parallel import Rank
+from mf_qwen3_bridge.parallel import WHOLE, Rank
 from mf_qwen3_bridge.spec import ModelSpec
 
 
@@ -77,6 +78,10 @@ class Rule(Protocol):
     def tensors(self) -> tuple[str, ...]:
         """The Hugging Face names of the parts, in their order, where each is a tensor of its own."""
 
+    @property
+    def divided(self) -> str | None:
+        """What the ranks that share the parameter divide, if they divide anything."""
+
     def places(self, dialect: Dialect) -> list[Place]:
         """Where each part lies in ``dialect``, in the order of ``tensors``."""
 
@@ -117,6 +122,21 @@ class RowsRule:
         arrange = layouts.interleaved if is_interleaved else layouts.contiguous
         shape = (sum(self.rows), *self.columns)
         return [Place(self.parameter, shape, view) for view in arrange(self.rows, self.columns, self.groups)]
+
+    def in_blocks(self, dialect: Dialect, count: int) -> Iterator[Place]:
+        """Where what each of ``count`` tensor parallel ranks holds of each part lies in the whole tensors.
+
+        If these are a training run's, its ranks' blocks lie one after the other, each laid out by itself.
+        """
+        whole = self.places(dialect)
+        for number in range(count):
+            local, cuts = self.shard(Rank(tensor_parallel=count, tensor_rank=number))
+            for cut, place in zip(cuts, local.places(dialect)):
+                if dialect.layout and dialect.layout.tensor_parallel == count:
+                    start = number * prod(place.shape)
+                    yield replace(whole[cut.part], view=replace(place.view, offset=place.view.offset + start))
+                else:
+                    yield replace(whole[cut.part], view=whole[cut.part].view[cut.where])
 
     def shard(self, rank: Rank) -> tuple[RowsRule, list[Cut]]:
         """See :class:`Rule`. Mirrors the ``weight_loader`` methods of ``mindformers/parallel_core/inference``."""
@@ -235,7 +255,18 @@ def _share(length: int, size: int, number: int) -> slice:
 
 
 def shares(rule: Rule, rank: Rank, source: Dialect, target: Dialect) -> Iterator[tuple[Place, Place]]:
-    """For each part of what a rank holds: where it lies in the whole tensors of ``source``, and in its own."""
+    """For each part of what a rank holds: where it lies in the whole tensors of ``source``, and in its own.
+
+    Raises:
+        ValueError: a training run's blocks would have to be cut again.
+    """
+    blocks = {layout.tensor_parallel for layout in (source.layout, target.layout) if layout} - {1}
+    if blocks and isinstance(rule, RowsRule) and rule.fuses:
+        if len(blocks) > 1 or rank != WHOLE:
+            raise ValueError("blocks of tensor parallel training ranks can't be cut into other blocks")
+        for here, there in zip(rule.in_blocks(source, *blocks), rule.in_blocks(target, *blocks)):
+            yield here, there
+        return
     whole = rule.places(source)
     local, cuts = rule.shard(rank)
     for cut, there in zip(cuts, local.places(target)):

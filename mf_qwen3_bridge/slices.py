@@ -116,7 +116,12 @@ def read_from_slices(plan: Plan, slices: Mapping[str, Sequence[Slice]]) -> Plan:
         replace(target, copies=tuple(piece for copy in target.copies for piece in pieces(copy)))
         for target in plan.targets
     )
-    return replace(plan, targets=targets)
+    duplicates = tuple(
+        (kept.tensor, dropped.tensor)
+        for pair in plan.duplicates
+        for kept, dropped in zip(slices[pair[0].name], slices[pair[1].name], strict=True)
+    )
+    return replace(plan, targets=targets, duplicates=duplicates)
 
 
 def write_slices(plan: Plan, boxes: Mapping[str, Box]) -> Plan:

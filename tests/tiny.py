@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from mf_qwen3_bridge.checkpoint import DTYPES, Reader, TensorInfo
+from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo, read_bytes
 from mf_qwen3_bridge.rules import HF, Dialect, model_rules
 from mf_qwen3_bridge.spec import HF_NAME, ModelSpec
 
@@ -89,10 +89,7 @@ def write(
 
 def read(tensor: TensorInfo) -> np.ndarray:
     """All of a tensor on disk."""
-    array = np.empty(tensor.shape, DTYPES[tensor.dtype])
-    with Reader() as reader:
-        reader.read(tensor, 0, memoryview(array.reshape(-1).view(np.uint8)))
-    return array
+    return np.frombuffer(read_bytes(tensor), DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def write_headers(

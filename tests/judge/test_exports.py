@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 sys.path.insert(0, str(ROOT / "demo"))
 
-from hf_checkpoint import prompt_logits, read_config
+from hf_checkpoint import prompt_logits, read_config  # noqa: E402
 
 GOLDEN = sorted(path.stem for path in (FIXTURES / "golden").glob("*.npz"))
 FLAGS = "use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp"
@@ -71,7 +71,7 @@ def test_the_demo_comes_back_whole(tmp_path: Path):
     run("convert", "--model_dir", source, "--output_dir", tmp_path / "mf")
     run("export", "--input_path", tmp_path / "mf", "--output_path", tmp_path / "hf", "--hf_config", source)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (source, tmp_path / "hf"))
+    before, after = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (source, tmp_path / "hf"))
     assert after.dtype == torch.bfloat16
     assert after.generation_config.to_dict() == before.generation_config.to_dict()
     ids = tokenizer("Weights move from Hugging Face", return_tensors="pt").input_ids

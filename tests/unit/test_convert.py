@@ -22,8 +22,9 @@ from mf_qwen3_bridge.files import hf_files, mindformers_files, output_file, pars
 from mf_qwen3_bridge.jobs import to_hf, to_mindformers
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.plan import Target, make_plan
-from mf_qwen3_bridge.preflight import check, check_trained
+from mf_qwen3_bridge.preflight import check
 from mf_qwen3_bridge.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, hf_dialect, model_rules
+from mf_qwen3_bridge.trained import check_trained
 from tests.tiny import MOE_SPEC, NUMPY, SPEC, hf_config, random_tensors, read, write
 
 LAYOUTS = [Layout(*flags) for flags in itertools.product([True, False], repeat=2)]
@@ -55,9 +56,9 @@ def test_there_and_back(tmp_path: Path, name, dtype, target):
     directory = write(tmp_path / "hf", hf, hf_config(spec), shards=3)
     run(to_mindformers(check(directory), target, tmp_path / "mf"))
     made = open_checkpoint(tmp_path / "mf")
-    assert made.metadata == {"format": "ms", "mf_qwen3_bridge.layout": str(target.layout)}
+    assert made.metadata["mf_qwen3_bridge.layout"] == str(target.layout)
     assert {tensor.dtype for tensor in made.tensors.values()} == {dtype}
-    run(to_hf(check_trained(tmp_path / "mf", directory), tmp_path / "back"))
+    run(to_hf(check_trained(open_checkpoint(tmp_path / "mf"), directory), tmp_path / "back"))
     assert_same(contents(tmp_path / "back"), hf)
 
 
@@ -145,7 +146,7 @@ def hf_dir(tmp_path: Path) -> Path:
 
 
 def test_an_export_is_complete(tmp_path, trained, hf_dir):
-    job = to_hf(check_trained(trained, hf_dir), tmp_path / "out", "bf16", max_shard_bytes=2000)
+    job = to_hf(check_trained(open_checkpoint(trained), hf_dir), tmp_path / "out", "bf16", max_shard_bytes=2000)
     run(job)
     names = {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
     assert names == {"config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json"}
@@ -160,7 +161,7 @@ def test_what_a_run_keeps_beside_the_weights_is_left_out(tmp_path, hf_dir):
     tensors = random_tensors(SPEC, TRAIN)
     state = {f"adam_m.{name}": tensor for name, tensor in tensors.items()}
     state |= {"global_step": np.array([7], np.int32), "loss_scale": np.ones(1, np.float32)}
-    job = to_hf(check_trained(write(tmp_path / "trained", tensors | state), hf_dir), tmp_path / "out")
+    job = to_hf(check_trained(open_checkpoint(write(tmp_path / "trained", tensors | state)), hf_dir), tmp_path / "out")
     text = "\n".join(describe(job))
     assert f"{len(state)} tensors that are state of a training run" in text
     run(job)
@@ -197,8 +198,8 @@ def test_a_tied_output_layer_is_written_when_asked(tmp_path):
     spec = SPECS["tied"]
     directory = write(tmp_path / "hf", random_tensors(spec), hf_config(spec))
     trained = write(tmp_path / "trained", random_tensors(spec, TRAIN))
-    run(to_hf(check_trained(trained, directory), tmp_path / "plain"))
-    run(to_hf(check_trained(trained, directory), tmp_path / "both", write_tied_output=True))
+    run(to_hf(check_trained(open_checkpoint(trained), directory), tmp_path / "plain"))
+    run(to_hf(check_trained(open_checkpoint(trained), directory), tmp_path / "both", write_tied_output=True))
     plain, both = contents(tmp_path / "plain"), contents(tmp_path / "both")
     assert both.keys() - plain.keys() == {"lm_head.weight"}
     np.testing.assert_array_equal(both["lm_head.weight"], plain["model.embed_tokens.weight"])
@@ -208,7 +209,9 @@ def test_casts_are_counted(tmp_path, hf_dir):
     tensors = random_tensors(SPEC, TRAIN)
     tensors["decoder.final_layernorm.weight"][:] = np.float32(1.5)  # exact in bfloat16
     tensors["decoder.final_layernorm.weight"][0] = 1e-42
-    summary = run(to_hf(check_trained(write(tmp_path / "t", tensors), hf_dir), tmp_path / "out", "bf16"))
+    summary = run(
+        to_hf(check_trained(open_checkpoint(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out", "bf16")
+    )
     (casts,) = summary.casts.values()
     total = sum(tensor.size for tensor in tensors.values())
     rounded = sum(int((t.astype(NUMPY["BF16"]).astype(np.float32) != t).sum()) for t in tensors.values())
@@ -223,7 +226,7 @@ def test_values_too_large_for_float16(tmp_path, hf_dir):
     for layer in range(2):
         tensors[f"decoder.layers.{layer}.mlp.linear_fc2.weight"][3, 5] = 1e5
     with pytest.raises(BridgeError, match="not all values fit") as error:
-        run(to_hf(check_trained(write(tmp_path / "t", tensors), hf_dir), tmp_path / "out", "fp16"))
+        run(to_hf(check_trained(open_checkpoint(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out", "fp16"))
     assert [problem.subject for problem in error.value.problems] == ["model.layers.{0..1}.mlp.down_proj.weight"]
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.incomplete"))
@@ -236,7 +239,7 @@ def test_values_that_no_model_has(tmp_path, hf_dir, value, fault):
     tensors = random_tensors(SPEC, TRAIN)
     tensors["decoder.layers.1.self_attention.linear_proj.weight"][...] = value
     with pytest.raises(BridgeError, match=f"(?s)no trained model has.*{fault}"):
-        run(to_hf(check_trained(write(tmp_path / "t", tensors), hf_dir), tmp_path / "out"))
+        run(to_hf(check_trained(open_checkpoint(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -244,7 +247,7 @@ def test_one_empty_part_of_a_fused_tensor_is_seen(tmp_path, hf_dir):
     tensors = random_tensors(SPEC, TRAIN)
     tensors["decoder.layers.0.mlp.linear_fc1.weight"][1::2] = 0  # up
     with pytest.raises(BridgeError) as error:
-        run(to_hf(check_trained(write(tmp_path / "t", tensors), hf_dir), tmp_path / "out"))
+        run(to_hf(check_trained(open_checkpoint(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out"))
     assert [problem.subject for problem in error.value.problems] == ["model.layers.0.mlp.up_proj.weight"]
 
 
@@ -263,7 +266,7 @@ def test_each_dtype_is_kept(tmp_path, hf_dir):
     tensors = random_tensors(MOE_SPEC, TRAIN, "BF16")
     routers = {name: array.astype(np.float32) for name, array in tensors.items() if "router" in name}
     hf = write(tmp_path / "moe", {}, hf_config(MOE_SPEC))
-    run(to_hf(check_trained(write(tmp_path / "t", tensors | routers), hf), tmp_path / "out"))
+    run(to_hf(check_trained(open_checkpoint(write(tmp_path / "t", tensors | routers)), hf), tmp_path / "out"))
     dtypes = {name: tensor.dtype for name, tensor in open_checkpoint(tmp_path / "out").tensors.items()}
     assert {name for name, dtype in dtypes.items() if dtype == "F32"} == {
         f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)
@@ -290,7 +293,7 @@ def test_dialects_of_hugging_face(tmp_path):
     directory = write(tmp_path / "hf", stacked, hf_config(MOE_SPEC))
     assert hf_dialect(stacked) == HF_STACKED
     run(to_mindformers(check(directory), TRAIN, tmp_path / "mf"))
-    run(to_hf(check_trained(tmp_path / "mf", directory), tmp_path / "back"))
+    run(to_hf(check_trained(open_checkpoint(tmp_path / "mf"), directory), tmp_path / "back"))
     back = contents(tmp_path / "back")
     for layer, expert in itertools.product(range(2), range(4)):
         experts = f"model.layers.{layer}.mlp.experts"

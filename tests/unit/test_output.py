@@ -23,8 +23,9 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.jobs import to_hf, to_mindformers
 from mf_qwen3_bridge.output import OutputDirectory
 from mf_qwen3_bridge.parallel import ALONE, Worker, this_worker
-from mf_qwen3_bridge.preflight import check, check_trained
+from mf_qwen3_bridge.preflight import check
 from mf_qwen3_bridge.rules import TRAIN
+from mf_qwen3_bridge.trained import check_trained
 from tests.tiny import SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import assert_same, contents
 
@@ -41,7 +42,7 @@ def dirs(tmp_path_factory) -> Dirs:
 
 def job_of(dirs: Dirs, out: Path, shard_bytes: int = 3 << 20) -> Job:
     """Several files, config.json, index."""
-    return to_hf(check_trained(dirs.trained, dirs.hf), out, "bf16", shard_bytes)
+    return to_hf(check_trained(open_checkpoint(dirs.trained), dirs.hf), out, "bf16", shard_bytes)
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -335,7 +336,7 @@ def test_what_workers_saw_is_put_together(dirs, tmp_path, monkeypatch):
     tensors["embedding.word_embeddings.weight"][: LARGER.vocab_size // 2] = 0
     tensors["decoder.layers.1.mlp.linear_fc2.weight"][...] = 0
     trained = write(tmp_path / "trained", tensors)
-    job = to_hf(check_trained(trained, dirs.hf), tmp_path / "out", "bf16")
+    job = to_hf(check_trained(open_checkpoint(trained), dirs.hf), tmp_path / "out", "bf16")
     child = in_child(lambda: run(job, Worker(1, 2)))
     text = refusal(job, Worker(0, 2))
     exit_code(child)

@@ -1,0 +1,78 @@
+"""Is what a training run saved the model that it is said to be? Answered from headers, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mf_qwen3_bridge.agreement import computed_rows, number_rows, said_by, tensor_problems
+from mf_qwen3_bridge.checkpoint import Checkpoint
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.hf_config import normalise
+from mf_qwen3_bridge.layouts import TRAINING_DEFAULT
+from mf_qwen3_bridge.mindformers_yaml import MindFormersYaml, read_mindformers_yaml
+from mf_qwen3_bridge.parallel import SINGLE
+from mf_qwen3_bridge.preflight import Model, check, notes_on
+from mf_qwen3_bridge.recognise import dialect_of, numbers_of
+from mf_qwen3_bridge.rules import OUTPUT, model_rules
+from mf_qwen3_bridge.spec import ModelSpec
+
+
+def check_trained(
+    checkpoint: Checkpoint,
+    hf_config: Path | None = None,
+    config: Path | None = None,
+    numbers: Mapping[str, Any] | None = None,
+    tensor_parallel: int | None = None,
+) -> Model:
+    """Checks what a MindFormers training run saved against all that is known of the model.
+
+    Args:
+        checkpoint: its whole tensors.
+        hf_config: a Hugging Face directory with the model's config.json; else that of the YAML's
+            ``pretrained_model_dir``, or one beside the weights, if there is one.
+        config: the YAML of the training run.
+        numbers: what the caller says of the model, under any of MindFormers' names.
+        tensor_parallel: over how many tensor parallel ranks the run was spread, if that is known; else as in the YAML.
+
+    Returns:
+        The model. Its ``hf_config`` is empty if nothing says all of what a config.json holds.
+
+    Raises:
+        BridgeError: with a table of everything that does not fit, and what to change.
+    """
+    yaml = read_mindformers_yaml(config) if config else MindFormersYaml()
+    weights = checkpoint.path
+    beside = weights if weights.is_dir() else weights.parent
+    for hf_dir in [hf_config] if hf_config else filter(None, [yaml.pretrained_model_dir, beside]):
+        if hf_config or (hf_dir / "config.json").is_file():
+            return check(hf_dir, config, checkpoint, numbers, default_layout=TRAINING_DEFAULT, saved_by=tensor_parallel)
+    layout = yaml.training_layout and yaml.training_layout.on(tensor_parallel or yaml.training_tensor_parallel)
+    dialect = dialect_of(checkpoint, layout, yaml.origin, TRAINING_DEFAULT)
+    said = {yaml.origin: yaml.model_config, "arguments": dict(numbers or {})}
+    in_tensors = numbers_of(checkpoint.tensors, dialect)
+    tied = {value for _, _, value in said_by(said, ("tie_word_embeddings",))} or {
+        dialect.name(OUTPUT) not in checkpoint.tensors
+    }
+    try:
+        spec = ModelSpec.from_model_config(
+            {field: number for field, (number, _) in in_tensors.items()} | {"tie_word_embeddings": tied == {True}}
+        )
+    except KeyError as error:
+        raise BridgeError(f"{weights} is not a whole model: its tensors don't show {error.args[0]}") from error
+    problems = [*number_rows(spec, [], said, in_tensors), *tensor_problems(spec, checkpoint, dialect, in_tensors)]
+    normalised: dict[str, Any] = {}
+    absent: list[str] = []
+    if config:
+        raw, absent = yaml.hf_config(spec)
+        if not absent:
+            normalised = normalise(raw, yaml.origin)
+            problems += computed_rows(normalised, [], said, None)
+    if problems:
+        raise BridgeError(f"{weights} is not what the numbers say: change what the table says", problems)
+    rules = tuple(model_rules(spec))
+    notes = [*notes_on(checkpoint, beside, yaml)]
+    if absent:
+        notes.append(f"{yaml.origin} does not say {', '.join(absent)}")
+    return Model(beside, spec, normalised, {}, checkpoint, dialect, rules, SINGLE, layout, tuple(notes))
