@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,9 +177,9 @@ def unify(
 
 def _ranks(src_strategy_dirs: Path, mindspore_ckpt_dir: Path, file_suffix: str | None) -> RankFiles:
     from mf_qwen3_bridge.rank_files import open_rank_files
+    from mf_qwen3_bridge.strategies import read_strategies
 
-    strategies = import_module("mf_qwen3_bridge.mindformers.strategies")  # needs MindSpore
-    return open_rank_files(mindspore_ckpt_dir, strategies.read_strategies(src_strategy_dirs), file_suffix)
+    return open_rank_files(mindspore_ckpt_dir, read_strategies(src_strategy_dirs), file_suffix)
 
 
 @_command()

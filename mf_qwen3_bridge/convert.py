@@ -42,6 +42,8 @@ class Job:
     """A directory to be made.
 
     Attributes:
+        source: what it is made of, for a person.
+        target: what it is, for a person.
         output: where.
         parts: what its safetensors files are made of; one, or one for each rank.
         others: its other files, the index last.
@@ -49,6 +51,8 @@ class Job:
         notes: what the user should know.
     """
 
+    source: str
+    target: str
     output: Path
     parts: tuple[Part, ...]
     others: Mapping[str, bytes]
@@ -271,9 +275,9 @@ def describe(job: Job) -> Iterator[str]:
     largest = max(targets, key=lambda target: target.nbytes)
     directory = job.directory()
     ranks = f" for {len(job.parts)} ranks" if len(job.parts) > 1 else ""
-    yield f"from        {plan.source}, {plan.num_source_tensors} tensors"
+    yield f"from        {job.source}, {plan.num_source_tensors} tensors"
     yield (
-        f"to          {plan.target}, {len(targets)} tensors{ranks}, {directory.nbytes / GIB:.2f} GiB in "
+        f"to          {job.target}, {len(targets)} tensors{ranks}, {directory.nbytes / GIB:.2f} GiB in "
         f"{len(directory.files)} {'file' if len(directory.files) == 1 else 'files'}"
     )
     yield f"            {directory.path}: {', '.join(fold_names([*directory.files, *job.others]))}"

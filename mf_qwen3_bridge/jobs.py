@@ -52,7 +52,7 @@ def to_mindformers(model: Model, target: Dialect, output: Path, dtype: str | Non
     """
     plan = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
     files, index = mindformers_files(plan)
-    return Job(output, (Part(plan, files),), index, notes=model.notes)
+    return Job(str(model.dialect), str(target), output, (Part(plan, files),), index, notes=model.notes)
 
 
 def to_hf(
@@ -84,7 +84,14 @@ def to_hf(
     others = {file.name: file.read_bytes() for file in _companions(model)}
     if config:
         others["config.json"] = json.dumps(config, indent=2).encode()
-    return Job(output, (Part(plan, files),), others | index, notes=(*model.notes, *_export_notes(model, others)))
+    return Job(
+        str(model.dialect),
+        str(HF),
+        output,
+        (Part(plan, files),),
+        others | index,
+        notes=(*model.notes, *_export_notes(model, others)),
+    )
 
 
 def _with_output_layer(plan: Plan) -> Plan:
@@ -148,7 +155,7 @@ def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConf
             plan = model.plan(target, number_dtype)
             plan = write_slices(plan, dict(training_boxes(model, plan, parallel, number)))
         parts.append(Part(plan, [rank_file(plan, number, kind)]))
-    return Job(output, tuple(parts), {}, notes=model.notes)
+    return Job(str(model.dialect), str(target), output, tuple(parts), {}, notes=model.notes)
 
 
 def _training_world_size(parallel: ParallelConfig) -> int:
@@ -216,7 +223,7 @@ def unify(ranks: RankFiles, output: Path, filter_out_param_prefix: str | None = 
     plan = read_from_slices(Plan(dialect, dialect, targets), ranks.slices)
     files, index = mindformers_files(plan)
     others = {HYPER_PARAMETERS: _hyper_parameters(ranks)} if ranks.unlisted else {}
-    return Job(output, (Part(plan, files),), others | index, checks_values=False)
+    return Job("ranks' files", "MindFormers, merged", output, (Part(plan, files),), others | index, checks_values=False)
 
 
 def _hyper_parameters(ranks: RankFiles) -> bytes:

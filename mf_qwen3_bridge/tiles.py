@@ -124,10 +124,10 @@ class _Cut:
 
 def _interwoven(copies: Sequence[Copy]) -> list[Tile]:
     """The copies in groups: those of a group overlap, in a source or a target, from first element to last."""
-    spans: dict[tuple[str, ...], list[tuple[int, int, int]]] = defaultdict(list)
+    spans: dict[TensorInfo | str, list[tuple[int, int, int]]] = defaultdict(list)
     for number, copy in enumerate(copies):
-        for key, view in ((copy.target,), copy.target_view), (("from", copy.source.name), copy.source_view):
-            spans[key].append((view.offset, view.offset + view.span, number))
+        for tensor, view in (copy.target, copy.target_view), (copy.source, copy.source_view):
+            spans[tensor].append((view.offset, view.offset + view.span, number))
     leader = list(range(len(copies)))
 
     def lead(number: int) -> int:
@@ -179,7 +179,7 @@ class Stretch:
 def reads(tile: Tile) -> list[tuple[Tile, Stretch]]:
     """What a tile reads: for each stretch of a source the copies that it is for. Short gaps are read too."""
     gap = (_PAGE_BYTES - 1) // tile[0].itemsize
-    return _stretches(tile, [copy.source.name for copy in tile], [copy.source_view for copy in tile], gap)
+    return _stretches(tile, [copy.source for copy in tile], [copy.source_view for copy in tile], gap)
 
 
 def writes(tile: Tile) -> list[tuple[Tile, Stretch]]:
@@ -187,7 +187,9 @@ def writes(tile: Tile) -> list[tuple[Tile, Stretch]]:
     return _stretches(tile, [copy.target for copy in tile], [copy.target_view for copy in tile], 0)
 
 
-def _stretches(tile: Tile, tensors: list[str], views: list[View], gap: int) -> list[tuple[Tile, Stretch]]:
+def _stretches(
+    tile: Tile, tensors: Sequence[TensorInfo | str], views: list[View], gap: int
+) -> list[tuple[Tile, Stretch]]:
     found = []
     for tensor in dict.fromkeys(tensors):
         members = [number for number, name in enumerate(tensors) if name == tensor]
