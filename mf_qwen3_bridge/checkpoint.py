@@ -230,6 +230,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not files:
         pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(kind))
         hint = f"; it holds {', '.join(pickled[:3])}: only safetensors are read" if pickled else ""
+        if below := sorted({file.parent.name for file in path.glob("*/*.safetensors")}):
+            hint += f"; {', '.join(below[:3])} in it do"
+            if below[0].startswith("rank_"):
+                hint += ": what the ranks of a training run saved, which mf-qwen3 unify merges"
         raise BridgeError(f"no *.safetensors in {path}{hint}")
     if absent := _absent_shards(files):
         raise BridgeError(

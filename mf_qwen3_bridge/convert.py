@@ -167,16 +167,17 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
         with workers.alive():
             findings = _write(job, directory)
             if worker.number > 0:
-                workers.say(findings=findings.to_json())
+                workers.report(findings.to_json())
                 workers.wait_for_the_end()
                 return None
-            for content in workers.wait_for("findings"):
+            for content in workers.wait_for_reports():
                 findings.add(Findings.from_json(content))
             try:
                 if job.checks_values:
                     _check(job, findings)
             except BridgeError:
-                directory.discard()
+                if worker.count == 1:  # the others learn of it from what is there
+                    directory.discard()
                 raise
             directory.complete(job.others)
     return Summary(job.num_tensors, directory.nbytes, time.monotonic() - started, dict(findings.casts))

@@ -13,7 +13,7 @@ from mf_qwen3_bridge.checkpoint import HYPER_PARAMETERS, read_bytes
 from mf_qwen3_bridge.convert import Job, Part
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.files import HF_SHARD_BYTES, hf_files, mindformers_files, output_file, rank_file
-from mf_qwen3_bridge.hf_config import read_json
+from mf_qwen3_bridge.hf_config import normalise, read_json
 from mf_qwen3_bridge.layouts import Layout, View
 from mf_qwen3_bridge.parallel import ParallelConfig
 from mf_qwen3_bridge.plan import Plan, Target
@@ -108,8 +108,12 @@ def _config_json(model: Model, dtype: str | None) -> dict[str, Any]:
     """The model's own config.json, or one made of what the YAML says; with the dtype that is written."""
     own = model.hf_dir / "config.json"
     config = read_json(own) if own.is_file() else dict(model.hf_config)
+    if own.is_file() and normalise(config)["rope_scaling"] != model.hf_config["rope_scaling"]:  # YaRN by the YAML
+        config.pop("rope_parameters", None)
+        config |= {key: model.hf_config[key] for key in ("rope_theta", "rope_scaling")}
     if config and dtype:
-        config["dtype" if "dtype" in config else "torch_dtype"] = DTYPE_NAMES[dtype][1]
+        keys = config.keys() & {"dtype", "torch_dtype"} or {"torch_dtype"}
+        config |= dict.fromkeys(keys, DTYPE_NAMES[dtype][1])
     return config
 
 
@@ -154,6 +158,7 @@ def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConf
         else:
             plan = model.plan(target, number_dtype)
             plan = write_slices(plan, dict(training_boxes(model, plan, parallel, number)))
+            plan = plan if number == 0 else replace(plan, duplicates=())  # compared once
         parts.append(Part(plan, [rank_file(plan, number, kind)]))
     return Job(str(model.dialect), str(target), output, tuple(parts), {}, notes=model.notes)
 

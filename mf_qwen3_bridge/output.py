@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -110,6 +111,8 @@ class OutputDirectory:
             BridgeError: see :meth:`check`; another process is writing to it; the disk is full.
         """
         self.check()
+        _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
         with _said_to_the_user(self.path):
             state = self.incomplete / _STATE
             state.mkdir(parents=True, exist_ok=True)
@@ -278,9 +281,10 @@ class Workers:
             self._stopped.set()
             beating.join()
 
-    def say(self, **news: Any) -> None:
-        """Says something to the others from now on."""
-        self._news = news
+    def report(self, content: Any) -> None:
+        """Says to the first worker that this one is done, and what it has seen."""
+        _write(self._state / f"report.{self._worker.number}", json.dumps(content).encode())
+        self._news = {"done": True}
 
     def _beat(self) -> None:
         while True:
@@ -299,18 +303,16 @@ class Workers:
             return {}
         return sign
 
-    def wait_for(self, key: str) -> list[Any]:
-        """What each of the others says under ``key``, when all have said it.
+    def wait_for_reports(self) -> list[Any]:
+        """What each of the others has seen, when all are done.
 
         Raises:
             BridgeError: one of them failed, or gives no sign of life.
         """
-        answers: dict[int, Any] = {}
         for _ in self._watch():
-            answers = {n: sign[key] for n, sign in self._signs().items() if key in sign}
-            if len(answers) == len(self._others):
+            if sum("done" in sign for sign in self._signs().values()) == len(self._others):
                 break
-        return [answers[number] for number in sorted(answers)]
+        return [json.loads((self._state / f"report.{number}").read_text()) for number in self._others]
 
     def wait_for_the_end(self) -> None:
         """Returns when the first worker has given the directory its name.

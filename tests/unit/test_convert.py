@@ -151,10 +151,20 @@ def test_an_export_is_complete(tmp_path, trained, hf_dir):
     names = {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
     assert names == {"config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["torch_dtype"], config["dtype"], config["rope_theta"]) == ("float32", "bfloat16", 5000000)
+    assert (config["torch_dtype"], config["dtype"], config["rope_theta"]) == ("bfloat16", "bfloat16", 5000000)
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"a": 1}'
     assert check(tmp_path / "out").spec == SPEC
     assert any("MindFormers' default" in note for note in job.notes)
+
+
+def test_what_the_yaml_says_of_rope_is_exported(tmp_path, trained, hf_dir):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    (tmp_path / "train.yaml").write_text(
+        json.dumps({"run_mode": "finetune", "model": {"model_config": {"rope_scaling": yarn}}})
+    )
+    job = to_hf(check_trained(open_checkpoint(trained), hf_dir, tmp_path / "train.yaml"), tmp_path / "out")
+    config = json.loads(job.others["config.json"])
+    assert config["rope_scaling"].items() >= yarn.items()
 
 
 def test_what_a_run_keeps_beside_the_weights_is_left_out(tmp_path, hf_dir):
