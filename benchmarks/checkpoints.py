@@ -17,11 +17,13 @@ MIB = 1 << 20
 _B06 = ModelSpec(28, 1024, 16, 8, 128, 3072, 151936, True)
 _B8 = ModelSpec(36, 4096, 32, 8, 128, 12288, 151936, False)
 _B30 = ModelSpec(48, 2048, 32, 4, 128, 0, 151936, False, 128, 768)
+_B235 = ModelSpec(94, 4096, 64, 4, 128, 0, 151936, False, 128, 1536)
 MODELS = {
     "tiny": replace(_B06, num_layers=1, hidden_size=64, head_dim=16, ffn_hidden_size=128, vocab_size=512),
     "Qwen3-0.6B": _B06,
     "Qwen3-8B, 6 layers": replace(_B8, num_layers=6),
     "Qwen3-30B-A3B, 4 layers": replace(_B30, num_layers=4),
+    "Qwen3-235B-A22B, 1 layer": replace(_B235, num_layers=1),
 }
 
 

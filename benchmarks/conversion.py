@@ -102,7 +102,7 @@ def measure(command: Sequence[object], log: Path, cwd: Path) -> tuple[float, int
     os.sync()
     peak = 0
     stopped = threading.Event()
-    environment = {**os.environ, "PYTHONPATH": str(cwd)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(cwd), os.environ.get("PYTHONPATH", "")])}
     with log.open("a") as stream:
         start = time.perf_counter()
         process = subprocess.Popen(

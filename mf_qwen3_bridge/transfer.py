@@ -17,7 +17,7 @@ from mf_qwen3_bridge.tiles import TILE_BYTES, Copy, Tile, reads, tiles
 from mf_qwen3_bridge.values import is_exact, largest_magnitude
 
 # Of all threads together; an expert of the largest model, read and transposed, takes 48 MiB.
-BUFFER_BYTES = 192 << 20
+BUFFER_BYTES = 96 << 20
 _MAX_THREADS = 8
 _ROWS_OF_A_TRANSPOSE = 256
 _ALIGNMENT = 64

@@ -1,27 +1,61 @@
-"""Every command of the README that needs MindFormers. ``Qwen3-14B`` is the demo checkpoint under that name."""
+"""Every command of the README that needs MindFormers, or files of its ranks, on small checkpoints under its names."""
 
 from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.unit.test_readme import CHINESE, ENGLISH, ROOT, blocks, commands
+import yaml
+from mf_qwen3_bridge.checkpoint import open_checkpoint
+from mf_qwen3_bridge.layouts import Layout
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.recognise import LAYOUT_STAMP
+from mf_qwen3_bridge.rules import TRAIN
+from tests.integration.conftest import CHECKPOINTS
+from tests.integration.rank_runs import Cut, make_ranks
+from tests.tiny import read
+from tests.unit.test_readme import CHINESE, ENGLISH, NUMBER_FLAGS, ROOT, blocks, commands
 
-MODULES = {"python": ["scripts/run_infer.py"], "mf-qwen3": ["-m", "mf_qwen3_bridge.cli", "infer"]}
+MODULES = {
+    "python": ["scripts/run_infer.py"],
+    "mf-qwen3": ["-m", "mf_qwen3_bridge.cli", "infer"],
+}
 INFER = [c for c in commands(ENGLISH) if c[:2] in (["python", "scripts/run_infer.py"], ["mf-qwen3", "infer"])]
+# In this order: some read what others wrote.
+OFFLINE = [
+    command
+    for command in commands(ENGLISH)
+    if command[0] in MODULES
+    and command[1] in ("convert", "export", "scripts/convert_weight.py", "scripts/unified_safetensors.py")
+]
+SMALL = {
+    "Qwen3-14B": ROOT / "demo" / "qwen3-demo",
+    "Qwen3-8B": CHECKPOINTS / "untied_fp32",
+    "Qwen3-30B-A3B": CHECKPOINTS / "moe_bf16",
+}
+CONTIGUOUS = Layout(interleaved_qkv=False, interleaved_gate_up=False)
+
+
+def furnish(directory: Path) -> Path:
+    """What the commands find in their working directory."""
+    for name in ("demo", "scripts", "yaml"):
+        (directory / name).symlink_to(ROOT / name)
+    for name, checkpoint in SMALL.items():
+        (directory / name).symlink_to(checkpoint)
+    return directory
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    for name in ("demo", "scripts", "yaml"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "Qwen3-14B").symlink_to(ROOT / "demo" / "qwen3-demo")
-    return tmp_path
+    return furnish(tmp_path)
 
 
 @pytest.mark.parametrize("command", INFER, ids=" ".join)
@@ -33,6 +67,115 @@ def test_infer(directory: Path, command):
     )
     assert result.returncode == 0, result.stderr
     assert "every row finds its place" in result.stdout
+
+
+def save_as_ranks(directory: Path, checkpoint: Path) -> None:
+    """What eight ranks of a run with tensor parallel 2 and expert parallel 4 leave, redundancy removed."""
+    tensors = {target.name: target.make() for target in check(checkpoint).plan(TRAIN).targets}
+    cuts = {}
+    for name in list(tensors):
+        if ".experts." in name:
+            cuts[name] = Cut((4, 1))
+        elif re.search(r"embedding|output_layer|linear_qkv", name):
+            cuts[name] = Cut((2, 1))
+        elif "linear_proj" in name:
+            cuts[name] = Cut((1, 2))
+        for state in ("adam_m", "adam_v"):
+            tensors[f"{state}.{name}"] = np.ones(tensors[name].shape, np.float32)
+            if name in cuts:
+                cuts[f"{state}.{name}"] = cuts[name]
+    counters = {"global_step": np.array([1000], np.int32)}
+    make_ranks(directory, tensors, cuts, 8, unlisted=counters, remove_redundancy=True, prefix="qwen3_moe")
+
+
+def on_the_small_model(command: list[str]) -> list[str]:
+    """The same command; the numbers it names are those of the small checkpoint."""
+    spec = check(SMALL["Qwen3-30B-A3B"]).spec
+    before = [None, *command]
+    return [
+        str(getattr(spec, NUMBER_FLAGS[flag])) if flag in NUMBER_FLAGS else word for flag, word in zip(before, command)
+    ]
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory) -> Path:
+    """Where all offline commands were run, one after the other."""
+    directory = furnish(tmp_path_factory.mktemp("offline"))
+    document = {
+        "run_mode": "finetune",
+        "use_parallel": True,
+        "parallel_config": {"model_parallel": 2},
+        "model": {"model_config": CONTIGUOUS.training_flags},
+    }
+    (directory / "finetune_qwen3_8b.yaml").write_text(yaml.safe_dump(document))
+    save_as_ranks(directory / "output", SMALL["Qwen3-30B-A3B"])
+    for command in OFFLINE:
+        words = command[1:] if command[0] == "python" else ["-m", "mf_qwen3_bridge.cli", *command[1:]]
+        result = subprocess.run(
+            [sys.executable, *on_the_small_model(words)],
+            capture_output=True,
+            text=True,
+            cwd=directory,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
+            timeout=600,
+        )
+        assert result.returncode == 0, (command, result.stderr)
+    return directory
+
+
+def values(directory: Path) -> Mapping[str, bytes]:
+    return {name: read(tensor).tobytes() for name, tensor in open_checkpoint(directory).tensors.items()}
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "output, layout",
+    [
+        ("Qwen3-8B-train", TRAIN.layout),
+        ("Qwen3-8B-bf16", TRAIN.layout),
+        ("Qwen3-8B-infer", CONTIGUOUS),
+        ("Qwen3-8B-ranks/rank_1", CONTIGUOUS.on(2)),
+        ("Qwen3-30B-A3B-ranks/rank_7", TRAIN.layout),
+    ],
+)
+def test_what_convert_writes(offline: Path, output, layout):
+    assert open_checkpoint(offline / output).metadata[LAYOUT_STAMP] == str(layout)
+    is_of_a_rank = "/" in output
+    assert is_of_a_rank or names(offline / output) == {"part0.safetensors", "param_name_map.json"}
+
+
+def test_as_many_ranks_as_the_readme_says(offline: Path):
+    assert names(offline / "Qwen3-8B-ranks") == {"rank_0", "rank_1"}
+    assert names(offline / "Qwen3-30B-A3B-ranks") == {f"rank_{number}" for number in range(8)}
+
+
+def test_all_ways_back_hold_the_same_weights(offline: Path):
+    source = SMALL["Qwen3-30B-A3B"]
+    companions = {"config.json", "generation_config.json"}
+    for output in ("hf_weights", "hf_complete", "hf_from_merged", "hf_from_ranks"):
+        assert values(offline / output) == values(source)
+        assert names(offline / output) == {"model.safetensors"} | (set() if output == "hf_weights" else companions)
+
+
+def test_two_machines(offline: Path):
+    """Both of them this one."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    changes = {"--master_addr=10.0.0.1": "--master_addr=127.0.0.1", "--master_port=8118": f"--master_port={port}"}
+    machines = [
+        subprocess.Popen([changes.get(word, word) for word in command], cwd=offline, env=environment)
+        for command in commands(ENGLISH, "sh")
+    ]
+    assert [machine.wait(timeout=600) for machine in machines] == [0, 0]
+    assert values(offline / "hf_from_two") == values(offline / "hf_complete")
+    logs = sorted(path.name for path in offline.glob("msrun_log_*/worker_*.log"))
+    assert logs == [f"worker_{number}.log" for number in range(4)]
 
 
 def test_make_demo_prints_what_the_readme_shows(directory: Path):
@@ -56,7 +199,7 @@ def test_python(directory: Path):
 
 def test_every_command_is_run_by_some_test():
     """make, mf-qwen3 check: tests/unit/test_readme.py; msrun: tests/distributed; pip made this environment."""
-    others = [c for c in commands(ENGLISH) if c not in INFER]
+    others = [c for c in commands(ENGLISH) if c not in INFER + OFFLINE]
     assert {(c[0], c[1]) for c in others} == {
         ("make", "demo"),
         ("make", "test"),
@@ -66,3 +209,10 @@ def test_every_command_is_run_by_some_test():
         ("msrun", "--worker_num=2"),
     }
     assert INFER
+    assert {c[1] for c in OFFLINE} == {
+        "convert",
+        "export",
+        "scripts/convert_weight.py",
+        "scripts/unified_safetensors.py",
+    }
+    assert len(commands(ENGLISH, "sh")) == 2

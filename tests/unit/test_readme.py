@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -15,6 +16,15 @@ from tests.tiny import hf_config, write_headers
 from tests.unit.test_real_sizes import RELEASED
 
 ROOT = Path(__file__).parents[2]
+NUMBER_FLAGS = {
+    "--num_layers": "num_layers",
+    "--num_attention_heads": "num_attention_heads",
+    "--num_query_groups": "num_query_groups",
+    "--kv_channels": "head_dim",
+    "--num_routed_experts": "num_experts",
+    "--hidden_size": "hidden_size",
+    "--moe_ffn_hidden_size": "moe_ffn_hidden_size",
+}
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md"))
 
 
@@ -22,17 +32,38 @@ def blocks(readme: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
 
 
-def commands(readme: str) -> list[list[str]]:
-    return [
-        words for block in blocks(readme, "bash") for line in block.splitlines() if (words := shlex.split(line, True))
-    ]
+def commands(readme: str, language: str = "bash") -> list[list[str]]:
+    """Of the blocks marked ``bash``, which stand for themselves; those marked ``sh`` belong together."""
+    lines = "".join(blocks(readme, language)).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, True))]
+
+
+def anchor(heading: str) -> str:
+    """The link target that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def test_both_have_the_same_code_and_the_same_sections():
     assert commands(ENGLISH) == commands(CHINESE)
+    assert commands(ENGLISH, "sh") == commands(CHINESE, "sh")
     assert blocks(ENGLISH, "python") == blocks(CHINESE, "python")
+    assert len(blocks(ENGLISH, "text")) == len(blocks(CHINESE, "text"))
     for pattern in (r"^#+ ", r"^\| ", r"^\d+\. "):
         assert len(re.findall(pattern, ENGLISH, re.MULTILINE)) == len(re.findall(pattern, CHINESE, re.MULTILINE))
+
+
+@pytest.mark.parametrize("readme", [ENGLISH, CHINESE], ids=["English", "Chinese"])
+def test_links_inside_lead_somewhere(readme):
+    links = re.findall(r"\]\(#(.*?)\)", readme)
+    assert links
+    assert set(links) <= {anchor(heading) for heading in re.findall(r"^#+ (.*)$", readme, re.MULTILINE)}
+
+
+def test_the_numbers_of_the_command_are_those_of_the_model_it_names():
+    (command,) = (command for command in commands(ENGLISH) if "--num_layers" in command)
+    numbers = {flag: int(number) for flag, number in itertools.pairwise(command) if number.isdigit()}
+    spec = RELEASED["Qwen3-30B-A3B"]
+    assert numbers == {flag: getattr(spec, field) for flag, field in NUMBER_FLAGS.items()}
 
 
 def test_what_check_prints_for_another_models_config(tmp_path: Path):
