@@ -233,7 +233,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if below := sorted({file.parent.name for file in path.glob("*/*.safetensors")}):
             hint += f"; {', '.join(below[:3])} in it do"
             if below[0].startswith("rank_"):
-                hint += ": what the ranks of a training run saved, which mf-qwen3 unify merges"
+                hint += (
+                    ": what the ranks of a training run saved, which mf-qwen3 unify merges, given their strategy files"
+                )
         raise BridgeError(f"no *.safetensors in {path}{hint}")
     if absent := _absent_shards(files):
         raise BridgeError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mf_qwen3_bridge.errors import BridgeError
 
@@ -104,13 +105,17 @@ def convert(
     """
     from mf_qwen3_bridge import jobs, preflight
     from mf_qwen3_bridge.layouts import TRAINING_DEFAULT
+    from mf_qwen3_bridge.mindformers_yaml import MindFormersYaml, read_mindformers_yaml
     from mf_qwen3_bridge.parallel import ParallelConfig
     from mf_qwen3_bridge.rules import INFER, Dialect
 
     model = preflight.check(model_dir, config, load_checkpoint)
     trained = model.training_layout or TRAINING_DEFAULT
-    if tp and trained.tensor_parallel not in (1, tp):
+    if layout == "train" and tp and trained.tensor_parallel not in (1, tp):
         raise BridgeError(f"--tp {tp}: {config} says model_parallel {trained.tensor_parallel}; leave out one")
+    yaml = read_mindformers_yaml(config) if config else MindFormersYaml()
+    if layout == "train" and (tp or ep) and (problems := list(yaml.slice_problems())):
+        raise BridgeError(f"a run with {config} needs other slices", problems)
     target = INFER if layout == "infer" else Dialect(trained.on(tp or trained.tensor_parallel))
     if tp or ep:
         job = jobs.to_ranks(model, target, output_dir, ParallelConfig(tp or 1, ep or 1), dtype)
@@ -203,6 +208,10 @@ def convert_weight(kind: str, input_path: Path, output_path: Path, is_reversed: 
     if has_experts != (kind == "qwen3-moe"):
         found = "has experts (qwen3-moe)" if has_experts else "has no experts (qwen3)"
         raise BridgeError(f"--model {kind}: {input_path} {found}")
+    context = click.get_current_context()
+    for name in () if is_reversed else ("max_shard_size", "write_tied_lm_head"):
+        if context.get_parameter_source(name) != ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name} needs --reversed")
     if is_reversed:
         _export(input_path, output_path, options, defaults=_DEFAULTS[kind])
         return
@@ -247,10 +256,10 @@ def _make(job: Any, dry_run: bool) -> None:
     worker = this_worker()
     if worker is None:
         return
+    job.directory().check()
     for line in describe(job):
         click.echo(line)
     if dry_run:
-        job.directory().check()
         click.echo("result      nothing was written (--dry_run)")
         return
     summary = run(job, worker)

@@ -276,7 +276,9 @@ def describe(job: Job) -> Iterator[str]:
     largest = max(targets, key=lambda target: target.nbytes)
     directory = job.directory()
     ranks = f" for {len(job.parts)} ranks" if len(job.parts) > 1 else ""
-    yield f"from        {job.source}, {plan.num_source_tensors} tensors"
+    sources = {copy.source.name for target in targets for copy in target.copies}
+    sources |= {dropped.name for _, dropped in plan.duplicates}
+    yield f"from        {job.source}, {len(sources)} tensors"
     yield (
         f"to          {job.target}, {len(targets)} tensors{ranks}, {directory.nbytes / GIB:.2f} GiB in "
         f"{len(directory.files)} {'file' if len(directory.files) == 1 else 'files'}"

@@ -13,7 +13,7 @@ from mf_qwen3_bridge.checkpoint import DTYPES, HF_INDEX, MINDFORMERS_INDEX, Tens
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.plan import Plan, Target
-from mf_qwen3_bridge.recognise import LAYOUT_STAMP
+from mf_qwen3_bridge.recognise import LAYOUT_STAMP, RANKS_STAMP
 
 # As Hugging Face's and MindSpore's own writers do.
 HF_SHARD_BYTES = 5 * 10**9
@@ -69,18 +69,22 @@ def hf_files(plan: Plan, max_bytes: int = HF_SHARD_BYTES) -> tuple[list[OutputFi
     return files, {HF_INDEX: _index(files)} if len(files) > 1 else {}
 
 
-def mindformers_metadata(layout: Layout | None) -> dict[str, str]:
-    """What every file of a MindFormers checkpoint says of itself: its layout, where that is known."""
+def mindformers_metadata(layout: Layout | None, saved_by: int | None = None) -> dict[str, str]:
+    """What every file of a MindFormers checkpoint says of itself: its layout, or how many ranks saved it."""
     stamp = {LAYOUT_STAMP: str(layout)} if layout else {}
+    if saved_by:
+        stamp[RANKS_STAMP] = str(saved_by)
     return {"format": "ms", "remove_redundancy": "False", **stamp}
 
 
-def mindformers_files(plan: Plan, max_bytes: int = MINDFORMERS_FILE_BYTES) -> tuple[list[OutputFile], dict[str, bytes]]:
-    """The files of a MindFormers checkpoint, each stamped with its layout, and ``param_name_map.json``.
+def mindformers_files(
+    plan: Plan, max_bytes: int = MINDFORMERS_FILE_BYTES, saved_by: int | None = None
+) -> tuple[list[OutputFile], dict[str, bytes]]:
+    """The files of a MindFormers checkpoint, each stamped, and ``param_name_map.json``.
 
     Mirrors what ``mindspore.unified_safetensors`` (2.7 to 2.9) writes.
     """
-    metadata = mindformers_metadata(plan.target.layout)
+    metadata = mindformers_metadata(plan.target.layout, saved_by)
     files = [
         output_file(f"part{number}.safetensors", targets, metadata)
         for number, targets in enumerate(_deal(plan.targets, max_bytes))

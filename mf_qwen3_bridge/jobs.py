@@ -226,7 +226,7 @@ def unify(ranks: RankFiles, output: Path, filter_out_param_prefix: str | None = 
     stamp = ranks.checkpoint.metadata.get(LAYOUT_STAMP)
     dialect = Dialect(Layout.parse(stamp) if stamp else None)
     plan = read_from_slices(Plan(dialect, dialect, targets), ranks.slices)
-    files, index = mindformers_files(plan)
+    files, index = mindformers_files(plan, saved_by=ranks.tensor_parallel)
     others = {HYPER_PARAMETERS: _hyper_parameters(ranks)} if ranks.unlisted else {}
     return Job("ranks' files", "MindFormers, merged", output, (Part(plan, files),), others | index, checks_values=False)
 

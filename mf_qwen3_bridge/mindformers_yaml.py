@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,35 @@ class MindFormersYaml:
         if not self.is_for_training and len(flags) < len(LAYOUT_FLAGS):
             return None
         return Layout.of_training(flags, self.training_tensor_parallel)
+
+    def layout_of_weights(self, saved_by: int | None) -> Layout | None:
+        """The layout of weights that so many tensor parallel ranks saved; None if the YAML does not say it.
+
+        Args:
+            saved_by: the number, if it is known apart from the YAML.
+
+        Raises:
+            BridgeError: the layout depends on it, and the YAML says another one.
+        """
+        layout = self.training_layout
+        if layout is None or saved_by is None or layout == layout.on(saved_by):
+            return layout
+        if self.document.get("use_parallel"):
+            found = f"{self.origin}: {layout.tensor_parallel}\nwhat the ranks saved: {saved_by}"
+            remedy = "give the YAML that the weights were trained with: contiguous layouts depend on it"
+            raise BridgeError(f"{self.origin} is not of this run", [Problem("model_parallel", found, remedy)])
+        return layout.on(saved_by)
+
+    def slice_problems(self) -> Iterator[Problem]:
+        """What a training run with this YAML cuts in ways that a directory per rank, as the bridge makes it, is not."""
+        config = self.document.get("parallel_config") or {}
+        parallel = self.document.get("parallel") or {}
+        remedy = "convert without --tp and --ep, and let auto_trans_ckpt cut the weights"
+        for key in ("pipeline_stage", "context_parallel"):
+            if config.get(key) not in (None, 1):
+                yield Problem(f"parallel_config.{key}", str(config[key]), remedy)
+        if parallel.get("enable_parallel_optimizer"):
+            yield Problem("parallel.enable_parallel_optimizer", "True", remedy)
 
     @property
     def training_tensor_parallel(self) -> int:

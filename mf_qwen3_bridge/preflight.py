@@ -23,7 +23,7 @@ from mf_qwen3_bridge.mindformers_yaml import (
 )
 from mf_qwen3_bridge.parallel import WHOLE, ParallelConfig, Rank
 from mf_qwen3_bridge.plan import Plan, make_plan
-from mf_qwen3_bridge.recognise import dialect_of, numbers_of
+from mf_qwen3_bridge.recognise import dialect_of, numbers_of, saved_by_ranks
 from mf_qwen3_bridge.rules import INFER, Dialect, Rule, model_rules
 from mf_qwen3_bridge.spec import MINDFORMERS_NAMES, ModelSpec
 
@@ -113,7 +113,7 @@ def check(
     additions = {key: said[key] for key in ADDITIONS if key in said}
     hf_config = read_hf_config(hf_dir, additions)
     checkpoint = weights if isinstance(weights, Checkpoint) else open_checkpoint(weights or model_dir)
-    layout = yaml.training_layout and yaml.training_layout.on(saved_by or yaml.training_tensor_parallel)
+    layout = yaml.layout_of_weights(saved_by or saved_by_ranks(checkpoint))
     dialect = dialect_of(checkpoint, layout, yaml.origin, default_layout)
     spec = ModelSpec.from_model_config(hf_config)
     options, run_problems = run_options(({} if yaml.is_for_training else yaml.model_config) | arguments)
@@ -168,7 +168,7 @@ def _parallel(
 
 def notes_on(checkpoint: Checkpoint, hf_dir: Path, yaml: MindFormersYaml) -> Iterator[str]:
     """What is unusual about a checkpoint and a YAML, but right."""
-    if not (hf_dir / "generation_config.json").is_file():
+    if (hf_dir / "config.json").is_file() and not (hf_dir / "generation_config.json").is_file():
         yield "no generation_config.json: a text ends at config.json's eos_token_id only"
     if "rope_scaling" in yaml.model_config:
         yield f"rope_scaling of {yaml.origin} goes before config.json's"

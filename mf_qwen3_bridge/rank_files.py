@@ -142,11 +142,15 @@ def open_rank_files(directory: Path, strategies: Strategies, file_suffix: str | 
 
 
 def _fold(problems: Iterable[Problem]) -> list[Problem]:
-    """One row for all tensors that have the same fault."""
+    """One row for all tensors, or ranks, that have the same fault."""
     rows: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         rows.setdefault((problem.found, problem.remedy), []).append(problem.subject)
-    return [Problem(name, *row) for row, names in rows.items() for name in fold_names(names)]
+    return [Problem(_some(fold_names(names)), *row) for row, names in rows.items()]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _tensor_parallel(strategies: Strategies) -> int:
@@ -180,7 +184,7 @@ def _files_of(directory: Path, num_ranks: int, file_suffix: str | None) -> dict[
     if not ranks:
         raise BridgeError(f"{directory} holds no rank_0, rank_1, ...: give the folder that does")
     if problems:
-        raise BridgeError(f"{directory} is not one run's checkpoint", problems)
+        raise BridgeError(f"{directory} is not one run's checkpoint", _fold(problems))
     return files
 
 

@@ -12,6 +12,8 @@ from mf_qwen3_bridge.rules import EMBEDDING, Dialect, hf_dialect
 
 # Under this key, the metadata of every MindFormers file that the bridge writes names the layout.
 LAYOUT_STAMP = "mf_qwen3_bridge.layout"
+# And that of merged files of which only the training YAML knows the layout, how many ranks shared attention and MLP.
+RANKS_STAMP = "mf_qwen3_bridge.tensor_parallel"
 
 
 def dialect_of(
@@ -40,9 +42,12 @@ def dialect_of(
     except ValueError as error:
         raise BridgeError(f"{checkpoint.path}: {error} in the files' metadata; which program wrote it?") from error
     if stamped and configured and stamped != configured:
+        remedy = f"in the YAML: {stamped.training_flags}"
+        if stamped.training_flags == configured.training_flags:
+            remedy = f"in the YAML: use_parallel True, parallel_config.model_parallel {stamped.tensor_parallel}"
         raise BridgeError(
             "the layouts of QKV and gate/up contradict each other",
-            [Problem("layout", f"files: {stamped}\n{origin}: {configured}", f"in the YAML: {stamped.training_flags}")],
+            [Problem("layout", f"files: {stamped}\n{origin}: {configured}", remedy)],
         )
     layout = stamped or configured or default
     if layout is None:
@@ -55,6 +60,12 @@ def dialect_of(
         layout,
         stacked_experts=any(name.endswith(".experts.weight1") and len(names[name].shape) == 3 for name in names),
     )
+
+
+def saved_by_ranks(checkpoint: Checkpoint) -> int | None:
+    """How many tensor parallel ranks saved what the bridge merged, if the files say it."""
+    stamp = checkpoint.metadata.get(RANKS_STAMP, "")
+    return int(stamp) if stamp.isdigit() else None
 
 
 # What the shapes say: (field, tensor of a layer, axis). Rows of heads are divided by head_dim below.

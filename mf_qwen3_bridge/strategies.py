@@ -20,6 +20,8 @@ def read_strategies(directory: Path) -> Strategies:
     Raises:
         BridgeError: none are there, they are damaged, contradict each other, or lack a stage.
     """
+    if not directory.is_dir():
+        raise BridgeError(f"{directory} does not exist: give the run's strategy folder")
     files = sorted(directory.glob("*.ckpt"))
     if not files:
         raise BridgeError(f"{directory} holds no ckpt_strategy_rank_N.ckpt: give the run's strategy folder")

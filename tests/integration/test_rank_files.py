@@ -262,3 +262,20 @@ def test_a_stage_that_is_missing_is_not_merged_without(tmp_path: Path):
     found = open_rank_files(ranks, read_strategies(strategies), SUFFIX)
     with pytest.raises(BridgeError, match="missing"):
         check_trained(found.checkpoint, hf)
+
+
+def test_a_merged_contiguous_checkpoint_says_how_many_ranks_saved_it(tmp_path: Path):
+    hf = random_tensors(DENSE)
+    source = write(tmp_path / "hf", hf, hf_config(DENSE))
+    run(to_mindformers(check(source), Dialect(Layout(False, False).on(2)), tmp_path / "whole"))
+    whole = contents(tmp_path / "whole")
+    strategies, ranks = make_ranks(tmp_path, whole, cut(whole, tensor_parallel=2), 2)
+    run(unify(open_rank_files(ranks, read_strategies(strategies)), tmp_path / "merged"))
+    flags = "".join(f"    {flag}: {value}\n" for flag, value in Layout(False, False).training_flags.items())
+    yaml = tmp_path / "train.yaml"
+    yaml.write_text(f"run_mode: finetune\nmodel:\n  model_config:\n{flags}")
+    run(to_hf(check_trained(open_checkpoint(tmp_path / "merged"), source, yaml), tmp_path / "back"))
+    assert_same(contents(tmp_path / "back"), hf)
+    yaml.write_text(yaml.read_text() + "use_parallel: True\nparallel_config:\n  model_parallel: 4\n")
+    with pytest.raises(BridgeError, match="is not of this run"):
+        check_trained(open_checkpoint(tmp_path / "merged"), source, yaml)
