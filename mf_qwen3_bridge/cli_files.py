@@ -251,7 +251,7 @@ def _export(
 def _make(job: Any, dry_run: bool) -> None:
     """Carries out a job, or says what it would do."""
     from mf_qwen3_bridge.convert import describe, run
-    from mf_qwen3_bridge.parallel import this_worker
+    from mf_qwen3_bridge.workers import this_worker
 
     worker = this_worker()
     if worker is None:

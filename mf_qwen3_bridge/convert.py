@@ -17,13 +17,13 @@ from mf_qwen3_bridge import __version__
 from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.files import OutputFile
-from mf_qwen3_bridge.output import OutputDirectory, Workers
-from mf_qwen3_bridge.parallel import ALONE, Worker
+from mf_qwen3_bridge.output import OutputDirectory
 from mf_qwen3_bridge.plan import Plan
 from mf_qwen3_bridge.progress import progress_bar
 from mf_qwen3_bridge.tiles import Tile, tiles, writes
 from mf_qwen3_bridge.transfer import BUFFER_BYTES, Transfer, carve, copy_elements, read_nbytes, room
 from mf_qwen3_bridge.values import Casts, casts_of, is_exact, largest_magnitude
+from mf_qwen3_bridge.workers import ALONE, Worker, Workers
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -163,7 +163,7 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
         part.plan.check_duplicates()
     directory = job.directory(worker)
     with directory.opened():
-        workers = Workers(directory)
+        workers = Workers(directory.state, worker)
         with workers.alive():
             findings = _write(job, directory)
             if worker.number > 0:
@@ -176,7 +176,7 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
                 if job.checks_values:
                     _check(job, findings)
             except BridgeError:
-                if worker.count == 1:  # the others learn of it from what is there
+                if worker.count == 1:  # others are still looking at it
                     directory.discard()
                 raise
             directory.complete(job.others)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from math import lcm
 from pathlib import Path
 from typing import Any
 
+from mf_qwen3_bridge import training_slices
 from mf_qwen3_bridge.checkpoint import HYPER_PARAMETERS, read_bytes
 from mf_qwen3_bridge.convert import Job, Part
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.files import HF_SHARD_BYTES, hf_files, mindformers_files, output_file, rank_file
 from mf_qwen3_bridge.hf_config import normalise, read_json
 from mf_qwen3_bridge.layouts import Layout, View
@@ -20,8 +20,8 @@ from mf_qwen3_bridge.plan import Plan, Target
 from mf_qwen3_bridge.preflight import Model
 from mf_qwen3_bridge.rank_files import RankFiles
 from mf_qwen3_bridge.recognise import LAYOUT_STAMP
-from mf_qwen3_bridge.rules import EMBEDDING, HF, INFER, OUTPUT, Dialect, ExpertsRule
-from mf_qwen3_bridge.slices import Box, read_from_slices, write_slices
+from mf_qwen3_bridge.rules import EMBEDDING, HF, INFER, OUTPUT, Dialect
+from mf_qwen3_bridge.slices import read_from_slices, write_slices
 from mf_qwen3_bridge.tiles import Copy
 
 # What belongs to a model beside its weights and config.json, as transformers and the Hub name it.
@@ -147,58 +147,22 @@ def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConf
         BridgeError: the sizes don't divide the model.
     """
     is_for_inference = target == INFER
-    if problems := list(parallel.problems(model.spec) if is_for_inference else _training_problems(model, parallel)):
+    if problems := list(
+        parallel.problems(model.spec) if is_for_inference else training_slices.problems(model.spec, parallel)
+    ):
         raise BridgeError("the model can't be divided so", problems)
     number_dtype = DTYPE_NAMES[dtype][0] if dtype else None
     kind = "qwen3_moe" if model.spec.is_moe else "qwen3"
     parts = []
-    for number in range(parallel.world_size if is_for_inference else _training_world_size(parallel)):
+    for number in range(parallel.world_size if is_for_inference else training_slices.world_size(parallel)):
         if is_for_inference:
             plan = model.plan(target, number_dtype, parallel.rank(number))
         else:
             plan = model.plan(target, number_dtype)
-            plan = write_slices(plan, dict(training_boxes(model, plan, parallel, number)))
+            plan = write_slices(plan, dict(training_slices.boxes(model.rules, plan, parallel, number)))
             plan = plan if number == 0 else replace(plan, duplicates=())  # compared once
         parts.append(Part(plan, [rank_file(plan, number, kind)]))
     return Job(str(model.dialect), str(target), output, tuple(parts), {}, notes=model.notes)
-
-
-def _training_world_size(parallel: ParallelConfig) -> int:
-    """Ranks that hold different things: those after them hold the same again."""
-    return lcm(parallel.tensor_parallel, parallel.expert_parallel)
-
-
-def _training_problems(model: Model, parallel: ParallelConfig) -> Iterator[Problem]:
-    spec, tensor, expert = model.spec, parallel.tensor_parallel, parallel.expert_parallel
-    divided = {"num_query_groups": spec.num_query_groups, "vocab_size": spec.vocab_size}
-    if not spec.is_moe:
-        divided["ffn_hidden_size"] = spec.ffn_hidden_size
-    for name, number in divided.items():
-        if number % tensor:
-            yield Problem(name, f"{number}, tensor parallel {tensor}", "training needs a size that divides it")
-    if not spec.is_moe and expert > 1:
-        yield Problem("expert parallel", str(expert), "the model has no experts: leave it out")
-    elif spec.is_moe and spec.num_experts % expert:
-        yield Problem("num_experts", f"{spec.num_experts}, expert parallel {expert}", "use a size that divides it")
-
-
-def training_boxes(model: Model, plan: Plan, parallel: ParallelConfig, number: int) -> Iterator[tuple[str, Box]]:
-    """What rank ``number`` of a training run holds of each parameter that is cut.
-
-    Mirrors the ``shard`` methods of ``mindformers/parallel_core/training_graph`` (1.7 to 1.9): tensor parallel cuts
-    rows or columns in even blocks, whatever they mean; experts are cut by expert parallel alone.
-    """
-    shapes = {target.name: target.shape for target in plan.targets}
-    for rule in model.rules:
-        shape = shapes[rule.parameter]
-        is_experts = isinstance(rule, ExpertsRule)
-        size = parallel.expert_parallel if is_experts else parallel.tensor_parallel
-        axis = 0 if is_experts or rule.divided == "groups" else 1
-        if rule.divided is None or size == 1:
-            continue
-        part, step = number % size, shape[axis] // size
-        mine = (part * step, (part + 1) * step)
-        yield rule.parameter, Box(mine) if axis == 0 else Box((0, shape[0]), mine)
 
 
 def from_ranks(job: Job, ranks: RankFiles) -> Job:

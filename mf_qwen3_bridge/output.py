@@ -15,11 +15,10 @@ import json
 import os
 import resource
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,11 @@ import numpy as np
 from mf_qwen3_bridge.checkpoint import UNFINISHED_SUFFIX
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.files import OutputFile
-from mf_qwen3_bridge.parallel import ALONE, Worker
+from mf_qwen3_bridge.workers import ALONE, Worker, write_whole
 
 # Holds what the bridge itself needs until all is done.
 _STATE = ".mf-qwen3"
 _COMPARED_BYTES = 1 << 20
-_BEAT_SECONDS = 1.0
-# A worker that gives no sign for so long is taken for dead.
-PATIENCE_SECONDS = 60.0
 
 
 class OutputDirectory:
@@ -51,6 +47,7 @@ class OutputDirectory:
         self.path = path.parent.resolve() / path.name
         self.incomplete = self.path.with_name(self.path.name + UNFINISHED_SUFFIX)
         self.files = {file.name: file for file in files}
+        self.state = self.incomplete / _STATE
         self.worker = worker
         self._job = json.dumps(job, indent=2, sort_keys=True)
         self._descriptors: dict[str, int] = {}
@@ -90,7 +87,7 @@ class OutputDirectory:
         """Refuses to touch an unfinished directory that another job left."""
         if not self.incomplete.exists():
             return
-        job = self.incomplete / _STATE / "job.json"
+        job = self.state / "job.json"
         remedy = "remove it, or choose another output"
         if not job.is_file():
             if any(path.name != _STATE for path in self.incomplete.iterdir()):
@@ -114,10 +111,9 @@ class OutputDirectory:
         _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
         with _said_to_the_user(self.path):
-            state = self.incomplete / _STATE
-            state.mkdir(parents=True, exist_ok=True)
-            _write(state / "job.json", self._job.encode(), f"job.{self.worker.number}")
-            lock = os.open(state / f"lock.{self.worker.number}", os.O_RDWR | os.O_CREAT, 0o666)
+            self.state.mkdir(parents=True, exist_ok=True)
+            write_whole(self.state / "job.json", self._job.encode(), f"job.{self.worker.number}")
+            lock = os.open(self.state / f"lock.{self.worker.number}", os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._claim(lock)
                 yield
@@ -188,7 +184,7 @@ class OutputDirectory:
             os.fsync(descriptor)
             self._partial(name).rename(self.incomplete / name)
         for name, content in others.items():
-            _write(self.incomplete / name, content)
+            write_whole(self.incomplete / name, content)
         for directory in {(self.incomplete / name).parent for name in (*self.files, *others)} | {self.incomplete}:
             _sync_directory(directory)
         self.incomplete.rename(self.path)
@@ -210,17 +206,6 @@ def _holds(descriptor: int, start: int, data: np.ndarray) -> bool:
     return True
 
 
-def _write(path: Path, content: bytes, temporary: str = "tmp") -> None:
-    """A small file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{temporary}")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(path)
-
-
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -240,109 +225,3 @@ def _said_to_the_user(path: Path) -> Iterator[None]:
         raise BridgeError(
             f"{path} can't be written: {error.strerror}; {remedy}, and give the same command again: it goes on"
         ) from error
-
-
-class Workers:
-    """Signs of life of the workers of one job, in files of the unfinished directory.
-
-    What an earlier run left does not count: a sign is one that was seen to change.
-
-    Args:
-        directory: the unfinished directory.
-        worker: which of them this is.
-    """
-
-    def __init__(self, directory: OutputDirectory) -> None:
-        self._state = directory.incomplete / _STATE
-        self._incomplete = directory.incomplete
-        self._worker = directory.worker
-        self._news: dict[str, Any] = {}
-        self._stopped = Event()
-        self._old = {number: self._read(number) for number in self._others}
-
-    @property
-    def _others(self) -> list[int]:
-        return [number for number in range(self._worker.count) if number != self._worker.number]
-
-    @contextmanager
-    def alive(self) -> Iterator[None]:
-        """Gives signs of life, the last of them that this worker failed if it does."""
-        if not self._others:
-            yield
-            return
-        beating = Thread(target=self._beat, daemon=True)
-        beating.start()
-        try:
-            yield
-        except BaseException as error:
-            self._news = {"failed": str(error) or type(error).__name__}
-            raise
-        finally:
-            self._stopped.set()
-            beating.join()
-
-    def report(self, content: Any) -> None:
-        """Says to the first worker that this one is done, and what it has seen."""
-        _write(self._state / f"report.{self._worker.number}", json.dumps(content).encode())
-        self._news = {"done": True}
-
-    def _beat(self) -> None:
-        while True:
-            stopped = self._stopped.wait(_BEAT_SECONDS)
-            if not self._state.is_dir():
-                return  # all is done, and the directory has its name
-            sign = json.dumps({"at": time.time_ns(), **self._news})
-            _write(self._state / f"worker.{self._worker.number}", sign.encode())
-            if stopped:
-                return
-
-    def _read(self, number: int) -> dict[str, Any]:
-        try:
-            sign: dict[str, Any] = json.loads((self._state / f"worker.{number}").read_text())
-        except (OSError, json.JSONDecodeError):
-            return {}
-        return sign
-
-    def wait_for_reports(self) -> list[Any]:
-        """What each of the others has seen, when all are done.
-
-        Raises:
-            BridgeError: one of them failed, or gives no sign of life.
-        """
-        for _ in self._watch():
-            if sum("done" in sign for sign in self._signs().values()) == len(self._others):
-                break
-        return [json.loads((self._state / f"report.{number}").read_text()) for number in self._others]
-
-    def wait_for_the_end(self) -> None:
-        """Returns when the first worker has given the directory its name.
-
-        Raises:
-            BridgeError: it failed, or gives no sign of life.
-        """
-        for _ in self._watch():
-            if not self._incomplete.is_dir():
-                break
-
-    def _signs(self) -> dict[int, dict[str, Any]]:
-        return {n: sign for n in self._others if (sign := self._read(n)) and sign != self._old[n]}
-
-    def _watch(self) -> Iterator[None]:
-        """Looks at the others again and again."""
-        last: dict[int, tuple[Any, float]] = {}
-        started = time.monotonic()
-        while True:
-            yield
-            signs, now = self._signs(), time.monotonic()
-            for number in self._others:
-                sign = signs.get(number, {})
-                if "failed" in sign:
-                    raise BridgeError(f"worker {number} of {self._worker.count} failed: {sign['failed']}")
-                if last.get(number, (None, 0))[0] != sign.get("at"):
-                    last[number] = (sign.get("at"), now)
-                if now - last.get(number, (None, started))[1] > PATIENCE_SECONDS and self._incomplete.is_dir():
-                    raise BridgeError(
-                        f"worker {number} of {self._worker.count} gives no sign of life for {PATIENCE_SECONDS:.0f} s: "
-                        "look at its log, and start all again with the same command: they go on"
-                    )
-            time.sleep(_BEAT_SECONDS / 4)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import Problem
 from mf_qwen3_bridge.spec import ModelSpec
 
 
@@ -129,33 +129,6 @@ def num_processes() -> int:
     msrun runs the script once more, as the scheduler that the others meet at: it too has to join the run.
     """
     return int(os.environ["MS_WORKER_NUM"]) if os.environ.get("MS_ROLE") in ("MS_WORKER", "MS_SCHED") else 1
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One of several processes that share out a job."""
-
-    number: int
-    count: int
-
-
-ALONE = Worker(0, 1)
-
-
-def this_worker() -> Worker | None:
-    """Which of msrun's workers this process is; None for its scheduler, which has nothing to do.
-
-    Raises:
-        BridgeError: msrun was started so that workers get their numbers when MindSpore does.
-    """
-    role = os.environ.get("MS_ROLE")
-    if role == "MS_SCHED":
-        return None
-    if role != "MS_WORKER":
-        return ALONE
-    if "MS_NODE_ID" not in os.environ:  # RANK_ID may be the scheduler's
-        raise BridgeError("msrun has given this worker no number: start msrun with --node_rank on each machine")
-    return Worker(int(os.environ["MS_NODE_ID"]), int(os.environ["MS_WORKER_NUM"]))
 
 
 def _remedy(name: str, number: int) -> str:

@@ -1,4 +1,4 @@
-"""The benchmark runs; what it measures is nobody's business here."""
+"""The benchmarks run; what they measure is nobody's business here."""
 
 from __future__ import annotations
 
@@ -6,15 +6,36 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.unit.test_readme import ROOT, commands
 
+LINES = {  # the options to run each with, and the lines of its table
+    "benchmarks/loading.py": (["--roads", "direct", "floor"], 2),
+    "benchmarks/conversion.py": (["--roads", "cp", "floor", "bridge"], 6),
+}
 
-def test_loading(tmp_path: Path):
+
+def test_these_are_all():
     document = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert {tuple(command[:2]) for command in commands(document)} == {("python", "benchmarks/loading.py")}
-    arguments = ["--work_dir", str(tmp_path), "--models", "tiny", "--roads", "direct", "floor", "--rounds", "1"]
+    assert {(command[0], command[1]) for command in commands(document)} == {("python", script) for script in LINES}
+
+
+@pytest.mark.parametrize("script", LINES)
+def test_it_runs(tmp_path: Path, script: str):
+    options, lines = LINES[script]
     result = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "loading.py"), *arguments],
+        [
+            sys.executable,
+            str(ROOT / script),
+            "--work_dir",
+            str(tmp_path),
+            "--models",
+            "tiny",
+            "--rounds",
+            "1",
+            *options,
+        ],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -22,4 +43,4 @@ def test_loading(tmp_path: Path):
         timeout=600,
     )
     assert result.returncode == 0, result.stderr
-    assert len([line for line in result.stdout.splitlines() if line.startswith("| tiny")]) == 2
+    assert len([line for line in result.stdout.splitlines() if line.startswith("| tiny")]) == lines

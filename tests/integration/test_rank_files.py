@@ -17,7 +17,7 @@ from mf_qwen3_bridge.checkpoint import open_checkpoint
 from mf_qwen3_bridge.cli import cli
 from mf_qwen3_bridge.convert import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.jobs import from_ranks, to_hf, to_mindformers, to_ranks, training_boxes, unify
+from mf_qwen3_bridge.jobs import from_ranks, to_hf, to_mindformers, to_ranks, unify
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.parallel import ParallelConfig
 from mf_qwen3_bridge.preflight import check
@@ -26,6 +26,7 @@ from mf_qwen3_bridge.rules import TRAIN, Dialect
 from mf_qwen3_bridge.spec import ModelSpec
 from mf_qwen3_bridge.strategies import read_strategies
 from mf_qwen3_bridge.trained import check_trained
+from mf_qwen3_bridge.training_slices import boxes
 from tests.integration.rank_runs import SUFFIX, Cut, make_ranks
 from tests.tiny import hf_config, random_tensors, write
 from tests.unit.test_convert import assert_same, contents
@@ -156,14 +157,14 @@ def test_each_rank_gets_what_the_compiler_gave_it(tmp_path: Path, files, spec, p
     plan = model.plan(TRAIN)
     shapes = {target.name: target.shape for target in plan.targets}
     for number in range(8):
-        boxes = dict(training_boxes(model, plan, parallel, number))
+        held = dict(boxes(model.rules, plan, parallel, number))
         for stage in stages:
             for name in stage.keys() & shapes.keys():
                 bounds = [
                     (shape // parts * part, shape // parts * (part + 1))
                     for shape, (part, parts) in zip(shapes[name], stage[name].place(number))
                 ]
-                box = boxes.get(name)
+                box = held.get(name)
                 rows, columns = (box.rows, box.columns) if box else ((0, shapes[name][0]), None)
                 whole = [rows, columns or (0, shapes[name][-1])][: len(shapes[name])]
                 assert bounds == whole, name

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from mf_qwen3_bridge import output
+from mf_qwen3_bridge import workers
 from mf_qwen3_bridge.checkpoint import open_checkpoint
 from mf_qwen3_bridge.convert import Job, run
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.jobs import to_hf, to_mindformers
 from mf_qwen3_bridge.output import OutputDirectory
-from mf_qwen3_bridge.parallel import ALONE, Worker, this_worker
 from mf_qwen3_bridge.preflight import check
 from mf_qwen3_bridge.rules import TRAIN
 from mf_qwen3_bridge.trained import check_trained
+from mf_qwen3_bridge.workers import ALONE, Worker, this_worker
 from tests.tiny import SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import assert_same, contents
 
@@ -265,7 +265,7 @@ def test_nothing_is_written_in_a_dry_run(dirs, tmp_path):
 
 
 def test_two_workers(dirs, tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(workers, "_BEAT_SECONDS", 0.05)
     run(job_of(dirs, tmp_path / "whole"))
     job = job_of(dirs, tmp_path / "out")
     children = [in_child(lambda number=number: run(job, Worker(number, 2))) for number in (1, 0)]
@@ -291,8 +291,8 @@ def test_each_worker_writes_its_share(dirs, tmp_path):
 
 
 def test_a_dead_worker_is_noticed_and_the_rest_is_done(dirs, tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "_BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(output, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(workers, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(workers, "PATIENCE_SECONDS", 1.0)
     out = tmp_path / "out"
     job = job_of(dirs, out)
 
@@ -312,7 +312,7 @@ def test_a_dead_worker_is_noticed_and_the_rest_is_done(dirs, tmp_path, monkeypat
 
 
 def test_a_worker_that_fails_says_so_to_the_others(dirs, tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(workers, "_BEAT_SECONDS", 0.05)
     job = job_of(dirs, tmp_path / "out")
 
     def fails():
@@ -331,7 +331,7 @@ def test_a_worker_that_fails_says_so_to_the_others(dirs, tmp_path, monkeypatch):
 
 def test_what_workers_saw_is_put_together(dirs, tmp_path, monkeypatch):
     """Half of a tensor may be empty; all of it may not, whoever read it."""
-    monkeypatch.setattr(output, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(workers, "_BEAT_SECONDS", 0.05)
     tensors = random_tensors(LARGER, TRAIN)
     tensors["embedding.word_embeddings.weight"][: LARGER.vocab_size // 2] = 0
     tensors["decoder.layers.1.mlp.linear_fc2.weight"][...] = 0
