@@ -230,20 +230,24 @@ def _export(
 ) -> None:
     from mf_qwen3_bridge import jobs
     from mf_qwen3_bridge.checkpoint import open_checkpoint
+    from mf_qwen3_bridge.evidence import check_layout
     from mf_qwen3_bridge.files import parse_size
     from mf_qwen3_bridge.trained import check_trained
 
-    hf_config, config, numbers = options["hf_config"], options["config"], _numbers(options)
-    if not hf_config and not config:
-        numbers = {**(defaults or {}), **numbers}
     ranks = None if isinstance(source, Path) else source
     checkpoint = ranks.checkpoint if ranks else open_checkpoint(Path(str(source)))
+    hf_config, config, numbers = options["hf_config"], options["config"], _numbers(options)
+    origin = "arguments"
+    if defaults and not (hf_config or config or (checkpoint.path / "config.json").is_file()):
+        numbers, origin = {**defaults, **numbers}, "arguments and defaults"
+    model = check_trained(checkpoint, hf_config, config, numbers, ranks.tensor_parallel if ranks else None, origin)
     job = jobs.to_hf(
-        check_trained(checkpoint, hf_config, config, numbers, ranks.tensor_parallel if ranks else None),
+        model,
         output_path,
         options["dtype"],
         parse_size(options["max_shard_size"]),
         options["write_tied_lm_head"],
+        layout_is_shown=check_layout(model, ranks.slices if ranks else None),
     )
     _make(jobs.from_ranks(job, ranks) if ranks else job, options["dry_run"])
 
@@ -262,6 +266,10 @@ def _make(job: Any, dry_run: bool) -> None:
     if dry_run:
         click.echo("result      nothing was written (--dry_run)")
         return
-    summary = run(job, worker)
+    try:
+        summary = run(job, worker)
+    except KeyboardInterrupt:
+        click.echo(f"interrupted: {job.directory().incomplete} is kept, and the same command goes on with it", err=True)
+        raise
     for line in summary.lines() if summary else ():
         click.echo(line)

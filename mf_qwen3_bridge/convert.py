@@ -6,7 +6,7 @@ import hashlib
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,36 @@ from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.files import OutputFile
 from mf_qwen3_bridge.output import OutputDirectory
-from mf_qwen3_bridge.plan import Plan
-from mf_qwen3_bridge.progress import progress_bar
+from mf_qwen3_bridge.plan import Plan, check_values
+from mf_qwen3_bridge.progress import progress_bar, size_text
 from mf_qwen3_bridge.tiles import Tile, tiles, writes
 from mf_qwen3_bridge.transfer import BUFFER_BYTES, Transfer, carve, copy_elements, read_nbytes, room
 from mf_qwen3_bridge.values import Casts, casts_of, is_exact, largest_magnitude
 from mf_qwen3_bridge.workers import ALONE, Worker, Workers
 
-GIB = 1 << 30
-MIB = 1 << 20
-
 
 @dataclass(frozen=True)
 class Part:
-    """A plan, and the files that hold what it makes."""
+    """A plan, and the files that hold what it makes.
 
-    plan: Plan
+    Attributes:
+        make_plan: gives the plan; of many parts not all are held at a time.
+        files: the files.
+        source_nbytes: bytes that the plan reads.
+        sources: the files that it reads from.
+    """
+
+    make_plan: Callable[[], Plan]
     files: Sequence[OutputFile]
+    source_nbytes: int
+    sources: frozenset[Path]
+
+    @classmethod
+    def of(cls, make_plan: Callable[[], Plan], files: Sequence[OutputFile]) -> Part:
+        """The part that ``make_plan`` makes in ``files``."""
+        plan = make_plan()
+        sources = frozenset(copy.source.file for target in plan.targets for copy in target.copies)
+        return cls(make_plan, files, plan.source_nbytes, sources)
 
 
 @dataclass(frozen=True)
@@ -43,38 +56,44 @@ class Job:
 
     Attributes:
         source: what it is made of, for a person.
+        num_source_tensors: of how many tensors.
         target: what it is, for a person.
         output: where.
         parts: what its safetensors files are made of; one, or one for each rank.
         others: its other files, the index last.
+        ignored: tensors that are left out, because they are no weights.
         checks_values: whether what is moved are weights, which are never NaN or all zero.
         notes: what the user should know.
     """
 
     source: str
+    num_source_tensors: int
     target: str
     output: Path
     parts: tuple[Part, ...]
     others: Mapping[str, bytes]
+    ignored: tuple[str, ...] = ()
     checks_values: bool = True
     notes: tuple[str, ...] = ()
 
     @property
     def source_nbytes(self) -> int:
         """Bytes that are read."""
-        return sum(part.plan.source_nbytes for part in self.parts)
+        return sum(part.source_nbytes for part in self.parts)
 
     @property
     def num_tensors(self) -> int:
         """Number of tensors that are written."""
-        return sum(len(part.plan.targets) for part in self.parts)
+        return sum(len(file.tensors) for part in self.parts for file in part.files)
 
     def directory(self, worker: Worker = ALONE) -> OutputDirectory:
         """The directory that this job makes."""
-        sources = {copy.source.file for part in self.parts for target in part.plan.targets for copy in target.copies}
+        sources = frozenset.union(*(part.sources for part in self.parts))
         files = [file for part in self.parts for file in part.files]
         identity = {
             "bridge": __version__,
+            "from": self.source,
+            "to": self.target,
             "sources": {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in sources},
             "tensors": {file.name: hashlib.sha256(file.header).hexdigest() for file in files},
             "other files": {name: hashlib.sha256(content).hexdigest() for name, content in self.others.items()},
@@ -87,30 +106,34 @@ class Findings:
     """What was seen of the values on their way.
 
     Attributes:
-        magnitudes: for each part, target and source tensor the largest magnitude.
+        magnitudes: for each target and source tensor the largest magnitude.
+        files: for each source tensor its file.
         casts: for each pair of dtypes what casting did.
     """
 
-    magnitudes: dict[tuple[int, str, str], float] = field(default_factory=lambda: defaultdict(float))
+    magnitudes: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
+    files: dict[str, str] = field(default_factory=dict)
     casts: dict[tuple[str, str], Casts] = field(default_factory=lambda: defaultdict(Casts))
 
     def add(self, other: Findings) -> None:
         """Takes in what another has seen."""
         for place, magnitude in other.magnitudes.items():
             self.magnitudes[place] = max(self.magnitudes[place], magnitude)
+        self.files |= other.files
         for dtypes, casts in other.casts.items():
             self.casts[dtypes] += casts
 
     def to_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads."""
         casts = [[*dtypes, asdict(c) | {"overflowed": sorted(c.overflowed)}] for dtypes, c in self.casts.items()]
-        return {"magnitudes": [[*place, value] for place, value in self.magnitudes.items()], "casts": casts}
+        magnitudes = [[*place, value] for place, value in self.magnitudes.items()]
+        return {"magnitudes": magnitudes, "files": self.files, "casts": casts}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Findings:
         """What another worker has seen."""
-        found = cls()
-        found.magnitudes.update({(part, target, source): m for part, target, source, m in content["magnitudes"]})
+        found = cls(files=dict(content["files"]))
+        found.magnitudes.update({(target, source): value for target, source, value in content["magnitudes"]})
         for source, target, casts in content["casts"]:
             found.casts[source, target] = Casts(**casts | {"overflowed": set(casts["overflowed"])})
         return found
@@ -130,8 +153,8 @@ class Summary:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         yield from cast_lines(self.casts)
         yield (
-            f"written     {self.num_tensors} tensors, {self.nbytes / GIB:.2f} GiB in {self.seconds:.1f} s, "
-            f"{self.nbytes / self.seconds / 1e9:.2f} GB/s, peak memory {peak / MIB:.0f} MiB"
+            f"written     {self.num_tensors} tensors, {size_text(self.nbytes)} in {self.seconds:.1f} s, "
+            f"{self.nbytes / self.seconds / 1e9:.2f} GB/s, peak memory {size_text(peak)}"
         )
 
 
@@ -159,12 +182,12 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
             dtype, another worker failed.
     """
     started = time.monotonic()
-    for part in job.parts:
-        part.plan.check_duplicates()
     directory = job.directory(worker)
     with directory.opened():
         workers = Workers(directory.state, worker)
         with workers.alive():
+            if worker.number == 0:
+                _check_duplicates(job, directory)
             findings = _write(job, directory)
             if worker.number > 0:
                 workers.report(findings.to_json())
@@ -174,7 +197,7 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
                 findings.add(Findings.from_json(content))
             try:
                 if job.checks_values:
-                    _check(job, findings)
+                    _check_values(findings)
             except BridgeError:
                 if worker.count == 1:  # others are still looking at it
                     directory.discard()
@@ -183,14 +206,14 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
     return Summary(job.num_tensors, directory.nbytes, time.monotonic() - started, dict(findings.casts))
 
 
-def _share(job: Job, worker: Worker) -> Iterator[tuple[int, Tile, Mapping[str, TensorInfo]]]:
-    """This worker's tiles: (number of the part, tile, where each target goes). Each gets as many bytes."""
+def _share(job: Job, worker: Worker) -> Iterator[tuple[Tile, Mapping[str, TensorInfo]]]:
+    """This worker's tiles, and where each target goes. Each worker gets as many bytes."""
     done, total = 0, job.source_nbytes
-    for number, part in enumerate(job.parts):
+    for part in job.parts:
         places = {name: tensor for file in part.files for name, tensor in file.tensors.items()}
-        for tile in tiles((copy for target in part.plan.targets for copy in target.copies), to_files=True):
+        for tile in tiles((copy for target in part.make_plan().targets for copy in target.copies), to_files=True):
             if done * worker.count // total == worker.number:
-                yield number, tile, places
+                yield tile, places
             done += sum(copy.nbytes for copy in tile)
 
 
@@ -199,9 +222,9 @@ def _write(job: Job, directory: OutputDirectory) -> Findings:
     nbytes = job.source_nbytes // directory.worker.count
     with progress_bar("writing", nbytes) as advance, Transfer(advance) as transfer:
 
-        def carry_out(share: tuple[int, Tile, Mapping[str, TensorInfo]]) -> tuple[Tile, Findings]:
-            number, tile, places = share
-            seen = _carry_out(number, tile, places, transfer, directory)
+        def carry_out(share: tuple[Tile, Mapping[str, TensorInfo]]) -> tuple[Tile, Findings]:
+            tile, places = share
+            seen = _carry_out(tile, places, transfer, directory)
             return tile, seen if job.checks_values else Findings()
 
         for tile, seen in transfer.map(carry_out, _share(job, directory.worker)):
@@ -212,7 +235,7 @@ def _write(job: Job, directory: OutputDirectory) -> Findings:
 
 
 def _carry_out(
-    number: int, tile: Tile, places: Mapping[str, TensorInfo], transfer: Transfer, directory: OutputDirectory
+    tile: Tile, places: Mapping[str, TensorInfo], transfer: Transfer, directory: OutputDirectory
 ) -> Findings:
     """Reads a tile, permutes it, and writes it."""
     findings = Findings()
@@ -234,8 +257,9 @@ def _carry_out(
                 made, free = carve(free, stretch.size, DTYPES[target.dtype])
             for copy, view in zip(copies, stretch.views):
                 elements = gathered[copy]
-                place = number, copy.target, copy.source.name
+                place = copy.target, copy.source.name
                 findings.magnitudes[place] = max(findings.magnitudes[place], largest_magnitude(elements))
+                findings.files[copy.source.name] = copy.source.file.name
                 if not is_copied:
                     copy_elements(elements, view.of(made))
                 if not is_exact(elements.dtype, made.dtype):
@@ -246,22 +270,25 @@ def _carry_out(
     return findings
 
 
-def _check(job: Job, findings: Findings) -> None:
+def _check_duplicates(job: Job, directory: OutputDirectory) -> None:
+    """Before anything is written."""
+    try:
+        job.parts[0].make_plan().check_duplicates()
+    except BridgeError:
+        if directory.worker.count == 1:
+            directory.discard()
+        raise
+
+
+def _check_values(findings: Findings) -> None:
     """Looks at the values, now that all have been seen."""
-    problems: list[Problem] = []
-    for number, part in enumerate(job.parts):
-        magnitudes: dict[str, dict[str, float]] = defaultdict(dict)
-        for (of_part, target, source), magnitude in findings.magnitudes.items():
-            if of_part == number:
-                magnitudes[target][source] = magnitude
-        try:
-            part.plan.check_values(magnitudes)
-        except BridgeError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    if problems:
-        raise BridgeError("weights that no trained model has", problems)
+    magnitudes: dict[str, dict[str, float]] = defaultdict(dict)
+    for (target, source), magnitude in findings.magnitudes.items():
+        magnitudes[target][source] = magnitude
+    check_values(magnitudes, findings.files)
+    problems = []
     for (source, target), casts in findings.casts.items():
-        remedy = "use bf16, which has float32's range, or fp32"
+        remedy = "use fp32" if target == "BF16" else "use bf16, which has float32's range, or fp32"
         problems += [
             Problem(name, f"{source} values too large for {target}", remedy) for name in fold_names(casts.overflowed)
         ]
@@ -271,23 +298,21 @@ def _check(job: Job, findings: Findings) -> None:
 
 def describe(job: Job) -> Iterator[str]:
     """The plan of a job, for a person: what will be made, what it takes."""
-    targets = [target for part in job.parts for target in part.plan.targets]
-    plan = job.parts[0].plan
-    largest = max(targets, key=lambda target: target.nbytes)
     directory = job.directory()
+    largest = max((t for file in directory.files.values() for t in file.tensors.values()), key=lambda t: t.nbytes)
     ranks = f" for {len(job.parts)} ranks" if len(job.parts) > 1 else ""
-    sources = {copy.source.name for target in targets for copy in target.copies}
-    sources |= {dropped.name for _, dropped in plan.duplicates}
-    yield f"from        {job.source}, {len(sources)} tensors"
+    yield f"from        {job.source}, {job.num_source_tensors} tensors"
     yield (
-        f"to          {job.target}, {len(targets)} tensors{ranks}, {directory.nbytes / GIB:.2f} GiB in "
+        f"to          {job.target}, {job.num_tensors} tensors{ranks}, {size_text(directory.nbytes)} in "
         f"{len(directory.files)} {'file' if len(directory.files) == 1 else 'files'}"
     )
-    yield f"            {directory.path}: {', '.join(fold_names([*directory.files, *job.others]))}"
-    yield f"largest     {largest.name} {largest.shape} {largest.dtype}, {largest.nbytes / MIB:.1f} MiB"
-    yield f"memory      at most {BUFFER_BYTES / MIB:.0f} MiB of buffers"
-    if plan.ignored:
-        yield f"left out    {len(plan.ignored)} tensors that are state of a training run: " + ", ".join(
-            fold_names(plan.ignored)[:8]
+    names = fold_names([*directory.files, *job.others])
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    yield f"            {directory.path}: {', '.join(names[:8])}{more}"
+    yield f"largest     {largest.name} {largest.shape} {largest.dtype}, {size_text(largest.nbytes)}"
+    yield f"memory      at most {size_text(BUFFER_BYTES)} of buffers"
+    if job.ignored:
+        yield f"left out    {len(job.ignored)} tensors that are state of a training run: " + ", ".join(
+            fold_names(job.ignored)[:8]
         )
     yield from (f"note        {note}" for note in job.notes)

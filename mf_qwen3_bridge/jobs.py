@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge import training_slices
-from mf_qwen3_bridge.checkpoint import HYPER_PARAMETERS, read_bytes
+from mf_qwen3_bridge.checkpoint import DTYPES, HYPER_PARAMETERS, TensorInfo, read_bytes
 from mf_qwen3_bridge.convert import Job, Part
-from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.files import HF_SHARD_BYTES, hf_files, mindformers_files, output_file, rank_file
 from mf_qwen3_bridge.hf_config import normalise, read_json
 from mf_qwen3_bridge.layouts import Layout, View
@@ -52,7 +53,7 @@ def to_mindformers(model: Model, target: Dialect, output: Path, dtype: str | Non
     """
     plan = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
     files, index = mindformers_files(plan)
-    return Job(str(model.dialect), str(target), output, (Part(plan, files),), index, notes=model.notes)
+    return _job(model, plan, target, output, [Part.of(lambda: plan, files)], index, model.notes)
 
 
 def to_hf(
@@ -61,6 +62,7 @@ def to_hf(
     dtype: str | None = None,
     max_shard_bytes: int = HF_SHARD_BYTES,
     write_tied_output: bool = False,
+    layout_is_shown: bool = False,
 ) -> Job:
     """A Hugging Face checkpoint, with its config.json and tokenizer as far as they are known.
 
@@ -70,6 +72,7 @@ def to_hf(
         dtype: ``bf16``, ``fp16`` or ``fp32``; as in the checkpoint when left out.
         max_shard_bytes: a file is larger only if a single tensor is.
         write_tied_output: store ``lm_head`` although it is tied to the embedding.
+        layout_is_shown: whether something else than files and YAML shows that the layout is right.
 
     Raises:
         BridgeError: the checkpoint is Hugging Face's already.
@@ -84,14 +87,22 @@ def to_hf(
     others = {file.name: file.read_bytes() for file in _companions(model)}
     if config:
         others["config.json"] = json.dumps(config, indent=2).encode()
-    return Job(
-        str(model.dialect),
-        str(HF),
-        output,
-        (Part(plan, files),),
-        others | index,
-        notes=(*model.notes, *_export_notes(model, others)),
-    )
+    said = _export_notes(model, others, layout_is_shown)
+    return _job(model, plan, HF, output, [Part.of(lambda: plan, files)], others | index, (*model.notes, *said))
+
+
+def _job(
+    model: Model,
+    plan: Plan,
+    target: Dialect,
+    output: Path,
+    parts: Iterable[Part],
+    others: Mapping[str, bytes],
+    notes: tuple[str, ...],
+) -> Job:
+    """The job whose parts together make what ``plan`` does."""
+    count = plan.num_source_tensors
+    return Job(str(model.dialect), count, str(target), output, tuple(parts), others, plan.ignored, notes=notes)
 
 
 def _with_output_layer(plan: Plan) -> Plan:
@@ -117,8 +128,10 @@ def _config_json(model: Model, dtype: str | None) -> dict[str, Any]:
     return config
 
 
-def _export_notes(model: Model, others: dict[str, bytes]) -> Iterator[str]:
-    if model.training_layout is None and LAYOUT_STAMP not in model.checkpoint.metadata:
+def _export_notes(model: Model, others: dict[str, bytes], layout_is_shown: bool) -> Iterator[str]:
+    if layout_is_shown:
+        yield f"the weights in {model.hf_dir} are alike: {model.dialect.layout} is the right layout"
+    elif model.training_layout is None and LAYOUT_STAMP not in model.checkpoint.metadata:
         yield (
             f"the layout of QKV and gate/up is taken to be MindFormers' default ({model.dialect.layout}), because "
             "nothing says it. If the training YAML sets use_contiguous_weight_layout_attention or "
@@ -151,24 +164,25 @@ def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConf
         parallel.problems(model.spec) if is_for_inference else training_slices.problems(model.spec, parallel)
     ):
         raise BridgeError("the model can't be divided so", problems)
-    number_dtype = DTYPE_NAMES[dtype][0] if dtype else None
-    kind = "qwen3_moe" if model.spec.is_moe else "qwen3"
-    parts = []
-    for number in range(parallel.world_size if is_for_inference else training_slices.world_size(parallel)):
+    whole = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
+
+    def plan_of(number: int) -> Plan:
         if is_for_inference:
-            plan = model.plan(target, number_dtype, parallel.rank(number))
-        else:
-            plan = model.plan(target, number_dtype)
-            plan = write_slices(plan, dict(training_slices.boxes(model.rules, plan, parallel, number)))
-            plan = plan if number == 0 else replace(plan, duplicates=())  # compared once
-        parts.append(Part(plan, [rank_file(plan, number, kind)]))
-    return Job(str(model.dialect), str(target), output, tuple(parts), {}, notes=model.notes)
+            return model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None, parallel.rank(number))
+        return write_slices(whole, dict(training_slices.boxes(model.rules, whole, parallel, number)))
+
+    kind = "qwen3_moe" if model.spec.is_moe else "qwen3"
+    count = parallel.world_size if is_for_inference else training_slices.world_size(parallel)
+    plans = [partial(plan_of, number) for number in range(count)]
+    parts = (Part.of(plan, [rank_file(plan(), number, kind)]) for number, plan in enumerate(plans))
+    return _job(model, whole, target, output, parts, {}, model.notes)
 
 
 def from_ranks(job: Job, ranks: RankFiles) -> Job:
     """A job that was made as if the ranks' tensors were whole, reading them where they are."""
-    parts = tuple(replace(part, plan=read_from_slices(part.plan, ranks.slices)) for part in job.parts)
-    return replace(job, parts=parts)
+    (part,) = job.parts
+    plan = read_from_slices(part.make_plan(), ranks.slices)
+    return replace(job, parts=(Part.of(lambda: plan, part.files),))
 
 
 def unify(ranks: RankFiles, output: Path, filter_out_param_prefix: str | None = None) -> Job:
@@ -179,11 +193,20 @@ def unify(ranks: RankFiles, output: Path, filter_out_param_prefix: str | None = 
         output: the directory.
         filter_out_param_prefix: parameters whose names begin so are left out: ``adam_`` for the optimizer's state.
     """
+
+    def is_wanted(name: str) -> bool:
+        return not (filter_out_param_prefix and name.startswith(filter_out_param_prefix))
+
+    unlisted = {name: tensor for name, tensor in ranks.unlisted.items() if is_wanted(name)}
+    if odd := [t for t in (*ranks.checkpoint.tensors.values(), *unlisted.values()) if t.dtype not in DTYPES]:
+        raise BridgeError(
+            f"{odd[0].file} can't be merged", [Problem(t.name, f"dtype {t.dtype}", "unknown") for t in odd]
+        )
     wholes = {name: (tensor, View.whole(tensor.shape)) for name, tensor in ranks.checkpoint.tensors.items()}
     targets = tuple(
         Target(name, tensor.shape, tensor.dtype, (Copy(tensor, whole, name, whole),))
         for name, (tensor, whole) in wholes.items()
-        if not (filter_out_param_prefix and name.startswith(filter_out_param_prefix))
+        if is_wanted(name)
     )
     if not targets:
         raise BridgeError(f"every parameter begins with {filter_out_param_prefix!r}: nothing is left to merge")
@@ -191,12 +214,14 @@ def unify(ranks: RankFiles, output: Path, filter_out_param_prefix: str | None = 
     dialect = Dialect(Layout.parse(stamp) if stamp else None)
     plan = read_from_slices(Plan(dialect, dialect, targets), ranks.slices)
     files, index = mindformers_files(plan, saved_by=ranks.tensor_parallel)
-    others = {HYPER_PARAMETERS: _hyper_parameters(ranks)} if ranks.unlisted else {}
-    return Job("ranks' files", "MindFormers, merged", output, (Part(plan, files),), others | index, checks_values=False)
+    others = {HYPER_PARAMETERS: _hyper_parameters(unlisted)} if unlisted else {}
+    parts = (Part.of(lambda: plan, files),)
+    count = len(targets) + len(unlisted)
+    return Job("ranks' files", count, "MindFormers, merged", output, parts, others | index, checks_values=False)
 
 
-def _hyper_parameters(ranks: RankFiles) -> bytes:
+def _hyper_parameters(tensors: Mapping[str, TensorInfo]) -> bytes:
     """A safetensors file with what no strategy lists: counters."""
-    small = [Target(tensor.name, tensor.shape, tensor.dtype, ()) for tensor in ranks.unlisted.values()]
+    small = [Target(tensor.name, tensor.shape, tensor.dtype, ()) for tensor in tensors.values()]
     file = output_file(HYPER_PARAMETERS, small, {"format": "ms"})
-    return file.header + b"".join(read_bytes(ranks.unlisted[name]) for name in file.tensors)
+    return file.header + b"".join(read_bytes(tensors[name]) for name in file.tensors)

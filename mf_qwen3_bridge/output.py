@@ -16,7 +16,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 from mf_qwen3_bridge.checkpoint import UNFINISHED_SUFFIX
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.files import OutputFile
+from mf_qwen3_bridge.progress import size_text
 from mf_qwen3_bridge.workers import ALONE, Worker, write_whole
 
 # Holds what the bridge itself needs until all is done.
@@ -69,22 +70,27 @@ class OutputDirectory:
             raise BridgeError(f"{self.path} is there already, and is no directory: choose another output")
         if self.path.is_dir() and any(self.path.iterdir()):
             raise BridgeError(f"{self.path} is not empty, and nothing is overwritten: choose another output")
+        if self.path == Path.cwd() or self.path in Path.cwd().parents:
+            raise BridgeError(f"{self.path} is where you are, and would be replaced: name a directory inside it")
         if os.path.ismount(self.path):
             raise BridgeError(f"{self.path} is where a disk is mounted: name a directory inside it")
         self._check_interrupted()
         existing = next(parent for parent in self.path.parents if parent.is_dir())
         if not os.access(existing, os.W_OK):
             raise BridgeError(f"{existing} can't be written to: choose another output, or look at its permissions")
-        there = sum(file.stat().st_blocks * 512 for file in self.incomplete.rglob("*") if file.is_file())
+        partials = (self._partial(name) for name in self.files)
+        there = sum(file.stat().st_blocks * 512 for file in partials if file.is_file())
         free, needed = shutil.disk_usage(existing).free, self.nbytes - there
         if free < needed:
             raise BridgeError(
-                f"{needed / 2**30:.1f} GiB are needed for {self.path}, {free / 2**30:.1f} GiB are free: "
+                f"{size_text(needed)} are needed for {self.path}, {size_text(free)} are free: "
                 "make room, or choose another disk"
             )
 
     def _check_interrupted(self) -> None:
         """Refuses to touch an unfinished directory that another job left."""
+        if self.incomplete.is_symlink():
+            raise BridgeError(f"{self.incomplete} is in the way, and a link: remove it, or choose another output")
         if not self.incomplete.exists():
             return
         job = self.state / "job.json"
@@ -93,8 +99,11 @@ class OutputDirectory:
             if any(path.name != _STATE for path in self.incomplete.iterdir()):
                 raise BridgeError(f"{self.incomplete} is in the way, and the bridge did not make it: {remedy}")
         elif job.read_text() != self._job:
-            theirs = json.loads(job.read_text())
             ours = json.loads(self._job)
+            try:
+                theirs = json.loads(job.read_text())
+            except json.JSONDecodeError:
+                theirs = {}
             differs = ", ".join(key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key))
             raise BridgeError(
                 f"{self.incomplete} was left by another job, interrupted (not the same: {differs}): {remedy}"
@@ -143,9 +152,7 @@ class OutputDirectory:
         descriptor = self._descriptor(file)
         if start + data.size <= self._present[file] and _holds(descriptor, start, data):
             return
-        memory, done = memoryview(data), 0  # type: ignore[arg-type]
-        while done < len(memory):
-            done += os.pwrite(descriptor, memory[done:], start + done)
+        _write_all(descriptor, start, memoryview(data))  # type: ignore[arg-type]
 
     def _descriptor(self, name: str) -> int:
         with self._lock:
@@ -153,8 +160,8 @@ class OutputDirectory:
                 partial = self._partial(name)
                 partial.parent.mkdir(parents=True, exist_ok=True)
                 finished = self.incomplete / name
-                if finished.exists():  # the last run was killed at its very end
-                    finished.rename(partial)
+                with suppress(FileNotFoundError):
+                    finished.rename(partial)  # the last run was killed at its very end
                 self._descriptors[name] = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
                 self._present[name] = os.fstat(self._descriptors[name]).st_size
             return self._descriptors[name]
@@ -179,7 +186,7 @@ class OutputDirectory:
         """
         for name, file in self.files.items():
             descriptor = self._descriptor(name)
-            os.pwrite(descriptor, file.header, 0)
+            _write_all(descriptor, 0, memoryview(file.header))
             os.ftruncate(descriptor, file.nbytes)
             os.fsync(descriptor)
             self._partial(name).rename(self.incomplete / name)
@@ -194,6 +201,13 @@ class OutputDirectory:
     def discard(self) -> None:
         """Removes the unfinished directory."""
         shutil.rmtree(self.incomplete)
+
+
+def _write_all(descriptor: int, start: int, data: memoryview) -> None:
+    """A full disk may take a part only, and say nothing."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], start + done)
 
 
 def _holds(descriptor: int, start: int, data: np.ndarray) -> bool:

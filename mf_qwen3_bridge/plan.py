@@ -108,33 +108,38 @@ class Plan:
         if problems:
             raise BridgeError("tied tensors differ", problems)
 
-    def check_values(self, magnitudes: Mapping[str, Mapping[str, float]]) -> None:
-        """Looks for what no trained model holds: a tensor that is all zero, NaN, infinities.
-
-        Args:
-            magnitudes: for each target, for each source tensor in it the largest magnitude.
-
-        Raises:
-            BridgeError: names what was found, and the files it comes from.
-        """
-        remedy = "the file is damaged (or, in float16, its numbers are too large): compare checksums with the source"
-        problems = []
-        for target in self.targets:
-            faults: dict[tuple[str, str], set[str]] = defaultdict(set)
-            for source in {copy.source for copy in target.copies}:
-                if fault := fault_of(magnitudes[target.name][source.name]):
-                    faults[fault, source.file.name].add(source.name)
-            lines = [
-                f"{fault}: {name} ({file})" for (fault, file), names in faults.items() for name in fold_names(names)
-            ]
-            if lines:
-                problems.append(Problem(target.name, "\n".join(lines), remedy))
-        if problems:
-            raise BridgeError("weights that no trained model has", problems)
+    @property
+    def files(self) -> dict[str, str]:
+        """The file of each source tensor that is used."""
+        return {copy.source.name: copy.source.file.name for target in self.targets for copy in target.copies}
 
     def _have_equal_bytes(self, kept: TensorInfo, dropped: TensorInfo) -> bool:
         size, number = self.rank.tensor_parallel, self.rank.tensor_rank
         return have_equal_bytes(kept, dropped, kept.nbytes * number // size, kept.nbytes * (number + 1) // size)
+
+
+def check_values(magnitudes: Mapping[str, Mapping[str, float]], files: Mapping[str, str]) -> None:
+    """Looks for what no trained model holds: a tensor that is all zero, NaN, infinities.
+
+    Args:
+        magnitudes: for each target, for each source tensor in it the largest magnitude.
+        files: for each source tensor its file.
+
+    Raises:
+        BridgeError: names what was found, and the files it comes from.
+    """
+    remedy = "the file is damaged (or, in float16, its numbers are too large): compare checksums with the source"
+    problems = []
+    for target, sources in magnitudes.items():
+        faults: dict[tuple[str, str], set[str]] = defaultdict(set)
+        for source, magnitude in sources.items():
+            if fault := fault_of(magnitude):
+                faults[fault, files[source]].add(source)
+        lines = [f"{fault}: {name} ({file})" for (fault, file), names in faults.items() for name in fold_names(names)]
+        if lines:
+            problems.append(Problem(target, "\n".join(lines), remedy))
+    if problems:
+        raise BridgeError("weights that no trained model has", problems)
 
 
 def make_plan(

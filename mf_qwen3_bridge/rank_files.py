@@ -208,10 +208,13 @@ def _assemble(
             places.setdefault(place, tensors[device])
     if missing := len(wanted - places.keys()):
         return None, f"{missing} of its {len(wanted)} blocks are in no rank's file"
+    if any(parts > 1 for _, parts in next(iter(places))[2:]) or (len(some.shape) > 2 and next(iter(places))[1][1] > 1):
+        return None, f"{len(some.shape)} axes, cut along another than the first: no parameter of Qwen3 is"
     shape = tuple(length * parts for length, (_, parts) in zip(some.shape, next(iter(places))))
     slices = []
     for place, tensor in sorted(places.items()):
         bounds = [(part * length, (part + 1) * length) for length, (part, _) in zip(some.shape, place)]
-        slices.append(Slice(tensor, Box(bounds[0], bounds[1] if len(bounds) > 1 else None)))
+        rows = bounds[0] if bounds else (0, 1)
+        slices.append(Slice(tensor, Box(rows, bounds[1] if len(bounds) == 2 else None)))
     nbytes = some.nbytes * len(places)
     return (TensorInfo(some.name, shape, some.dtype, some.file, some.start, nbytes), slices), None

@@ -9,6 +9,7 @@ from math import prod
 from typing import Literal, Protocol
 
 from mf_qwen3_bridge import layouts
+from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.layouts import Layout, View
 from mf_qwen3_bridge.parallel import WHOLE, Rank
 from mf_qwen3_bridge.spec import ModelSpec
@@ -258,12 +259,15 @@ def shares(rule: Rule, rank: Rank, source: Dialect, target: Dialect) -> Iterator
     """For each part of what a rank holds: where it lies in the whole tensors of ``source``, and in its own.
 
     Raises:
-        ValueError: a training run's blocks would have to be cut again.
+        BridgeError: a training run's blocks would have to be cut again.
     """
     blocks = {layout.tensor_parallel for layout in (source.layout, target.layout) if layout} - {1}
     if blocks and isinstance(rule, RowsRule) and rule.fuses:
         if len(blocks) > 1 or rank != WHOLE:
-            raise ValueError("blocks of tensor parallel training ranks can't be cut into other blocks")
+            raise BridgeError(
+                "weights in a contiguous layout lie in the blocks of a training run's tensor parallel ranks, which "
+                "can't be cut into others: export them to Hugging Face first (mf-qwen3 export)"
+            )
         for here, there in zip(rule.in_blocks(source, *blocks), rule.in_blocks(target, *blocks)):
             yield here, there
         return

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from mf_qwen3_bridge.checkpoint import TensorInfo
+from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.layouts import View
 from mf_qwen3_bridge.plan import Plan
 from mf_qwen3_bridge.tiles import Copy
@@ -43,6 +44,8 @@ def within(view: View, other: View, whole: Sequence[int], box: Box) -> Iterator[
         A view of the block alone, and the like part of ``other``.
     """
     width = prod(whole[1:])
+    if view.offset >= box.rows[1] * width or view.offset + view.span <= box.rows[0] * width:
+        return
     begin, end = box.columns or (0, width)
     for axis, (length, stride) in enumerate(zip(view.shape, view.strides)):
         if 0 < stride < width and stride * (length - 1) >= width:  # runs on from row to row
@@ -116,12 +119,16 @@ def read_from_slices(plan: Plan, slices: Mapping[str, Sequence[Slice]]) -> Plan:
         replace(target, copies=tuple(piece for copy in target.copies for piece in pieces(copy)))
         for target in plan.targets
     )
-    duplicates = tuple(
-        (kept.tensor, dropped.tensor)
-        for pair in plan.duplicates
-        for kept, dropped in zip(slices[pair[0].name], slices[pair[1].name], strict=True)
-    )
-    return replace(plan, targets=targets, duplicates=duplicates)
+    duplicates = []
+    for kept, dropped in plan.duplicates:
+        mine, theirs = slices[kept.name], slices[dropped.name]
+        if [piece.box for piece in mine] != [piece.box for piece in theirs]:
+            raise BridgeError(
+                f"{dropped.name} is tied to {kept.name}, but the ranks cut it otherwise: merge them first (mf-qwen3 "
+                "unify), then export what is merged"
+            )
+        duplicates += [(here.tensor, there.tensor) for here, there in zip(mine, theirs)]
+    return replace(plan, targets=targets, duplicates=tuple(duplicates))
 
 
 def write_slices(plan: Plan, boxes: Mapping[str, Box]) -> Plan:

@@ -25,6 +25,7 @@ def check_trained(
     config: Path | None = None,
     numbers: Mapping[str, Any] | None = None,
     tensor_parallel: int | None = None,
+    numbers_origin: str = "arguments",
 ) -> Model:
     """Checks what a MindFormers training run saved against all that is known of the model.
 
@@ -35,6 +36,8 @@ def check_trained(
         config: the YAML of the training run.
         numbers: what the caller says of the model, under any of MindFormers' names.
         tensor_parallel: over how many tensor parallel ranks the run was spread, if that is known; else as in the YAML.
+
+        numbers_origin: a name for ``numbers``, for messages.
 
     Returns:
         The model. Its ``hf_config`` is empty if nothing says all of what a config.json holds.
@@ -50,7 +53,7 @@ def check_trained(
             return check(hf_dir, config, checkpoint, numbers, default_layout=TRAINING_DEFAULT, saved_by=tensor_parallel)
     layout = yaml.layout_of_weights(tensor_parallel or saved_by_ranks(checkpoint))
     dialect = dialect_of(checkpoint, layout, yaml.origin, TRAINING_DEFAULT)
-    said = {yaml.origin: yaml.model_config, "arguments": dict(numbers or {})}
+    said = {yaml.origin: yaml.model_config, numbers_origin: dict(numbers or {})}
     in_tensors = numbers_of(checkpoint.tensors, dialect)
     tied = {value for _, _, value in said_by(said, ("tie_word_embeddings",))} or {
         dialect.name(OUTPUT) not in checkpoint.tensors

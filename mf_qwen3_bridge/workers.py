@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -106,7 +106,11 @@ class Workers:
             if not self._state.is_dir():
                 return  # all is done, and the directory has its name
             sign = json.dumps({"at": time.time_ns(), **self._news})
-            write_whole(self._state / f"worker.{self._worker.number}", sign.encode())
+            partial = self._state / f"worker.{self._worker.number}.tmp"
+            # Not synced: behind gigabytes that are, it would come too late.
+            with suppress(OSError):
+                partial.write_text(sign)
+                partial.rename(partial.with_suffix(""))
             if stopped:
                 return
 

@@ -14,7 +14,7 @@ from mf_qwen3_bridge.checkpoint import DTYPES, Checkpoint, open_checkpoint, open
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.ranks import rank_of
-from mf_qwen3_bridge.plan import Plan, Target
+from mf_qwen3_bridge.plan import Plan, Target, check_values
 from mf_qwen3_bridge.preflight import Model
 from mf_qwen3_bridge.progress import progress_bar
 from mf_qwen3_bridge.rules import INFER
@@ -51,7 +51,7 @@ def load_network(network: Any, model: Model, *, use_training_conversion: bool = 
         magnitudes = {target.name: _magnitudes(parameters[target.name], target) for target in plan.targets}
     else:
         magnitudes = _load_directly(parameters, plan)
-    plan.check_values(magnitudes)
+    check_values(magnitudes, plan.files)
     network.process_weights_after_loading(network.model)  # as upstream's load_weights ends
     return plan
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from mf_qwen3_bridge import workers
 from mf_qwen3_bridge.checkpoint import open_checkpoint
@@ -29,6 +30,8 @@ from mf_qwen3_bridge.workers import ALONE, Worker, this_worker
 from tests.tiny import SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import assert_same, contents
 
+# Its thread may hold a lock when a test forks, and the child would wait for it for ever.
+tqdm.monitor_interval = 0
 LARGER = replace(SPEC, hidden_size=256, ffn_hidden_size=2048, vocab_size=4096)
 Dirs = namedtuple("Dirs", "hf trained")
 
@@ -49,6 +52,7 @@ def in_child(work: Callable[[], object]) -> int:
     """Starts a process that does the work; exit code 1 if it raises."""
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # never for ever
         code = 1
         try:
             work()
@@ -219,7 +223,7 @@ def test_only_the_same_job_goes_on(dirs, tmp_path):
             run(job_of(dirs, out))
 
     assert exit_code(in_child(work)) == -signal.SIGKILL
-    assert "another job" in refusal(to_mindformers(check(dirs.hf), TRAIN, out))
+    assert "left by another job" in refusal(to_mindformers(check(dirs.hf), TRAIN, out))
     assert "(not the same: other files, tensors)" in refusal(job_of(dirs, out, shard_bytes=1 << 20))
     os.utime(dirs.trained / "model.safetensors")
     assert "(not the same: sources)" in refusal(job_of(dirs, out))
@@ -370,5 +374,5 @@ def test_a_worker_without_a_number(monkeypatch):
 
 def test_the_job_says_what_it_is(dirs, tmp_path):
     identity = json.loads(job_of(dirs, tmp_path / "out").directory()._job)
-    assert identity.keys() == {"bridge", "sources", "tensors", "other files"}
+    assert identity.keys() == {"bridge", "from", "to", "sources", "tensors", "other files"}
     assert isinstance(job_of(dirs, tmp_path / "out").directory(), OutputDirectory)

@@ -1,0 +1,69 @@
+"""The weights that a run began with show in which layout those lie that it saved."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mf_qwen3_bridge.checkpoint import open_checkpoint
+from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.evidence import check_layout
+from mf_qwen3_bridge.jobs import to_mindformers
+from mf_qwen3_bridge.layouts import Layout
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.rules import TRAIN, Dialect
+from mf_qwen3_bridge.trained import check_trained
+from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
+from tests.unit.test_convert import contents
+
+LARGER = replace(SPEC, hidden_size=64, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=48)
+LARGER_MOE = replace(MOE_SPEC, hidden_size=64, num_attention_heads=8, num_query_groups=4)
+LAYOUTS = [Layout(*flags).on(size) for flags in itertools.product([True, False], repeat=2) for size in (1, 2)]
+
+
+def trained(tmp_path: Path, base: Path, layout: Layout) -> Path:
+    """Weights a little way from those in ``base``, without the bridge's stamp."""
+    run(to_mindformers(check(base), Dialect(layout), tmp_path / "stamped"))
+    random = np.random.default_rng(1)
+    moved = {
+        name: (tensor + 0.3 * random.standard_normal(tensor.shape)).astype(np.float32)
+        for name, tensor in contents(tmp_path / "stamped").items()
+    }
+    return write(tmp_path / "trained", moved)
+
+
+@pytest.mark.parametrize("layout", dict.fromkeys(LAYOUTS), ids=str)
+@pytest.mark.parametrize("spec", [LARGER, LARGER_MOE], ids=["dense", "moe"])
+def test_a_wrong_guess_is_refused(tmp_path: Path, spec, layout: Layout):
+    base = write(tmp_path / "base", random_tensors(spec), hf_config(spec))
+    model = check_trained(open_checkpoint(trained(tmp_path, base, layout)), base)
+    assert model.dialect == TRAIN
+    is_right = layout.interleaved_qkv and (layout.interleaved_gate_up or spec.is_moe)
+    if is_right:
+        assert check_layout(model)
+    else:
+        with pytest.raises(BridgeError, match="lies in another layout") as error:
+            check_layout(model)
+        text = str(error.value)
+        assert ("layout of qkv" in text) != layout.interleaved_qkv
+        assert f"use_contiguous_weight_layout_attention {not layout.interleaved_qkv}" in text or "gate_up" in text
+
+
+def test_weights_of_another_run_show_nothing(tmp_path: Path):
+    base = write(tmp_path / "base", random_tensors(LARGER), hf_config(LARGER))
+    other = write(tmp_path / "other", random_tensors(LARGER, TRAIN, seed=5))
+    assert not check_layout(check_trained(open_checkpoint(other), base))
+
+
+def test_without_weights_nothing_is_shown(tmp_path: Path):
+    base = write(tmp_path / "base", random_tensors(LARGER), hf_config(LARGER))
+    model = check_trained(open_checkpoint(trained(tmp_path, base, TRAIN.layout)), base)
+    (base / "model.safetensors").unlink()
+    assert not check_layout(model)
+    (base / "model.safetensors").write_bytes(b"broken")
+    assert not check_layout(model)
