@@ -118,7 +118,8 @@ def convert(
         raise BridgeError(f"a run with {config} needs other slices", problems)
     target = INFER if layout == "infer" else Dialect(trained.on(tp or trained.tensor_parallel))
     if tp or ep:
-        job = jobs.to_ranks(model, target, output_dir, ParallelConfig(tp or 1, ep or 1), dtype)
+        size = tp or (yaml.training_tensor_parallel if layout == "train" else 1)
+        job = jobs.to_ranks(model, target, output_dir, ParallelConfig(size, ep or 1), dtype)
     else:
         job = jobs.to_mindformers(model, target, output_dir, dtype)
     _make(job, dry_run)
@@ -146,6 +147,8 @@ def export(
         src_strategy_dirs is None
     ):
         raise click.UsageError("give --input_path, or --mindspore_ckpt_dir and --src_strategy_dirs")
+    if input_path and file_suffix:
+        raise click.UsageError("--file_suffix chooses among ranks' files; --input_path is merged")
     if mindspore_ckpt_dir and src_strategy_dirs:
         _export(_ranks(src_strategy_dirs, mindspore_ckpt_dir, file_suffix), output_path, options)
     elif input_path:

@@ -50,7 +50,12 @@ def to_mindformers(model: Model, target: Dialect, output: Path, dtype: str | Non
         target: the dialect to make.
         output: the directory.
         dtype: ``bf16``, ``fp16`` or ``fp32``; as in the checkpoint when left out.
+
+    Raises:
+        BridgeError: the training run's tensor parallel size, on which a contiguous layout depends, doesn't divide it.
     """
+    blocks = ParallelConfig(target.layout.tensor_parallel if target.layout else 1)
+    _refuse(training_slices.problems(model.spec, blocks))
     plan = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
     files, index = mindformers_files(plan)
     return _job(model, plan, target, output, [Part.of(lambda: plan, files)], index, model.notes)
@@ -160,10 +165,7 @@ def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConf
         BridgeError: the sizes don't divide the model.
     """
     is_for_inference = target == INFER
-    if problems := list(
-        parallel.problems(model.spec) if is_for_inference else training_slices.problems(model.spec, parallel)
-    ):
-        raise BridgeError("the model can't be divided so", problems)
+    _refuse(parallel.problems(model.spec) if is_for_inference else training_slices.problems(model.spec, parallel))
     whole = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
 
     def plan_of(number: int) -> Plan:
@@ -176,6 +178,11 @@ def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConf
     plans = [partial(plan_of, number) for number in range(count)]
     parts = (Part.of(plan, [rank_file(plan(), number, kind)]) for number, plan in enumerate(plans))
     return _job(model, whole, target, output, parts, {}, model.notes)
+
+
+def _refuse(problems: Iterable[Problem]) -> None:
+    if found := list(problems):
+        raise BridgeError("the model can't be divided so", found)
 
 
 def from_ranks(job: Job, ranks: RankFiles) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,8 +231,9 @@ class MindFormersYaml:
             for key in (name, *COMPUTED_NAMES.get(name, ())):
                 if self.model_config.get(key) is not None:
                     value = self.model_config[key]
-                    # YAML takes 1e-6 for a string
-                    config[name] = float(value) if name in ("rms_norm_eps", "rope_theta") else value
+                    with suppress(ValueError):  # YAML takes 1e-6 for a string; what is no number is refused later
+                        value = float(value) if name in ("rms_norm_eps", "rope_theta") else value
+                    config[name] = value
         return config, [name for name in required if name not in config]
 
     @property

@@ -46,7 +46,7 @@ class OutputDirectory:
 
     def __init__(self, path: Path, files: Iterable[OutputFile], job: Mapping[str, Any], worker: Worker = ALONE) -> None:
         self.path = path.parent.resolve() / path.name
-        self.incomplete = self.path.with_name(self.path.name + UNFINISHED_SUFFIX)
+        self.incomplete = self.path.parent / f"{self.path.name}{UNFINISHED_SUFFIX}"
         self.files = {file.name: file for file in files}
         self.state = self.incomplete / _STATE
         self.worker = worker
@@ -70,12 +70,16 @@ class OutputDirectory:
             raise BridgeError(f"{self.path} is there already, and is no directory: choose another output")
         if self.path.is_dir() and any(self.path.iterdir()):
             raise BridgeError(f"{self.path} is not empty, and nothing is overwritten: choose another output")
+        if not self.path.name or self.path.name.endswith(UNFINISHED_SUFFIX):
+            raise BridgeError(f"{self.path} can't be the output's name: choose another")
         if self.path == Path.cwd() or self.path in Path.cwd().parents:
             raise BridgeError(f"{self.path} is where you are, and would be replaced: name a directory inside it")
         if os.path.ismount(self.path):
             raise BridgeError(f"{self.path} is where a disk is mounted: name a directory inside it")
         self._check_interrupted()
-        existing = next(parent for parent in self.path.parents if parent.is_dir())
+        existing = next(parent for parent in self.path.parents if parent.exists())
+        if not existing.is_dir():
+            raise BridgeError(f"{existing} is no directory, so {self.path} can't be made in it: choose another output")
         if not os.access(existing, os.W_OK):
             raise BridgeError(f"{existing} can't be written to: choose another output, or look at its permissions")
         partials = (self._partial(name) for name in self.files)

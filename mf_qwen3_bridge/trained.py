@@ -8,7 +8,7 @@ from typing import Any
 
 from mf_qwen3_bridge.agreement import computed_rows, number_rows, said_by, tensor_problems
 from mf_qwen3_bridge.checkpoint import Checkpoint
-from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.hf_config import normalise
 from mf_qwen3_bridge.layouts import TRAINING_DEFAULT
 from mf_qwen3_bridge.mindformers_yaml import MindFormersYaml, read_mindformers_yaml
@@ -46,6 +46,7 @@ def check_trained(
         BridgeError: with a table of everything that does not fit, and what to change.
     """
     yaml = read_mindformers_yaml(config) if config else MindFormersYaml()
+    _check_kind(checkpoint, yaml, numbers or {})
     weights = checkpoint.path
     beside = weights if weights.is_dir() else weights.parent
     for hf_dir in [hf_config] if hf_config else filter(None, [yaml.pretrained_model_dir, beside]):
@@ -63,7 +64,10 @@ def check_trained(
             {field: number for field, (number, _) in in_tensors.items()} | {"tie_word_embeddings": tied == {True}}
         )
     except KeyError as error:
-        raise BridgeError(f"{weights} is not a whole model: its tensors don't show {error.args[0]}") from error
+        raise BridgeError(
+            f"{weights} is not a whole model: its tensors don't show {error.args[0]}. Is a tensor of the first layer "
+            "missing, or of a wrong shape? --hf_config says what should be there"
+        ) from error
     problems = [*number_rows(spec, [], said, in_tensors), *tensor_problems(spec, checkpoint, dialect, in_tensors)]
     normalised: dict[str, Any] = {}
     absent: list[str] = []
@@ -79,3 +83,17 @@ def check_trained(
     if absent:
         notes.append(f"{yaml.origin} does not say {', '.join(absent)}")
     return Model(beside, spec, normalised, {}, checkpoint, dialect, rules, SINGLE, layout, tuple(notes))
+
+
+def _check_kind(checkpoint: Checkpoint, yaml: MindFormersYaml, numbers: Mapping[str, Any]) -> None:
+    """Are YAML and numbers of a model of this kind, dense or with experts?"""
+    has_experts = any(".experts." in name for name in checkpoint.tensors)
+    kind, other = ("qwen3_moe", "ffn_hidden_size") if has_experts else ("qwen3", "moe_ffn_hidden_size")
+    problems = []
+    if yaml.model_config.get("model_type") not in (None, kind):
+        found = f"{yaml.origin}: {yaml.model_config['model_type']}\nweights: {kind}"
+        problems.append(Problem("model_type", found, "give the YAML that the weights were trained with"))
+    if other in numbers:
+        problems.append(Problem(other, str(numbers[other]), f"a {kind} model has none: leave it out"))
+    if problems:
+        raise BridgeError(f"{checkpoint.path} is of another kind of model", problems)

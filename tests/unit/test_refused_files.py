@@ -1,0 +1,116 @@
+"""What the commands that write once did without a word, or with a traceback."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import yaml
+from mf_qwen3_bridge.cli import main
+from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.jobs import to_mindformers, to_ranks
+from mf_qwen3_bridge.layouts import Layout
+from mf_qwen3_bridge.parallel import ParallelConfig
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.rules import INFER, TRAIN, Dialect
+from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
+from tests.unit.test_convert import contents
+
+EVEN = replace(SPEC, ffn_hidden_size=12)
+FULL = {"max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    return write(tmp_path / "hf", random_tensors(EVEN), hf_config(EVEN))
+
+
+def training_yaml(tmp_path: Path, model_parallel: int = 1, **model_config: object) -> Path:
+    document = {
+        "run_mode": "finetune",
+        "use_parallel": model_parallel > 1,
+        "parallel_config": {"model_parallel": model_parallel},
+        "model": {"model_config": model_config},
+    }
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def refusal(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as error:
+        main([str(argument) for argument in arguments])
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_blocks_that_do_not_divide_the_model(tmp_path, capsys, hf, size):
+    """With more ranks than KV heads the rule of inference once dropped rows, and nobody noticed."""
+    config = training_yaml(tmp_path, size, use_contiguous_weight_layout_attention=True)
+    text = refusal(capsys, "convert", "--model_dir", hf, "--config", config, "--output_dir", tmp_path / "out")
+    assert "num_query_groups" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_per_rank_is_of_the_yamls_size(tmp_path, capsys):
+    hf = write(tmp_path / "moe", random_tensors(MOE_SPEC), hf_config(MOE_SPEC))
+    config = training_yaml(tmp_path, 2, use_contiguous_weight_layout_attention=True)
+    with pytest.raises(SystemExit) as done:
+        arguments = ["--model_dir", hf, "--config", config, "--ep", 2, "--output_dir", tmp_path / "out"]
+        main(["convert", *map(str, arguments)])
+    assert done.value.code == 0
+    qkv = "decoder.layers.0.self_attention.linear_qkv.weight"
+    assert contents(tmp_path / "out" / "rank_0")[qkv].shape == (16, 12)  # of 32 rows
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
+def test_a_number_that_is_none(tmp_path, capsys, hf, key):
+    run(to_mindformers(check(hf), TRAIN, tmp_path / "mf"))
+    config = training_yaml(tmp_path, **(FULL | {key: "tiny"}))
+    out = ["--output_path", tmp_path / "out"]
+    text = refusal(capsys, "export", "--input_path", tmp_path / "mf", "--config", config, *out)
+    assert key in text and "'tiny'" in text
+
+
+@pytest.mark.parametrize("out", ["x.incomplete", "/", "hf/config.json/x", "."])
+def test_names_that_no_output_can_have(tmp_path, capsys, monkeypatch, hf, out):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty" if out == "." else tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    refusal(capsys, "convert", "--model_dir", hf, "--output_dir", out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_suffix_for_what_is_merged(tmp_path, capsys, hf):
+    run(to_mindformers(check(hf), TRAIN, tmp_path / "mf"))
+    arguments = ["--input_path", tmp_path / "mf", "--file_suffix", "1_1", "--output_path", tmp_path / "out"]
+    assert "--file_suffix" in refusal(capsys, "export", *arguments)
+
+
+def test_numbers_and_yaml_of_the_other_kind(tmp_path, capsys, hf):
+    run(to_mindformers(check(hf), TRAIN, tmp_path / "mf"))
+    config = training_yaml(tmp_path, model_type="qwen3_moe")
+    arguments = ["--input_path", tmp_path / "mf", "--output_path", tmp_path / "out"]
+    text = refusal(capsys, "export", *arguments, "--config", config, "--moe_ffn_hidden_size", 768)
+    assert "model_type" in text and "moe_ffn_hidden_size" in text
+
+
+def test_blocks_are_not_cut_again(tmp_path, capsys, hf):
+    run(to_mindformers(check(hf), Dialect(Layout(False, False).on(2)), tmp_path / "mf"))
+    arguments = ["--model_dir", hf, "--load_checkpoint", tmp_path / "mf", "--output_dir", tmp_path / "out"]
+    assert "mf-qwen3 export" in refusal(capsys, "convert", *arguments, "--layout", "infer", "--tp", 2)
+
+
+def test_rows_of_a_rank_may_be_empty(tmp_path):
+    """The last rows of a vocabulary that was made larger; all of it may not be."""
+    tensors = random_tensors(EVEN)
+    tensors["model.embed_tokens.weight"][EVEN.vocab_size // 2 :] = 0
+    model = check(write(tmp_path / "hf", tensors, hf_config(EVEN)))
+    for target in (INFER, TRAIN):
+        run(to_ranks(model, target, tmp_path / str(target.stacked_experts), ParallelConfig(2)))
+    ranks = [contents(tmp_path / "False" / f"rank_{rank}") for rank in range(2)]
+    assert [bool(np.any(rank["embedding.word_embeddings.weight"])) for rank in ranks] == [True, False]
