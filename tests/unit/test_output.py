@@ -263,6 +263,15 @@ def test_a_disk_that_fills_up(dirs, tmp_path, monkeypatch):
     assert len(contents(tmp_path / "out")) == 25
 
 
+def test_a_disk_that_takes_a_part(dirs, tmp_path, monkeypatch):
+    """As a full one does, without an error: the rest is written, of a header too."""
+    original = os.pwrite
+    run(job_of(dirs, tmp_path / "whole"))
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: original(file, data[: 1 + len(data) // 2], offset))
+    run(job_of(dirs, tmp_path / "out"))
+    assert_same_directory(tmp_path / "out", tmp_path / "whole")
+
+
 def test_nothing_is_written_in_a_dry_run(dirs, tmp_path):
     job_of(dirs, tmp_path / "out").directory().check()
     assert not list(tmp_path.iterdir())

@@ -11,10 +11,12 @@ import pytest
 import yaml
 from mf_qwen3_bridge.cli import main
 from mf_qwen3_bridge.convert import run
-from mf_qwen3_bridge.jobs import to_mindformers, to_ranks
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.jobs import to_mindformers, to_ranks, unify
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.parallel import ParallelConfig
 from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.rank_files import Sharding, open_rank_files
 from mf_qwen3_bridge.rules import INFER, TRAIN, Dialect
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import contents
@@ -114,3 +116,19 @@ def test_rows_of_a_rank_may_be_empty(tmp_path):
         run(to_ranks(model, target, tmp_path / str(target.stacked_experts), ParallelConfig(2)))
     ranks = [contents(tmp_path / "False" / f"rank_{rank}") for rank in range(2)]
     assert [bool(np.any(rank["embedding.word_embeddings.weight"])) for rank in ranks] == [True, False]
+
+
+def test_an_axis_that_no_block_describes(tmp_path):
+    """No parameter of Qwen3 is cut so; merged as if it were a matrix it would be scrambled."""
+    whole = np.arange(32, dtype=np.float32).reshape(2, 4, 4)
+    for rank, part in enumerate(np.split(whole, 2, axis=1)):
+        write(tmp_path / f"rank_{rank}", {"odd": np.ascontiguousarray(part)})
+    with pytest.raises(BridgeError, match="3 axes"):
+        open_rank_files(tmp_path, [{"odd": Sharding((2,), (-1, 0, -1))}])
+
+
+def test_a_scalar_is_merged_too(tmp_path):
+    for rank in range(2):
+        write(tmp_path / f"rank_{rank}", {"scalar": np.array(3.5, np.float32)})
+    run(unify(open_rank_files(tmp_path, [{"scalar": Sharding((2,), ())}]), tmp_path / "out"))
+    assert contents(tmp_path / "out")["scalar"] == 3.5
