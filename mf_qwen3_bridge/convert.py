@@ -208,7 +208,7 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
 
 def _share(job: Job, worker: Worker) -> Iterator[tuple[Tile, Mapping[str, TensorInfo]]]:
     """This worker's tiles, and where each target goes. Each worker gets as many bytes."""
-    done, total = 0, job.source_nbytes
+    done, total = 0, max(job.source_nbytes, 1)
     for part in job.parts:
         places = {name: tensor for file in part.files for name, tensor in file.tensors.items()}
         for tile in tiles((copy for target in part.make_plan().targets for copy in target.copies), to_files=True):

@@ -60,6 +60,8 @@ def test_what_upstream_converted_comes_back(tmp_path: Path, name: str, layout: L
 def test_the_inference_layout_loads_into_the_network(tmp_path: Path, name: str):
     model = check(CHECKPOINTS / name)
     run(to_mindformers(model, INFER, tmp_path / "out"))
+    run(to_hf(check_trained(open_checkpoint(tmp_path / "out"), CHECKPOINTS / name), tmp_path / "back"))
+    assert_same(contents(tmp_path / "back"), {target.name: target.make() for target in model.plan(HF).targets})
     network, _ = empty_network(CHECKPOINTS / name)
     assert ms.load_param_into_net(network, load_checkpoint(tmp_path / "out")) == ([], [])
     network.process_weights_after_loading(network.model)
