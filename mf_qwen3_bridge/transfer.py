@@ -176,14 +176,18 @@ def read_nbytes(tile: Tile) -> int:
 
 def copy_elements(source: np.ndarray, target: np.ndarray) -> None:
     """``target[...] = source``; elements of one dtype move as raw integers, which numpy does faster than bfloat16."""
-    if source.dtype == target.dtype:
-        raw = np.dtype(f"u{source.itemsize}")
-        source, target = source.view(raw), target.view(raw)
     with np.errstate(over="ignore"):  # whoever casts looks for infinities
         if source.ndim == 2 and _innermost_axis(source) != _innermost_axis(target):
             _transpose(source, target)
         else:
-            np.copyto(target, source, casting="unsafe")
+            _copy(source, target)
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    if source.dtype == target.dtype:
+        raw = np.dtype(f"u{source.itemsize}")
+        source, target = source.view(raw), target.view(raw)
+    np.copyto(target, source, casting="unsafe")
 
 
 def _innermost_axis(array: np.ndarray) -> int:
@@ -199,11 +203,11 @@ def _transpose(source: np.ndarray, target: np.ndarray) -> None:
     if _innermost_axis(source) == 0:
         source, target = source.T, target.T
     rows, columns = source.shape
-    laid_out = np.empty((_ROWS_OF_A_TRANSPOSE, columns + 16), source.dtype)[:, :columns]
+    laid_out = np.empty((_ROWS_OF_A_TRANSPOSE, columns + 16), target.dtype)[:, :columns]  # cast while they lie alike
     for start in range(0, rows, _ROWS_OF_A_TRANSPOSE):
         block = source[start : start + _ROWS_OF_A_TRANSPOSE]
-        np.copyto(laid_out[: len(block)], block)
-        np.copyto(target[start : start + _ROWS_OF_A_TRANSPOSE], laid_out[: len(block)], casting="unsafe")
+        _copy(block, laid_out[: len(block)])
+        _copy(laid_out[: len(block)], target[start : start + _ROWS_OF_A_TRANSPOSE])
 
 
 def have_equal_bytes(left: TensorInfo, right: TensorInfo, start: int, stop: int) -> bool:
