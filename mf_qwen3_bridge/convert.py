@@ -43,11 +43,10 @@ class Part:
     sources: frozenset[Path]
 
     @classmethod
-    def of(cls, make_plan: Callable[[], Plan], files: Sequence[OutputFile]) -> Part:
-        """The part that ``make_plan`` makes in ``files``."""
-        plan = make_plan()
+    def of(cls, plan: Plan, files: Sequence[OutputFile], make_plan: Callable[[], Plan] | None = None) -> Part:
+        """The part that ``plan`` makes in ``files``; it is not kept if ``make_plan`` gives it again."""
         sources = frozenset(copy.source.file for target in plan.targets for copy in target.copies)
-        return cls(make_plan, files, plan.source_nbytes, sources)
+        return cls(make_plan or (lambda: plan), files, plan.source_nbytes, sources)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def to_mindformers(model: Model, target: Dialect, output: Path, dtype: str | Non
     _refuse(training_slices.problems(model.spec, blocks))
     plan = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
     files, index = mindformers_files(plan)
-    return _job(model, plan, target, output, [Part.of(lambda: plan, files)], index, model.notes)
+    return _job(model, plan, target, output, [Part.of(plan, files)], index, model.notes)
 
 
 def to_hf(
@@ -93,7 +93,7 @@ def to_hf(
     if config:
         others["config.json"] = json.dumps(config, indent=2).encode()
     said = _export_notes(model, others, layout_is_shown)
-    return _job(model, plan, HF, output, [Part.of(lambda: plan, files)], others | index, (*model.notes, *said))
+    return _job(model, plan, HF, output, [Part.of(plan, files)], others | index, (*model.notes, *said))
 
 
 def _job(
@@ -175,8 +175,10 @@ def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConf
 
     kind = "qwen3_moe" if model.spec.is_moe else "qwen3"
     count = parallel.world_size if is_for_inference else training_slices.world_size(parallel)
-    plans = [partial(plan_of, number) for number in range(count)]
-    parts = (Part.of(plan, [rank_file(plan(), number, kind)]) for number, plan in enumerate(plans))
+    parts = []
+    for number in range(count):
+        plan = plan_of(number)
+        parts.append(Part.of(plan, [rank_file(plan, number, kind)], partial(plan_of, number)))
     return _job(model, whole, target, output, parts, {}, model.notes)
 
 
@@ -189,7 +191,7 @@ def from_ranks(job: Job, ranks: RankFiles) -> Job:
     """A job that was made as if the ranks' tensors were whole, reading them where they are."""
     (part,) = job.parts
     plan = read_from_slices(part.make_plan(), ranks.slices)
-    return replace(job, parts=(Part.of(lambda: plan, part.files),))
+    return replace(job, parts=(Part.of(plan, part.files),))
 
 
 def unify(ranks: RankFiles, output: Path, filter_out_param_prefix: str | None = None) -> Job:
@@ -222,7 +224,7 @@ def unify(ranks: RankFiles, output: Path, filter_out_param_prefix: str | None = 
     plan = read_from_slices(Plan(dialect, dialect, targets), ranks.slices)
     files, index = mindformers_files(plan, saved_by=ranks.tensor_parallel)
     others = {HYPER_PARAMETERS: _hyper_parameters(unlisted)} if unlisted else {}
-    parts = (Part.of(lambda: plan, files),)
+    parts = (Part.of(plan, files),)
     count = len(targets) + len(unlisted)
     return Job("ranks' files", count, "MindFormers, merged", output, parts, others | index, checks_values=False)
 

@@ -82,7 +82,7 @@ def test_files_hold_what_the_plan_makes(tmp_path_factory, source, target, name, 
     expected = {made.name: made.make() for made in plan.targets}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE_BYTES", tile_bytes)
-        summary = run(Job("a", 0, "b", directory / "out", (Part.of(lambda: plan, files),), index))
+        summary = run(Job("a", 0, "b", directory / "out", (Part.of(plan, files),), index))
     assert summary and summary.num_tensors == len(expected)
     assert_same(contents(directory / "out"), expected)
     assert len(files) == len(list((directory / "out").glob("*.safetensors")))
