@@ -150,7 +150,8 @@ def export(
     if input_path and file_suffix:
         raise click.UsageError("--file_suffix chooses among ranks' files; --input_path is merged")
     if mindspore_ckpt_dir and src_strategy_dirs:
-        _export(_ranks(src_strategy_dirs, mindspore_ckpt_dir, file_suffix), output_path, options)
+        ranks = _ranks(src_strategy_dirs, mindspore_ckpt_dir, file_suffix, weights_only=True)
+        _export(ranks, output_path, options)
     elif input_path:
         _export(input_path, output_path, options)
 
@@ -178,16 +179,16 @@ def unify(
     """
     from mf_qwen3_bridge import jobs
 
-    ranks = _ranks(src_strategy_dirs, mindspore_ckpt_dir, file_suffix)
+    ranks = _ranks(src_strategy_dirs, mindspore_ckpt_dir, file_suffix, without_prefix=filter_out_param_prefix)
     output = output_dir / (f"{file_suffix}_ckpt_convert" if file_suffix else "ckpt_convert") / "unified_safe"
-    _make(jobs.unify(ranks, output, filter_out_param_prefix), dry_run)
+    _make(jobs.unify(ranks, output), dry_run)
 
 
-def _ranks(src_strategy_dirs: Path, mindspore_ckpt_dir: Path, file_suffix: str | None) -> RankFiles:
+def _ranks(src_strategy_dirs: Path, mindspore_ckpt_dir: Path, file_suffix: str | None, **which: Any) -> RankFiles:
     from mf_qwen3_bridge.rank_files import open_rank_files
     from mf_qwen3_bridge.strategies import read_strategies
 
-    return open_rank_files(mindspore_ckpt_dir, read_strategies(src_strategy_dirs), file_suffix)
+    return open_rank_files(mindspore_ckpt_dir, read_strategies(src_strategy_dirs), file_suffix, **which)
 
 
 @_command()
@@ -205,9 +206,10 @@ def convert_weight(kind: str, input_path: Path, output_path: Path, is_reversed: 
     """
     from mf_qwen3_bridge import jobs, preflight
     from mf_qwen3_bridge.checkpoint import open_checkpoint
+    from mf_qwen3_bridge.recognise import holds_experts
     from mf_qwen3_bridge.rules import TRAIN
 
-    has_experts = any(".experts." in name for name in open_checkpoint(input_path).tensors)
+    has_experts = holds_experts(open_checkpoint(input_path))
     if has_experts != (kind == "qwen3-moe"):
         found = "has experts (qwen3-moe)" if has_experts else "has no experts (qwen3)"
         raise BridgeError(f"--model {kind}: {input_path} {found}")
@@ -241,7 +243,8 @@ def _export(
     checkpoint = ranks.checkpoint if ranks else open_checkpoint(Path(str(source)))
     hf_config, config, numbers = options["hf_config"], options["config"], _numbers(options)
     origin = "arguments"
-    if defaults and not (hf_config or config or (checkpoint.path / "config.json").is_file()):
+    beside = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if defaults and not (hf_config or config or (beside / "config.json").is_file()):
         numbers, origin = {**defaults, **numbers}, "arguments and defaults"
     model = check_trained(checkpoint, hf_config, config, numbers, ranks.tensor_parallel if ranks else None, origin)
     job = jobs.to_hf(

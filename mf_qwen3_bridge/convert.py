@@ -106,33 +106,34 @@ class Findings:
 
     Attributes:
         magnitudes: for each target and source tensor the largest magnitude.
-        files: for each source tensor its file.
         casts: for each pair of dtypes what casting did.
     """
 
-    magnitudes: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
-    files: dict[str, str] = field(default_factory=dict)
+    magnitudes: dict[tuple[str, TensorInfo], float] = field(default_factory=lambda: defaultdict(float))
     casts: dict[tuple[str, str], Casts] = field(default_factory=lambda: defaultdict(Casts))
 
     def add(self, other: Findings) -> None:
         """Takes in what another has seen."""
         for place, magnitude in other.magnitudes.items():
             self.magnitudes[place] = max(self.magnitudes[place], magnitude)
-        self.files |= other.files
         for dtypes, casts in other.casts.items():
             self.casts[dtypes] += casts
 
     def to_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads."""
         casts = [[*dtypes, asdict(c) | {"overflowed": sorted(c.overflowed)}] for dtypes, c in self.casts.items()]
-        magnitudes = [[*place, value] for place, value in self.magnitudes.items()]
-        return {"magnitudes": magnitudes, "files": self.files, "casts": casts}
+        magnitudes = [
+            [target, [source.name, source.shape, source.dtype, str(source.file), source.start, source.nbytes], value]
+            for (target, source), value in self.magnitudes.items()
+        ]
+        return {"magnitudes": magnitudes, "casts": casts}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Findings:
         """What another worker has seen."""
-        found = cls(files=dict(content["files"]))
-        found.magnitudes.update({(target, source): value for target, source, value in content["magnitudes"]})
+        found = cls()
+        for target, (name, shape, dtype, file, *place), value in content["magnitudes"]:
+            found.magnitudes[target, TensorInfo(name, tuple(shape), dtype, Path(file), *place)] = value
         for source, target, casts in content["casts"]:
             found.casts[source, target] = Casts(**casts | {"overflowed": set(casts["overflowed"])})
         return found
@@ -256,9 +257,8 @@ def _carry_out(
                 made, free = carve(free, stretch.size, DTYPES[target.dtype])
             for copy, view in zip(copies, stretch.views):
                 elements = gathered[copy]
-                place = copy.target, copy.source.name
+                place = copy.target, copy.source
                 findings.magnitudes[place] = max(findings.magnitudes[place], largest_magnitude(elements))
-                findings.files[copy.source.name] = copy.source.file.name
                 if not is_copied:
                     copy_elements(elements, view.of(made))
                 if not is_exact(elements.dtype, made.dtype):
@@ -281,15 +281,15 @@ def _check_duplicates(job: Job, directory: OutputDirectory) -> None:
 
 def _check_values(findings: Findings) -> None:
     """Looks at the values, now that all have been seen."""
-    magnitudes: dict[str, dict[str, float]] = defaultdict(dict)
+    magnitudes: dict[str, dict[TensorInfo, float]] = defaultdict(dict)
     for (target, source), magnitude in findings.magnitudes.items():
         magnitudes[target][source] = magnitude
-    check_values(magnitudes, findings.files)
+    check_values(magnitudes)
     problems = []
-    for (source, target), casts in findings.casts.items():
-        remedy = "use fp32" if target == "BF16" else "use bf16, which has float32's range, or fp32"
+    for (dtype, narrower), casts in findings.casts.items():
+        remedy = "use fp32" if narrower == "BF16" else "use bf16, which has float32's range, or fp32"
         problems += [
-            Problem(name, f"{source} values too large for {target}", remedy) for name in fold_names(casts.overflowed)
+            Problem(name, f"{dtype} values too large for {narrower}", remedy) for name in fold_names(casts.overflowed)
         ]
     if problems:
         raise BridgeError("not all values fit the new dtype", problems)

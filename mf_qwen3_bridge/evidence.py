@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -38,19 +38,42 @@ def check_layout(model: Model, slices: Mapping[str, Sequence[Slice]] | None = No
     if layout is None or base is None:
         return False
     problems, shown = [], []
-    for part, tensor in (("qkv", "k_proj"), ("gate_up", "up_proj")):
-        alike = dict(_likeness(model, base, part, tensor, slices))
-        best = max(alike, key=lambda candidate: alike[candidate], default=layout)
-        mine = alike.get(layout, 0.0)
-        is_fused = any(isinstance(rule, RowsRule) and rule.fuses == part for rule in model.rules)
-        shown.append(mine > _ALIKE or not is_fused)
-        if alike.get(best, 0.0) > _ALIKE and mine < _MARGIN * alike[best]:
-            found = f"taken to be {layout}\n{tensor} is like that of {model.hf_dir} if it is {best}"
-            flags = ", ".join(f"{flag} {value}" for flag, value in best.training_flags.items())
-            problems.append(Problem(f"layout of {part}", found, f"give the training YAML (--config): {flags}"))
+    for part, projection in (("qkv", "k_proj"), ("gate_up", "up_proj")):
+        rules = [rule for rule in model.rules if isinstance(rule, RowsRule) and rule.fuses == part]
+        if not rules:
+            continue  # experts lie in one way only
+        alike = _likeness(model, base, rules[0], projection, slices)
+        mine = _arrangement(layout, part)
+        best = max(alike, key=lambda arrangement: alike[arrangement], default=mine)
+        shown.append(alike.get(mine, 0.0) > _ALIKE)
+        if alike.get(best, 0.0) > _ALIKE and alike.get(mine, 0.0) < _MARGIN * alike[best]:
+            found = f"taken to be {_words(mine)}\n{projection} is like that of {model.hf_dir} if it is {_words(best)}"
+            problems.append(Problem(f"layout of {part}", found, _remedy(part, best)))
     if problems:
         raise BridgeError(f"{model.checkpoint.path} lies in another layout", problems)
     return all(shown)
+
+
+# How one part lies: interleaved (0), or contiguous in so many blocks.
+_Arrangement = int
+
+
+def _arrangement(layout: Layout, part: str) -> _Arrangement:
+    is_interleaved = layout.interleaved_qkv if part == "qkv" else layout.interleaved_gate_up
+    return 0 if is_interleaved else layout.tensor_parallel
+
+
+def _words(arrangement: _Arrangement) -> str:
+    if arrangement == 0:
+        return "interleaved"
+    return "contiguous" if arrangement == 1 else f"contiguous in the blocks of {arrangement} tensor parallel ranks"
+
+
+def _remedy(part: str, arrangement: _Arrangement) -> str:
+    flags = Layout(arrangement == 0, arrangement == 0).training_flags
+    flag = next(flag for flag in flags if flag.endswith("attention") == (part == "qkv"))
+    size = f", use_parallel True and parallel_config.model_parallel {arrangement}" if arrangement > 1 else ""
+    return f"give the training YAML (--config); in it: {flag} {flags[flag]}{size}"
 
 
 def _base(model: Model) -> Checkpoint | None:
@@ -63,23 +86,26 @@ def _base(model: Model) -> Checkpoint | None:
 
 
 def _likeness(
-    model: Model, base: Checkpoint, part: str, projection: str, slices: Mapping[str, Sequence[Slice]] | None
-) -> Iterator[tuple[Layout, float]]:
-    """For each layout how like some rows of the first layer's ``projection`` are to those of ``base``."""
-    rules = [rule for rule in model.rules if isinstance(rule, RowsRule) and rule.fuses == part]
-    names = [name for name in (rules[0].tensors if rules else ()) if f".{projection}." in name]
-    if not names or any(name not in base.tensors for name in rules[0].tensors):
-        return
-    expected = _sample(rules[0], base.tensors, HF, names[0], None)
-    flags = [Layout(qkv, gate_up) for qkv in (True, False) for gate_up in (True, False)]
-    candidates = [model.dialect.layout, *(layout.on(size) for layout in flags for size in _TENSOR_PARALLEL_SIZES)]
-    for layout in filter(None, dict.fromkeys(candidates)):
-        if any(rows % layout.tensor_parallel for rows in (rules[0].groups, *rules[0].rows)):
-            continue
-        found = _sample(rules[0], model.checkpoint.tensors, replace(model.dialect, layout=layout), names[0], slices)
-        like = expected[: len(found)]
-        norms = np.linalg.norm(found) * np.linalg.norm(like)
-        yield layout, float((found * like).sum() / norms) if found.shape == like.shape and norms else 0.0
+    model: Model, base: Checkpoint, rule: RowsRule, projection: str, slices: Mapping[str, Sequence[Slice]] | None
+) -> dict[_Arrangement, float]:
+    """For each arrangement how like some rows of ``projection`` are to those of ``base``."""
+    (name,) = (name for name in rule.tensors if f".{projection}." in name)
+    own = model.dialect.layout
+    sizes = {*_TENSOR_PARALLEL_SIZES, own.tensor_parallel if own else 1}
+    arrangements = [0, *(size for size in sizes if not any(rows % size for rows in (rule.groups, *rule.rows)))]
+    entries = min(_SAMPLED_ENTRIES, rule.groups // max(arrangements))  # as many as the smallest block has
+    try:
+        expected = _sample(rule, base.tensors, HF, name, entries, None)
+    except (BridgeError, KeyError):  # weights of another model
+        return {}
+    alike = {}
+    for arrangement in arrangements:
+        layout = Layout(arrangement == 0, arrangement == 0).on(max(arrangement, 1))
+        dialect = replace(model.dialect, layout=layout)
+        found = _sample(rule, model.checkpoint.tensors, dialect, name, entries, slices)
+        norms = np.linalg.norm(found) * np.linalg.norm(expected)
+        alike[arrangement] = float((found * expected).sum() / norms) if norms else 0.0
+    return alike
 
 
 def _sample(
@@ -87,13 +113,14 @@ def _sample(
     tensors: Mapping[str, TensorInfo],
     dialect: Dialect,
     name: str,
+    entries: int,
     slices: Mapping[str, Sequence[Slice]] | None,
 ) -> np.ndarray:
     """The first entries of a Hugging Face tensor: float64 (entries, rows, columns)."""
     names = {place.tensor for place in rule.places(dialect)}
     plan = make_plan([rule], {tensor: tensors[tensor] for tensor in names}, dialect, HF)
     copy = next(copy for target in plan.targets if target.name == name for copy in target.copies)
-    copy = copy.cut(0, 0, min(_SAMPLED_ENTRIES, copy.source_view.shape[0]))
+    copy = copy.cut(0, 0, entries)
     copy = replace(copy, target_view=View.whole(copy.source_view.shape))
     plan = replace(plan, targets=(Target(name, copy.source_view.shape, copy.source.dtype, (copy,)),))
     return (read_from_slices(plan, slices) if slices else plan).targets[0].make().astype(np.float64)

@@ -191,41 +191,37 @@ def from_ranks(job: Job, ranks: RankFiles) -> Job:
     """A job that was made as if the ranks' tensors were whole, reading them where they are."""
     (part,) = job.parts
     plan = read_from_slices(part.make_plan(), ranks.slices)
-    return replace(job, parts=(Part.of(plan, part.files),))
+    return replace(job, parts=(Part.of(plan, part.files),), ignored=ranks.left_out)
 
 
-def unify(ranks: RankFiles, output: Path, filter_out_param_prefix: str | None = None) -> Job:
+def unify(ranks: RankFiles, output: Path) -> Job:
     """The merged checkpoint of a training run, as ``mindspore.unified_safetensors`` writes it.
 
     Args:
         ranks: what the run left.
         output: the directory.
-        filter_out_param_prefix: parameters whose names begin so are left out: ``adam_`` for the optimizer's state.
+
+    Raises:
+        BridgeError: nothing is left to merge, or not all are tensors that safetensors knows.
     """
-
-    def is_wanted(name: str) -> bool:
-        return not (filter_out_param_prefix and name.startswith(filter_out_param_prefix))
-
-    unlisted = {name: tensor for name, tensor in ranks.unlisted.items() if is_wanted(name)}
-    if odd := [t for t in (*ranks.checkpoint.tensors.values(), *unlisted.values()) if t.dtype not in DTYPES]:
-        raise BridgeError(
-            f"{odd[0].file} can't be merged", [Problem(t.name, f"dtype {t.dtype}", "unknown") for t in odd]
-        )
-    wholes = {name: (tensor, View.whole(tensor.shape)) for name, tensor in ranks.checkpoint.tensors.items()}
+    tensors = ranks.checkpoint.tensors
+    if not tensors:
+        raise BridgeError("nothing is left to merge: does every parameter begin with --filter_out_param_prefix?")
+    if odd := [t for t in (*tensors.values(), *ranks.unlisted.values()) if t.dtype not in DTYPES]:
+        problems = [Problem(tensor.name, f"dtype {tensor.dtype}", "no weights are stored so") for tensor in odd]
+        raise BridgeError(f"{odd[0].file} can't be merged", problems)
+    wholes = {name: (tensor, View.whole(tensor.shape)) for name, tensor in tensors.items()}
     targets = tuple(
         Target(name, tensor.shape, tensor.dtype, (Copy(tensor, whole, name, whole),))
         for name, (tensor, whole) in wholes.items()
-        if is_wanted(name)
     )
-    if not targets:
-        raise BridgeError(f"every parameter begins with {filter_out_param_prefix!r}: nothing is left to merge")
     stamp = ranks.checkpoint.metadata.get(LAYOUT_STAMP)
     dialect = Dialect(Layout.parse(stamp) if stamp else None)
     plan = read_from_slices(Plan(dialect, dialect, targets), ranks.slices)
     files, index = mindformers_files(plan, saved_by=ranks.tensor_parallel)
-    others = {HYPER_PARAMETERS: _hyper_parameters(unlisted)} if unlisted else {}
+    others = {HYPER_PARAMETERS: _hyper_parameters(ranks.unlisted)} if ranks.unlisted else {}
     parts = (Part.of(plan, files),)
-    count = len(targets) + len(unlisted)
+    count = len(targets) + len(ranks.unlisted)
     return Job("ranks' files", count, "MindFormers, merged", output, parts, others | index, checks_values=False)
 
 

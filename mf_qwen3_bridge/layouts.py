@@ -206,6 +206,11 @@ class Layout:
         return replace(self, tensor_parallel=tensor_parallel if depends else 1)
 
     @property
+    def of_experts(self) -> Layout:
+        """What it says of a MoE: its experts lie in one way only, whatever the flag for gate and up."""
+        return replace(self, interleaved_gate_up=True).on(self.tensor_parallel)
+
+    @property
     def training_flags(self) -> dict[str, bool]:
         """The flags of a training config that ask for this layout; the reverse of :meth:`of_training`."""
         return {

@@ -153,16 +153,19 @@ class MindFormersYaml:
             return None
         return Layout.of_training(flags, self.training_tensor_parallel)
 
-    def layout_of_weights(self, saved_by: int | None) -> Layout | None:
+    def layout_of_weights(self, has_experts: bool, saved_by: int | None) -> Layout | None:
         """The layout of weights that so many tensor parallel ranks saved; None if the YAML does not say it.
 
         Args:
+            has_experts: whether they are a MoE's.
             saved_by: the number, if it is known apart from the YAML.
 
         Raises:
             BridgeError: the layout depends on it, and the YAML says another one.
         """
         layout = self.training_layout
+        if layout and has_experts:
+            layout = layout.of_experts
         if layout is None or saved_by is None or layout == layout.on(saved_by):
             return layout
         if self.document.get("use_parallel"):
@@ -173,8 +176,8 @@ class MindFormersYaml:
 
     def slice_problems(self) -> Iterator[Problem]:
         """What a training run with this YAML cuts in ways that a directory per rank, as the bridge makes it, is not."""
-        config = self.document.get("parallel_config") or {}
-        parallel = self.document.get("parallel") or {}
+        sections = (self.document.get(name) for name in ("parallel_config", "parallel"))
+        config, parallel = (section if isinstance(section, dict) else {} for section in sections)
         remedy = "convert without --tp and --ep, and let auto_trans_ckpt cut the weights"
         for key in ("pipeline_stage", "context_parallel"):
             if config.get(key) not in (None, 1):

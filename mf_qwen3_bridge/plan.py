@@ -108,22 +108,16 @@ class Plan:
         if problems:
             raise BridgeError("tied tensors differ", problems)
 
-    @property
-    def files(self) -> dict[str, str]:
-        """The file of each source tensor that is used."""
-        return {copy.source.name: copy.source.file.name for target in self.targets for copy in target.copies}
-
     def _have_equal_bytes(self, kept: TensorInfo, dropped: TensorInfo) -> bool:
         size, number = self.rank.tensor_parallel, self.rank.tensor_rank
         return have_equal_bytes(kept, dropped, kept.nbytes * number // size, kept.nbytes * (number + 1) // size)
 
 
-def check_values(magnitudes: Mapping[str, Mapping[str, float]], files: Mapping[str, str]) -> None:
+def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]]) -> None:
     """Looks for what no trained model holds: a tensor that is all zero, NaN, infinities.
 
     Args:
         magnitudes: for each target, for each source tensor in it the largest magnitude.
-        files: for each source tensor its file.
 
     Raises:
         BridgeError: names what was found, and the files it comes from.
@@ -134,7 +128,7 @@ def check_values(magnitudes: Mapping[str, Mapping[str, float]], files: Mapping[s
         faults: dict[tuple[str, str], set[str]] = defaultdict(set)
         for source, magnitude in sources.items():
             if fault := fault_of(magnitude):
-                faults[fault, files[source]].add(source)
+                faults[fault, source.file.name].add(source.name)
         lines = [f"{fault}: {name} ({file})" for (fault, file), names in faults.items() for name in fold_names(names)]
         if lines:
             problems.append(Problem(target, "\n".join(lines), remedy))

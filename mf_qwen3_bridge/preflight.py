@@ -23,7 +23,7 @@ from mf_qwen3_bridge.mindformers_yaml import (
 )
 from mf_qwen3_bridge.parallel import WHOLE, ParallelConfig, Rank
 from mf_qwen3_bridge.plan import Plan, make_plan
-from mf_qwen3_bridge.recognise import dialect_of, numbers_of, saved_by_ranks
+from mf_qwen3_bridge.recognise import dialect_of, holds_experts, numbers_of, saved_by_ranks
 from mf_qwen3_bridge.rules import INFER, Dialect, Rule, model_rules
 from mf_qwen3_bridge.spec import MINDFORMERS_NAMES, ModelSpec
 
@@ -113,7 +113,7 @@ def check(
     additions = {key: said[key] for key in ADDITIONS if key in said}
     hf_config = read_hf_config(hf_dir, additions)
     checkpoint = weights if isinstance(weights, Checkpoint) else open_checkpoint(weights or model_dir)
-    layout = yaml.layout_of_weights(saved_by or saved_by_ranks(checkpoint))
+    layout = yaml.layout_of_weights(holds_experts(checkpoint), saved_by or saved_by_ranks(checkpoint))
     dialect = dialect_of(checkpoint, layout, yaml.origin, default_layout)
     spec = ModelSpec.from_model_config(hf_config)
     options, run_problems = run_options(({} if yaml.is_for_training else yaml.model_config) | arguments)
@@ -123,7 +123,7 @@ def check(
     run_problems += [*parallel_problems, *parallel.problems(spec), *_block_problems(dialect, parallel)]
     sides = {yaml.origin: yaml.model_config, "arguments": arguments}
     in_tensors = numbers_of(checkpoint.tensors, dialect)
-    has_experts = any(".experts." in name for name in checkpoint.tensors)
+    has_experts = holds_experts(checkpoint)
     if has_experts != spec.is_moe:
         raise BridgeError(f"config and weights of {model_dir} are of two models", [_other_kind(hf_config, has_experts)])
     trained_with = yaml.origin if yaml.is_for_training else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mf_qwen3_bridge.checkpoint import Checkpoint, TensorInfo, read_header
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.rules import is_training_state
+from mf_qwen3_bridge.rules import is_counter, is_training_state
 from mf_qwen3_bridge.slices import Box, Slice
 
 
@@ -73,21 +73,32 @@ class RankFiles:
         slices: for each of them the blocks that cover it.
         tensor_parallel: over how many ranks the run spread attention and MLP.
         unlisted: what the first rank holds beside them, such as ``global_step``.
+        left_out: names of what is not wanted.
     """
 
     checkpoint: Checkpoint
     slices: Mapping[str, Sequence[Slice]]
     tensor_parallel: int
     unlisted: Mapping[str, TensorInfo]
+    left_out: tuple[str, ...]
 
 
-def open_rank_files(directory: Path, strategies: Strategies, file_suffix: str | None = None) -> RankFiles:
+def open_rank_files(
+    directory: Path,
+    strategies: Strategies,
+    file_suffix: str | None = None,
+    *,
+    weights_only: bool = False,
+    without_prefix: str | None = None,
+) -> RankFiles:
     """Finds the blocks of every parameter that the strategies list.
 
     Args:
         directory: holds ``rank_0/``, ``rank_1/``, ...
         strategies: of each pipeline stage.
         file_suffix: ``EPOCH_STEP`` of the files to take; may be left out where each rank has one file.
+        weights_only: leaves out an optimizer's state.
+        without_prefix: leaves out tensors whose names begin so.
 
     Raises:
         BridgeError: ranks, files or blocks are missing, or blocks don't fit together. Lists everything.
@@ -114,14 +125,22 @@ def open_rank_files(directory: Path, strategies: Strategies, file_suffix: str | 
     if problems:
         raise BridgeError(f"{directory} can't be read", problems)
     listed = {name for stage in strategies for name in stage}
-    for name in fold_names(name for name in found if name not in listed and not is_training_state(name, listed)):
+
+    def is_left_out(name: str) -> bool:
+        begins_so = without_prefix is not None and name.startswith(without_prefix)
+        return begins_so or (weights_only and is_training_state(name, listed))
+
+    left_out = sorted(filter(is_left_out, found))
+    for name in left_out:
+        del found[name]
+    for name in fold_names(name for name in found if name not in listed and not is_counter(name)):
         remedy = "give the strategy files of this run, of all its stages"
         problems.append(Problem(name, "in the ranks' files, in no strategy file", remedy))
     whole: dict[str, TensorInfo] = {}
     slices: dict[str, list[Slice]] = {}
     for number, stage in enumerate(strategies):
         for name, sharding in stage.items():
-            if name in whole or (name not in found and is_training_state(name, listed)):
+            if name in whole or is_left_out(name) or (name not in found and is_training_state(name, listed)):
                 continue  # a tied embedding is in two stages; an optimizer's state may have been left out
             mine = {
                 rank - number * num_devices: tensor
@@ -138,7 +157,7 @@ def open_rank_files(directory: Path, strategies: Strategies, file_suffix: str | 
     shared = set.intersection(*(set(entry.items()) for entry in metadata)) - {("remove_redundancy", "True")}
     unlisted = {name: ranks[0] for name, ranks in found.items() if name not in listed and 0 in ranks}
     checkpoint = Checkpoint(directory, whole, dict(shared))
-    return RankFiles(checkpoint, slices, _tensor_parallel(strategies), unlisted)
+    return RankFiles(checkpoint, slices, _tensor_parallel(strategies), unlisted, tuple(left_out))
 
 
 def _fold(problems: Iterable[Problem]) -> list[Problem]:

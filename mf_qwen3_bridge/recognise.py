@@ -41,6 +41,8 @@ def dialect_of(
         stamped = Layout.parse(stamp) if stamp else None
     except ValueError as error:
         raise BridgeError(f"{checkpoint.path}: {error} in the files' metadata; which program wrote it?") from error
+    if stamped and holds_experts(checkpoint):
+        stamped = stamped.of_experts
     if stamped and configured and stamped != configured:
         remedy = f"in the YAML: {stamped.training_flags}"
         if stamped.training_flags == configured.training_flags:
@@ -60,6 +62,11 @@ def dialect_of(
         layout,
         stacked_experts=any(name.endswith(".experts.weight1") and len(names[name].shape) == 3 for name in names),
     )
+
+
+def holds_experts(checkpoint: Checkpoint) -> bool:
+    """Whether the tensors are a MoE's."""
+    return any(".experts." in name for name in checkpoint.tensors)
 
 
 def saved_by_ranks(checkpoint: Checkpoint) -> int | None:

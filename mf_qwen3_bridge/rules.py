@@ -356,7 +356,12 @@ _COUNTERS = re.compile(
 )
 
 
+def is_counter(name: str) -> bool:
+    """Whether a tensor of a MindFormers training checkpoint is a counter or the like, which every rank holds whole."""
+    return _COUNTERS.fullmatch(name) is not None
+
+
 def is_training_state(name: str, weights: Container[str]) -> bool:
     """Whether a tensor of a MindFormers training checkpoint is state of the run, not one of the model's ``weights``."""
     prefixed = _PREFIXED.fullmatch(name)
-    return (prefixed is not None and prefixed[1] in weights) or _COUNTERS.fullmatch(name) is not None
+    return (prefixed is not None and prefixed[1] in weights) or is_counter(name)

@@ -14,7 +14,7 @@ from mf_qwen3_bridge.layouts import TRAINING_DEFAULT
 from mf_qwen3_bridge.mindformers_yaml import MindFormersYaml, read_mindformers_yaml
 from mf_qwen3_bridge.parallel import SINGLE
 from mf_qwen3_bridge.preflight import Model, check, notes_on
-from mf_qwen3_bridge.recognise import dialect_of, numbers_of, saved_by_ranks
+from mf_qwen3_bridge.recognise import dialect_of, holds_experts, numbers_of, saved_by_ranks
 from mf_qwen3_bridge.rules import OUTPUT, model_rules
 from mf_qwen3_bridge.spec import ModelSpec
 
@@ -52,7 +52,7 @@ def check_trained(
     for hf_dir in [hf_config] if hf_config else filter(None, [yaml.pretrained_model_dir, beside]):
         if hf_config or (hf_dir / "config.json").is_file():
             return check(hf_dir, config, checkpoint, numbers, default_layout=TRAINING_DEFAULT, saved_by=tensor_parallel)
-    layout = yaml.layout_of_weights(tensor_parallel or saved_by_ranks(checkpoint))
+    layout = yaml.layout_of_weights(holds_experts(checkpoint), tensor_parallel or saved_by_ranks(checkpoint))
     dialect = dialect_of(checkpoint, layout, yaml.origin, TRAINING_DEFAULT)
     said = {yaml.origin: yaml.model_config, numbers_origin: dict(numbers or {})}
     in_tensors = numbers_of(checkpoint.tensors, dialect)
@@ -87,7 +87,7 @@ def check_trained(
 
 def _check_kind(checkpoint: Checkpoint, yaml: MindFormersYaml, numbers: Mapping[str, Any]) -> None:
     """Are YAML and numbers of a model of this kind, dense or with experts?"""
-    has_experts = any(".experts." in name for name in checkpoint.tensors)
+    has_experts = holds_experts(checkpoint)
     kind, other = ("qwen3_moe", "ffn_hidden_size") if has_experts else ("qwen3", "moe_ffn_hidden_size")
     problems = []
     if yaml.model_config.get("model_type") not in (None, kind):

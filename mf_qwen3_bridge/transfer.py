@@ -82,7 +82,7 @@ class Transfer:
         finally:
             self._reader.__exit__()
 
-    def fill(self, target: np.ndarray, copies: Iterable[Copy]) -> dict[str, float]:
+    def fill(self, target: np.ndarray, copies: Iterable[Copy]) -> dict[TensorInfo, float]:
         """Carries out the copies of one target tensor. Dtypes are cast on the way, rounding to nearest even.
 
         Args:
@@ -95,10 +95,10 @@ class Transfer:
         Raises:
             BridgeError: a file ended early or could not be read.
         """
-        largest: dict[str, float] = {}
+        largest: dict[TensorInfo, float] = {}
         for tile, magnitudes in self.map(lambda tile: (tile, self._fill(tile, target)), tiles(copies)):
             for copy, magnitude in zip(tile, magnitudes):
-                largest[copy.source.name] = max(largest.get(copy.source.name, 0.0), magnitude)
+                largest[copy.source] = max(largest.get(copy.source, 0.0), magnitude)
             self.advance(tile)
         return largest
 

@@ -10,7 +10,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 
-from mf_qwen3_bridge.checkpoint import DTYPES, Checkpoint, open_checkpoint, open_files
+from mf_qwen3_bridge.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint, open_files
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.ranks import rank_of
@@ -51,18 +51,17 @@ def load_network(network: Any, model: Model, *, use_training_conversion: bool = 
         magnitudes = {target.name: _magnitudes(parameters[target.name], target) for target in plan.targets}
     else:
         magnitudes = _load_directly(parameters, plan)
-    check_values(magnitudes, plan.files)
+    check_values(magnitudes)
     network.process_weights_after_loading(network.model)  # as upstream's load_weights ends
     return plan
 
 
-def _magnitudes(parameter: ms.Parameter, target: Target) -> dict[str, float]:
+def _magnitudes(parameter: ms.Parameter, target: Target) -> dict[TensorInfo, float]:
     """For each source tensor of a parameter the largest magnitude."""
     array = parameter.asnumpy()
-    largest: dict[str, float] = defaultdict(float)
+    largest: dict[TensorInfo, float] = defaultdict(float)
     for copy in target.copies:
-        name = copy.source.name
-        largest[name] = max(largest[name], largest_magnitude(copy.target_view.of(array)))
+        largest[copy.source] = max(largest[copy.source], largest_magnitude(copy.target_view.of(array)))
     return largest
 
 
@@ -97,7 +96,7 @@ def _check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> Non
         raise BridgeError("the checkpoint does not fit the network", problems)
 
 
-def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> dict[str, dict[str, float]]:
+def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> dict[str, dict[TensorInfo, float]]:
     """Each tensor's bytes are read once, in the network's layout and dtype, and handed to the Parameter.
 
     Returns:

@@ -92,7 +92,8 @@ def never_sleeps(monkeypatch):
 @pytest.mark.parametrize("name", RUNS)
 def test_merged_as_mindspore_merges(tmp_path: Path, never_sleeps, name, prefix):
     strategies, ranks, tensors = trained_run(tmp_path, name)
-    run(unify(open_rank_files(ranks, read_strategies(strategies), SUFFIX), tmp_path / "ours", prefix))
+    found = open_rank_files(ranks, read_strategies(strategies), SUFFIX, without_prefix=prefix)
+    run(unify(found, tmp_path / "ours"))
     ms.merge_pipeline_strategys(str(strategies), str(tmp_path / "merged.ckpt"))
     ms.unified_safetensors(
         str(ranks),

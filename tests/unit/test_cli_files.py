@@ -1556,8 +1556,8 @@ class Ranks(NamedTuple):
     directory: Path
     strategies: list[dict[str, Sharding]]
 
-    def open(self, file_suffix: str | None = None) -> RankFiles:
-        return open_rank_files(self.directory, self.strategies, file_suffix)
+    def open(self, file_suffix: str | None = None, **which: Any) -> RankFiles:
+        return open_rank_files(self.directory, self.strategies, file_suffix, **which)
 
     def refusal(self, file_suffix: str | None = None) -> str:
         with pytest.raises(BridgeError) as error:
@@ -1838,7 +1838,7 @@ def test_unify_merges_everything(tmp_path, with_adam):
 
 def test_unify_leaves_out_what_begins_so(tmp_path, with_adam):
     ranks, whole = with_adam
-    run(jobs.unify(ranks.open(), tmp_path / "out", "adam_"))
+    run(jobs.unify(ranks.open(without_prefix="adam_"), tmp_path / "out"))
     weights = {name: array for name, array in whole.items() if not name.startswith("adam_")}
     assert len(weights) == 19
     assert_same(contents(tmp_path / "out"), weights)
@@ -1847,9 +1847,9 @@ def test_unify_leaves_out_what_begins_so(tmp_path, with_adam):
 
 def test_unify_that_leaves_out_everything(tmp_path):
     save_rank(tmp_path / "ranks", 0, {"adam_m.a": np.ones(2, np.float32)})
-    ranks = open_rank_files(tmp_path / "ranks", [{"adam_m.a": Sharding((1,), (-1,))}])
-    with pytest.raises(BridgeError, match="every parameter begins with 'adam_': nothing is left to merge"):
-        jobs.unify(ranks, tmp_path / "out", "adam_")
+    ranks = open_rank_files(tmp_path / "ranks", [{"adam_m.a": Sharding((1,), (-1,))}], without_prefix="adam_")
+    with pytest.raises(BridgeError, match="nothing is left to merge"):
+        jobs.unify(ranks, tmp_path / "out")
 
 
 def test_unify_leaves_it_out_of_what_no_strategy_lists(tmp_path, with_adam):
@@ -1857,7 +1857,7 @@ def test_unify_leaves_it_out_of_what_no_strategy_lists(tmp_path, with_adam):
     for name in whole:
         if name.startswith("adam_"):
             del ranks.strategies[0][name]
-    run(jobs.unify(ranks.open(), tmp_path / "out", "adam_"))
+    run(jobs.unify(ranks.open(without_prefix="adam_"), tmp_path / "out"))
     assert_same(load_file(tmp_path / "out" / "hyper_param.safetensors"), COUNTER)
 
 
@@ -1969,7 +1969,7 @@ def test_both_steps_in_one(tmp_path, call, strategies_of, with_adam):
     strategies_of(ranks)
     result = call("export", *rank_options(ranks), "--output_path", tmp_path / "hf", "--dtype", "fp32")
     assert result.code == 0
-    assert "left out    38 tensors that are state of a training run" in result.out
+    assert "left out    39 tensors that are state of a training run" in result.out
     assert_same(contents(tmp_path / "hf"), random_tensors())
 
 

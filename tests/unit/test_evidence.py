@@ -49,9 +49,37 @@ def test_a_wrong_guess_is_refused(tmp_path: Path, spec, layout: Layout):
     else:
         with pytest.raises(BridgeError, match="lies in another layout") as error:
             check_layout(model)
-        text = str(error.value)
-        assert ("layout of qkv" in text) != layout.interleaved_qkv
-        assert f"use_contiguous_weight_layout_attention {not layout.interleaved_qkv}" in text or "gate_up" in text
+        rows = {problem.subject: problem.remedy for problem in error.value.problems}
+        size = f", use_parallel True and parallel_config.model_parallel {layout.tensor_parallel}"
+        size = size if layout.tensor_parallel > 1 else ""
+        wanted = {}
+        if not layout.interleaved_qkv:
+            wanted["layout of qkv"] = f"in it: use_contiguous_weight_layout_attention True{size}"
+        if not (layout.interleaved_gate_up or spec.is_moe):
+            wanted["layout of gate_up"] = f"in it: use_interleaved_weight_layout_mlp False{size}"
+        assert {subject: remedy.partition("; ")[2] for subject, remedy in rows.items()} == wanted
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_heads_that_were_trained_unlike_each_other(tmp_path: Path, groups: int):
+    """The first one stayed as it was, the others moved: each arrangement is judged by the same rows."""
+    spec = replace(LARGER, num_query_groups=groups)
+    base = write(tmp_path / "base", random_tensors(spec), hf_config(spec))
+    run(to_mindformers(check(base), TRAIN, tmp_path / "stamped"))
+    random = np.random.default_rng(1)
+    moved = contents(tmp_path / "stamped")
+    for name in (name for name in moved if name.endswith("linear_qkv.weight")):
+        rows = len(moved[name]) // groups
+        moved[name] = moved[name].copy()
+        moved[name][rows:] += 0.9 * random.standard_normal(moved[name][rows:].shape).astype(np.float32)
+    assert check_layout(check_trained(open_checkpoint(write(tmp_path / "trained", moved)), base))
+
+
+def test_weights_of_another_size_show_nothing(tmp_path: Path):
+    base = write(tmp_path / "base", random_tensors(LARGER), hf_config(LARGER))
+    model = check_trained(open_checkpoint(trained(tmp_path, base, TRAIN.layout)), base)
+    write(base, random_tensors(replace(LARGER, head_dim=8)))
+    assert not check_layout(model)
 
 
 def test_weights_of_another_run_show_nothing(tmp_path: Path):

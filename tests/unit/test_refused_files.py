@@ -10,14 +10,16 @@ import pytest
 
 import yaml
 from mf_qwen3_bridge.cli import main
+from mf_qwen3_bridge.cli_files import convert_weight
 from mf_qwen3_bridge.convert import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.jobs import to_mindformers, to_ranks, unify
+from mf_qwen3_bridge.jobs import from_ranks, to_hf, to_mindformers, to_ranks, unify
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.parallel import ParallelConfig
 from mf_qwen3_bridge.preflight import check
 from mf_qwen3_bridge.rank_files import Sharding, open_rank_files
 from mf_qwen3_bridge.rules import INFER, TRAIN, Dialect
+from mf_qwen3_bridge.trained import check_trained
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import contents
 
@@ -132,3 +134,78 @@ def test_a_scalar_is_merged_too(tmp_path):
         write(tmp_path / f"rank_{rank}", {"scalar": np.array(3.5, np.float32)})
     run(unify(open_rank_files(tmp_path, [{"scalar": Sharding((2,), ())}]), tmp_path / "out"))
     assert contents(tmp_path / "out")["scalar"] == 3.5
+
+
+def two_ranks(tmp_path: Path, tensors: dict[str, np.ndarray]) -> list[dict[str, Sharding]]:
+    """Everything with a first axis cut in two there, in the files of two ranks."""
+    cuts = {}
+    for rank in range(2):
+        held = {name: np.ascontiguousarray(np.split(tensor, 2)[rank]) for name, tensor in tensors.items()}
+        write(tmp_path / f"rank_{rank}", held)
+    for name, tensor in tensors.items():
+        cuts[name] = Sharding((2,), (0, *[-1] * (tensor.ndim - 1)))
+    return [cuts]
+
+
+def test_a_rank_that_saved_zeros(tmp_path):
+    """What another rank saved of the same tensor does not excuse it."""
+    tensors = random_tensors(EVEN, TRAIN)
+    strategies = two_ranks(tmp_path / "ranks", tensors)
+    held = contents(tmp_path / "ranks" / "rank_1")
+    write(tmp_path / "ranks" / "rank_1", {name: np.zeros_like(tensor) for name, tensor in held.items()})
+    ranks = open_rank_files(tmp_path / "ranks", strategies, weights_only=True)
+    job = from_ranks(to_hf(check_trained(ranks.checkpoint), tmp_path / "out"), ranks)
+    with pytest.raises(BridgeError, match="all zero"):
+        run(job)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_optimizers_state_that_no_strategy_lists(tmp_path):
+    """One rank's block of it would be taken for all of it."""
+    tensors = random_tensors(EVEN, TRAIN)
+    state = {f"adam_m.{name}": tensor for name, tensor in tensors.items()}
+    (strategies,) = two_ranks(tmp_path / "ranks", tensors | state)
+    listed = [{name: strategies[name] for name in tensors}]
+    with pytest.raises(BridgeError, match="in no strategy file"):
+        open_rank_files(tmp_path / "ranks", listed)
+    for which in ({"weights_only": True}, {"without_prefix": "adam_"}):
+        assert open_rank_files(tmp_path / "ranks", listed, **which).checkpoint.tensors.keys() == tensors.keys()
+
+
+def test_an_optimizers_state_that_is_not_whole_does_not_matter_to_an_export(tmp_path):
+    tensors = random_tensors(EVEN, TRAIN)
+    state = {f"adam_m.{name}": tensor for name, tensor in tensors.items()}
+    strategies = two_ranks(tmp_path / "ranks", tensors | state)
+    held = contents(tmp_path / "ranks" / "rank_1")
+    write(tmp_path / "ranks" / "rank_1", {name: held[name] for name in tensors})
+    with pytest.raises(BridgeError, match="blocks are in no rank's file"):
+        open_rank_files(tmp_path / "ranks", strategies)
+    assert open_rank_files(tmp_path / "ranks", strategies, weights_only=True).slices.keys() == tensors.keys()
+
+
+def test_the_flag_for_gate_and_up_says_nothing_of_experts(tmp_path):
+    """So a MoE does not depend on the training run's size when its QKV is interleaved."""
+    hf = write(tmp_path / "hf", random_tensors(MOE_SPEC), hf_config(MOE_SPEC))
+    with_flag = training_yaml(tmp_path, 2, use_interleaved_weight_layout_mlp=False)
+    model = check(hf, with_flag)
+    assert model.training_layout == Layout(True, True)
+    run(to_mindformers(model, Dialect(model.training_layout), tmp_path / "mf"))
+    for config in (with_flag, training_yaml(tmp_path, 4, use_interleaved_weight_layout_mlp=True), None):
+        assert check(hf, config, tmp_path / "mf", num_processes=2).dialect == TRAIN
+
+
+def test_defaults_are_for_weights_without_a_config(tmp_path, hf):
+    run(to_mindformers(check(hf), TRAIN, tmp_path / "mf"))
+    (tmp_path / "mf" / "config.json").write_text((hf / "config.json").read_text())
+    arguments = ["--model", "qwen3", "--reversed", "--input_path", tmp_path / "mf" / "part0.safetensors"]
+    with pytest.raises(SystemExit) as done:
+        main([*map(str, arguments), "--output_path", str(tmp_path / "out")], command=convert_weight)
+    assert done.value.code == 0
+
+
+def test_a_yaml_whose_sections_are_numbers(tmp_path, hf):
+    (tmp_path / "odd.yaml").write_text("run_mode: train\nparallel_config: 4\nparallel: 1\nmodel: {model_config: {}}\n")
+    out = ["--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as done:
+        main(["convert", "--model_dir", str(hf), "--tp", "2", "--config", str(tmp_path / "odd.yaml"), *out])
+    assert done.value.code == 0
