@@ -85,7 +85,9 @@ def test_a_plan_made_with_the_wrong_layout_is_not_the_model(tmp_path: Path):
     run("convert", "--model_dir", source, "--output_dir", tmp_path / "mf", "--layout", "infer")
     (part,) = (tmp_path / "mf").glob("*.safetensors")
     part.write_bytes(part.read_bytes().replace(b"mf_qwen3_bridge.layout", b"mf_qwen3_bridge.hidden"))
-    options = ["--hf_config", source, "--dtype", "fp32"]
+    (tmp_path / "config").mkdir()  # beside its weights the export would be refused
+    (tmp_path / "config" / "config.json").write_text((source / "config.json").read_text())
+    options = ["--hf_config", tmp_path / "config", "--dtype", "fp32"]
     run("export", "--input_path", tmp_path / "mf", "--output_path", tmp_path / "hf", *options)
     with np.load(FIXTURES / "golden" / "untied_fp32.npz") as golden:
         logits = prompt_logits(load_all(tmp_path / "hf"), golden["prompt_0"].tolist()).numpy()
