@@ -348,9 +348,10 @@ def _experts(spec: ModelSpec, hf: str, mf: str) -> Iterator[Rule]:
 
 # What lies in a training checkpoint beside the weights: an optimizer's state, under a weight's name with a prefix...
 _PREFIXED = re.compile(r"\w+?[._]((?:decoder|embedding|output_layer)\..+)")
-# ...counters, dropout's random state, the load of each expert.
+# ...counters, dropout's random state, the load of each expert, losses that are summed up.
 _COUNTERS = re.compile(
-    r"(.*\.)?embedding_dropout\.(seed|offset)|(.*\.)?router\.fi_accu"
+    r"(.*\.)?\w*dropout\.(seed|offset)|(.*\.)?router\.fi_accu"
+    r"|(aux|lm|mtp|indexer)_loss|global_batch_size"
     r"|global_step|current_iterator_step|last_overflow_iterator_step|epoch_num|step_num|loss_scale|scale_sense"
     r"|learning_rate(_group_\d+)?|beta[12]_power|afactor_step|list_index|scale_window_(up|down)_count"
 )

@@ -215,7 +215,11 @@ def test_the_state_of_a_training_run_is_left_out(tmp_path):
         "adam_v.output_layer.weight": np.zeros((16, 12), np.float32),
         "global_step": np.zeros(1, np.int32),
         "epoch_num": np.zeros((), np.int64),
+        "lm_loss": np.zeros(1, np.float32),
+        "aux_loss": np.zeros(1, np.float32),
+        "global_batch_size": np.array(8),
         "embedding_dropout.seed": np.zeros(1, np.int64),
+        "decoder.layers.0.hidden_states_dropout.offset": np.zeros((), np.int64),  # 1.7 and 1.8, hidden_dropout above 0
         "muon_m.decoder.layers.0.mlp.linear_fc1.weight": np.zeros((20, 12), np.float32),
         "max_exp_avg_sq.decoder.final_layernorm.weight": np.zeros(12, np.float32),
         "exp_avg_sq_row_decoder.layers.1.mlp.linear_fc2.weight": np.zeros(12, np.float32),
