@@ -109,6 +109,8 @@ def measure(road: str, directory: Path, params_dtype: str) -> dict[str, float]:
     The floor builds the network too: fresh memory costs more in a process that has been running for a while, where the
     machine is virtual and gives free memory back to its host.
     """
+    from mindformers.parallel_core.inference.model_utils import InferModelMixin
+
     from mf_qwen3_bridge.mindformers.infer import build_network
     from mf_qwen3_bridge.mindformers.load import load_network
     from mf_qwen3_bridge.preflight import check
@@ -121,7 +123,7 @@ def measure(road: str, directory: Path, params_dtype: str) -> dict[str, float]:
         if road == "floor":
             floor(directory, DTYPES[{"bfloat16": "BF16", "float32": "F32"}[params_dtype]])
         elif road == "upstream":
-            network.load_weights(str(directory))
+            InferModelMixin.load_weights(network, str(directory))
         else:
             load_network(network, model, use_training_conversion=road == "delegated")
         seconds = time.perf_counter() - start

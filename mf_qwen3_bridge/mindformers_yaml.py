@@ -52,6 +52,8 @@ COMPUTED_NAMES: dict[str, tuple[str, ...]] = {
     "use_alibi_mask": ("use_alibi",),
     "experimental_attention_variant": (),
 }
+# Of no meaning without experts.
+_OF_EXPERTS = {"num_experts_per_tok", "norm_topk_prob", *(name for name in COMPUTED_NAMES if name.startswith("moe_"))}
 # 2. Additions to config.json: YaRN is asked for so.
 ADDITIONS = frozenset({"rope_scaling"})
 # 3. Options of the run: how the same function is computed, not which. Only these reach the network.
@@ -80,7 +82,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 def computed_values(hf_config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """For each of COMPUTED_NAMES the values that mean what a normalised config.json and MindFormers' Qwen3 compute."""
     absent = (None, 0, False)
-    return dict.fromkeys(COMPUTED_NAMES, absent) | {
+    values = dict.fromkeys(COMPUTED_NAMES, absent) | {
         "rms_norm_eps": (hf_config["rms_norm_eps"],),
         "rope_theta": (hf_config["rope_theta"],),
         "hidden_act": (hf_config["hidden_act"], "swiglu"),  # MindFormers' name for silu in a gated unit
@@ -95,6 +97,8 @@ def computed_values(hf_config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
         "moe_layer_freq": (1,),
         "mlp_only_layers": ([],),
     }
+    has_experts = bool(hf_config.get("num_experts"))
+    return {name: accepted for name, accepted in values.items() if has_experts or name not in _OF_EXPERTS}
 
 
 def run_options(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:

@@ -10,7 +10,7 @@ from typing import Any
 from mf_qwen3_bridge.agreement import disagreements, tensor_problems
 from mf_qwen3_bridge.checkpoint import Checkpoint, open_checkpoint, stale_files
 from mf_qwen3_bridge.errors import BridgeError, Problem
-from mf_qwen3_bridge.hf_config import read_hf_config
+from mf_qwen3_bridge.hf_config import normalise, read_hf_config
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.mindformers_yaml import (
     ADDITIONS,
@@ -76,10 +76,11 @@ class Model:
 
 def check(
     model_dir: Path,
-    config: Path | None = None,
+    config: Path | MindFormersYaml | None = None,
     weights: Path | Checkpoint | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
+    hf_config: Mapping[str, Any] | None = None,
     default_layout: Layout | None = None,
     saved_by: int | None = None,
     tensor_parallel: int | None = None,
@@ -95,6 +96,7 @@ def check(
         weights: a directory or file with the weights, for weights that lie apart from config.json: those of a
             MindFormers training run, for example.
         overrides: entries of ``model.model_config`` that go before the YAML's.
+        hf_config: a normalised config.json, for weights without one.
         default_layout: the layout of MindFormers weights when neither they nor the YAML say one.
         saved_by: how many tensor parallel ranks of a training run saved them, if that is known apart from the YAML.
         tensor_parallel: processes that share attention, MLP and vocabulary; else the YAML's, else ``num_processes``.
@@ -104,14 +106,19 @@ def check(
     Raises:
         BridgeError: with a table of everything that does not fit, and what to change.
     """
-    yaml = read_mindformers_yaml(config) if config else MindFormersYaml()
+    yaml = read_mindformers_yaml(config) if isinstance(config, Path) else config or MindFormersYaml()
     hf_dir = model_dir
-    if yaml.pretrained_model_dir and model_dir.is_dir() and not (model_dir / "config.json").is_file():
+    if (
+        hf_config is None
+        and yaml.pretrained_model_dir
+        and model_dir.is_dir()
+        and not (model_dir / "config.json").is_file()
+    ):
         hf_dir, weights = yaml.pretrained_model_dir, weights or model_dir
     arguments = dict(overrides or {})
     said = yaml.model_config | arguments
     additions = {key: said[key] for key in ADDITIONS if key in said}
-    hf_config = read_hf_config(hf_dir, additions)
+    hf_config = dict(hf_config) if hf_config is not None else read_hf_config(hf_dir, additions)
     checkpoint = weights if isinstance(weights, Checkpoint) else open_checkpoint(weights or model_dir)
     layout = yaml.layout_of_weights(holds_experts(checkpoint), saved_by or saved_by_ranks(checkpoint))
     dialect = dialect_of(checkpoint, layout, yaml.origin, default_layout)
@@ -138,6 +145,31 @@ def check(
         raise BridgeError(f"{model_dir} can't be run like this", run_problems)
     rules, notes = tuple(model_rules(spec)), tuple(notes_on(checkpoint, hf_dir, yaml))
     return Model(hf_dir, spec, hf_config, options, checkpoint, dialect, rules, parallel, layout, notes)
+
+
+def check_weights(weights: Path, model_config: Mapping[str, Any], origin: str = "model.model_config") -> Model:
+    """Checks weights against what a network was built from, and against the config.json that lies beside them.
+
+    Args:
+        weights: a directory or file, in any dialect.
+        model_config: the network's numbers and what it computes with, under any of MindFormers' names.
+        origin: a name for it, for messages.
+
+    Raises:
+        BridgeError: with a table of everything that does not fit, and what to change.
+    """
+    known = _NAMES | LAYOUT_FLAGS
+    yaml = MindFormersYaml(
+        origin, {key: value for key, value in model_config.items() if key in known and value is not None}
+    )
+    if (weights / "config.json").is_file():
+        return check(weights, yaml)
+    try:
+        spec = ModelSpec.from_model_config(yaml.model_config)
+    except KeyError as missing:
+        raise BridgeError(f"{origin} does not say {missing.args[0]}") from None
+    raw, _ = yaml.hf_config(spec)
+    return check(weights, yaml, hf_config=normalise(raw, origin))
 
 
 def _block_problems(dialect: Dialect, parallel: ParallelConfig) -> Iterator[Problem]:

@@ -151,6 +151,32 @@ def obtain_name_map(owner: Any, load_checkpoint_files: Iterable[str | Path]) -> 
     )
 
 
+def under_hf_names(network: Any, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays by Hugging Face's names, of arrays, Tensors or slices of an open safetensors file.
+
+    They may be called what upstream's ``convert_name`` makes of Hugging Face's names.
+    """
+    spec = _spec_of(network, None)
+    names = {name for rule in model_rules(spec) for name in rule.tensors}
+    names |= {place.tensor for rule in model_rules(spec) for place in rule.places(HF_STACKED)}
+    hf_name = {TrainingConversion(spec, INFERENCE).convert_name(name): name for name in names}
+    return {
+        hf_name.get(name, name): _as_numpy(value[:] if hasattr(value, "get_shape") else value)
+        for name, value in values.items()
+    }
+
+
+def tensor_infos(arrays: Mapping[str, np.ndarray]) -> dict[str, TensorInfo]:
+    """What a file's header would say of arrays that are in memory."""
+    spelling = {dtype.name: name for name, dtype in DTYPES.items()}
+    return {
+        name: TensorInfo(
+            name, array.shape, spelling.get(array.dtype.name, str(array.dtype)), Path("memory"), 0, array.nbytes
+        )
+        for name, array in arrays.items()
+    }
+
+
 def as_parameter(name: str, value: np.ndarray | ms.Tensor) -> ms.Parameter:
     """A Parameter of that name: ``value`` itself if it is one."""
     if isinstance(value, ms.Parameter):
@@ -213,11 +239,7 @@ def _checked(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.
 
     Parts of different dtypes are widened to the one that holds them all: numpy can't concatenate float16 and bfloat16.
     """
-    spelling = {dtype.name: name for name, dtype in DTYPES.items()}
-    infos = {
-        name: TensorInfo(name, array.shape, spelling.get(array.dtype.name, str(array.dtype)), Path(), 0, array.nbytes)
-        for name, array in arrays.items()
-    }
+    infos = tensor_infos(arrays)
     if any(name.startswith("decoder.") for name in arrays):
         raise BridgeError("these weights bear MindFormers' names already: convert_weight_dict takes Hugging Face's")
     plan = make_plan(model_rules(spec), infos, hf_dialect(arrays), INFER)

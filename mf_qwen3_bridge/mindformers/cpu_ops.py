@@ -44,7 +44,6 @@ A network must be built after :func:`install`: building takes ``mint.zeros``, an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import mindspore as ms
@@ -62,29 +61,20 @@ from mindspore import Tensor, mint, ops
 from mindspore.communication import GlobalComm, get_group_size
 from mindspore.ops.auto_generate import GroupedMatmulV4, MoeInitRoutingV2, MoeTokenUnpermute
 
+from mf_qwen3_bridge.mindformers.replacements import Owner, Replacements
+
 __all__ = ["install", "uninstall"]
-
-Owner = type | ModuleType
-
-#: What ``install()`` has replaced; empty while nothing is installed.
-_UPSTREAM: dict[tuple[Owner, str], Callable[..., Any]] = {}
 
 
 def install() -> None:
     """Puts the stand-ins in place; does nothing where they already are, or when the device target isn't CPU."""
-    if _UPSTREAM or ms.get_context("device_target") != "CPU":
-        return
-    # Look everything up before changing anything: a name that upstream moved must not leave half of it replaced.
-    _UPSTREAM.update({(owner, name): vars(owner)[name] for owner, name, _ in _STAND_INS})
-    for owner, name, stand_in in _STAND_INS:
-        setattr(owner, name, stand_in)
+    if ms.get_context("device_target") == "CPU":
+        _STAND_INS.install()
 
 
 def uninstall() -> None:
     """Gives every replaced attribute its upstream value again; does nothing when nothing is installed."""
-    for (owner, name), upstream in _UPSTREAM.items():
-        setattr(owner, name, upstream)
-    _UPSTREAM.clear()
+    _STAND_INS.uninstall()
 
 
 # ---------------------------------------------------------------------------------------------------------- the phase
@@ -98,7 +88,7 @@ def _gpt_model_construct(self: GPTModel, *args: Any, context_lens_tensor: Tensor
     graph per phase then; in PyNative mode the prefill of the second ``generate()`` would run as a decode.
     """
     self.is_prefill = not context_lens_tensor.asnumpy().any()
-    return _UPSTREAM[GPTModel, "construct"](self, *args, context_lens_tensor=context_lens_tensor, **kwargs)
+    return _STAND_INS.upstream[GPTModel, "construct"](self, *args, context_lens_tensor=context_lens_tensor, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------- norm, rotary, attention
@@ -350,7 +340,7 @@ def _moe_token_unpermute(
 def _gather(self: ops.Gather, input_params: Tensor, input_indices: Tensor, axis: int) -> Tensor:
     """Slices ``input_indices`` (any shape, int) of ``input_params`` along ``axis``, without batch dimensions."""
     if input_params.dtype != ms.bfloat16:
-        return _UPSTREAM[ops.Gather, "__call__"](self, input_params, input_indices, axis)
+        return _STAND_INS.upstream[ops.Gather, "__call__"](self, input_params, input_indices, axis)
     return Tensor.from_numpy(input_params.asnumpy().take(input_indices.asnumpy(), axis))
 
 
@@ -358,7 +348,7 @@ def _in_float32(owner: Owner, name: str) -> Callable[..., Tensor]:
     """Upstream's, on float32 if it is given bfloat16; as on Ascend, sums are then kept in float32 and rounded once."""
 
     def stand_in(*args: Any, **kwargs: Any) -> Tensor:
-        upstream = _UPSTREAM[owner, name]
+        upstream = _STAND_INS.upstream[owner, name]
         if not any(map(_is_bfloat16, args)):
             return upstream(*args, **kwargs)
         widened = (arg.astype(ms.float32) if _is_bfloat16(arg) else arg for arg in args)
@@ -415,12 +405,12 @@ def _zeros(size: Any, *, dtype: Any = None) -> Tensor:
     floats = {None: np.float32, ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: ml_dtypes.bfloat16}
     numpy_dtype = floats.get(dtype)
     if numpy_dtype is None:
-        return _UPSTREAM[mint, "zeros"](size, dtype=dtype)
+        return _STAND_INS.upstream[mint, "zeros"](size, dtype=dtype)
     return Tensor.from_numpy(np.zeros(size, numpy_dtype))
 
 
 def _empty(*size: Any, device: str | None = None, **kwargs: Any) -> Tensor:
-    return _UPSTREAM[mint, "empty"](*size, device=device or "CPU", **kwargs)
+    return _STAND_INS.upstream[mint, "empty"](*size, device=device or "CPU", **kwargs)
 
 
 # --------------------------------------------------------------------------------------------------------- conversions
@@ -441,23 +431,25 @@ _BFLOAT16_IN_FLOAT32: tuple[tuple[Owner, str], ...] = (
     (ops, "masked_fill"),
     (mint, "nan_to_num"),
 )
-_STAND_INS: tuple[tuple[Owner, str, Callable[..., Any]], ...] = (
-    (GPTModel, "construct", _gpt_model_construct),
-    (RMSNorm, "construct", _rms_norm_construct),
-    (RotaryEmbedding, "construct", _rotary_embedding_construct),
-    (FlashAttention, "construct", _flash_attention_construct),
-    (ops.Gather, "__call__", _gather),
-    (MoeInitRoutingV2, "__call__", _moe_init_routing),
-    (GroupedMatmulV4, "__call__", _grouped_matmul),
-    (MoeTokenUnpermute, "__call__", _moe_token_unpermute),
-    *((owner, name, _in_float32(owner, name)) for owner, name in _BFLOAT16_IN_FLOAT32),
-    (layers, "all_reduce", _all_reduce),
-    (ProcessGroup, "group", _group),
-    (mint, "cumsum", _cumsum),
-    (mint, "argmax", _argmax),
-    (mint, "topk", _topk),
-    (mint, "index_select", _index_select),
-    (mint, "sort", _sort),
-    (mint, "zeros", _zeros),
-    (mint, "empty", _empty),
+_STAND_INS = Replacements(
+    (
+        (GPTModel, "construct", _gpt_model_construct),
+        (RMSNorm, "construct", _rms_norm_construct),
+        (RotaryEmbedding, "construct", _rotary_embedding_construct),
+        (FlashAttention, "construct", _flash_attention_construct),
+        (ops.Gather, "__call__", _gather),
+        (MoeInitRoutingV2, "__call__", _moe_init_routing),
+        (GroupedMatmulV4, "__call__", _grouped_matmul),
+        (MoeTokenUnpermute, "__call__", _moe_token_unpermute),
+        *((owner, name, _in_float32(owner, name)) for owner, name in _BFLOAT16_IN_FLOAT32),
+        (layers, "all_reduce", _all_reduce),
+        (ProcessGroup, "group", _group),
+        (mint, "cumsum", _cumsum),
+        (mint, "argmax", _argmax),
+        (mint, "topk", _topk),
+        (mint, "index_select", _index_select),
+        (mint, "sort", _sort),
+        (mint, "zeros", _zeros),
+        (mint, "empty", _empty),
+    )
 )

@@ -13,7 +13,6 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.hf_config import read_json
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
-from mf_qwen3_bridge.mindformers.patch import patch
 from mf_qwen3_bridge.parallel import num_processes
 from mf_qwen3_bridge.preflight import Model, check
 
@@ -71,7 +70,6 @@ def from_pretrained(
 def build_network(model: Model, device_target: str = "auto") -> Any:
     """The inference network for a checked checkpoint, without its weights; ``generate`` ends where the model says."""
     end_tokens = read_end_tokens(model.hf_dir)
-    patch()
     network = build_inference_network(
         model.hf_config | model.options, device_target=device_target, parallel=model.parallel
     )

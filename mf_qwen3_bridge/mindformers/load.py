@@ -44,16 +44,34 @@ def load_network(network: Any, model: Model, *, use_training_conversion: bool = 
     """
     plan = model.plan(INFER, rank=rank_of(network))
     parameters = network.parameters_dict()
-    _check_parameters(parameters, plan)
-    plan.check_duplicates()
     if use_training_conversion:
+        check_parameters(parameters, plan)
+        plan.check_duplicates()
         _load_converted(network, model)
-        magnitudes = {target.name: _magnitudes(parameters[target.name], target) for target in plan.targets}
+        check_values({target.name: _magnitudes(parameters[target.name], target) for target in plan.targets})
     else:
-        magnitudes = _load_directly(parameters, plan)
-    check_values(magnitudes)
+        fill_parameters(parameters, plan)
     network.process_weights_after_loading(network.model)  # as upstream's load_weights ends
     return plan
+
+
+def load_arrays(network: Any, arrays: Mapping[str, Any]) -> None:
+    """Fills an inference network with weights that are in memory, by way of MindFormers' training class.
+
+    Args:
+        network: as for :func:`load_network`.
+        arrays: Hugging Face name -> array, Tensor, or slice of an open safetensors file. The names may be those that
+            upstream's ``convert_name`` makes of Hugging Face's.
+
+    Raises:
+        BridgeError: tensors are missing, left over or of a wrong shape, or hold NaN or zeros only.
+    """
+    values = conversion.under_hf_names(network, arrays)
+    converted = conversion.convert_weight_dict(network, values)
+    infos = conversion.tensor_infos(values)
+    check_values({name: {infos[name]: largest_magnitude(value)} for name, value in values.items()})
+    _check_loaded(*ms.load_param_into_net(network, converted))
+    network.process_weights_after_loading(network.model)
 
 
 def _magnitudes(parameter: ms.Parameter, target: Target) -> dict[TensorInfo, float]:
@@ -65,7 +83,28 @@ def _magnitudes(parameter: ms.Parameter, target: Target) -> dict[TensorInfo, flo
     return largest
 
 
-def _check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
+def fill_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
+    """Gives a network's parameters the values that a plan makes, in their own dtypes.
+
+    Args:
+        parameters: all of them, by name. Those of a parallel training network are this rank's slices.
+        plan: makes them.
+
+    Raises:
+        BridgeError: parameters and plan are not of one model and one rank; values that no trained model has. The
+            parameters hold some of the values then, or none.
+    """
+    check_parameters(parameters, plan)
+    plan.check_duplicates()
+    check_values(_load_directly(parameters, plan))
+
+
+def check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
+    """Are a network's parameters those that the plan makes?
+
+    Raises:
+        BridgeError: they are not; lists all that differ.
+    """
     shapes = {target.name: target.shape for target in plan.targets}
     remedy = "the network was built from another config"
     problems = [
@@ -108,7 +147,7 @@ def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> dict[s
             parameter = parameters[target.name]
             array = np.empty(target.shape, _NUMPY_DTYPES[parameter.dtype])
             magnitudes[target.name] = transfer.fill(array, target.copies)
-            parameter.set_data(ms.Tensor.from_numpy(array))
+            parameter.set_data(ms.Tensor.from_numpy(array), parameter.sliced)
     return magnitudes
 
 

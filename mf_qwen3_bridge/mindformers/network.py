@@ -20,7 +20,7 @@ from mindformers.parallel_core.inference.base_models.common.embeddings import ro
 from mindspore.communication import get_rank
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.mindformers import cpu_ops
+from mf_qwen3_bridge.mindformers.device import prepare_device, set_cpu_environment
 from mf_qwen3_bridge.mindformers.ranks import rank_of
 from mf_qwen3_bridge.parallel import SINGLE, ParallelConfig
 
@@ -76,7 +76,7 @@ def build_inference_network(
             "processes, and CPUs know one: use 1 or all"
         )
     _enter_predict_mode(target, parallel)
-    cpu_ops.install()
+    prepare_device()
     _forget_earlier_networks()
     merged = _FLOAT32_DTYPES | _DTYPES[target] | dict(model_config) | overrides
     config_class, network_class = _CLASSES[merged["model_type"]]
@@ -128,8 +128,7 @@ def _enter_predict_mode(target: str, parallel: ParallelConfig) -> None:
     """
     os.environ["RUN_MODE"] = "predict"  # upstream's jit decorator refuses anything else
     if target == "CPU":
-        os.environ["ENFORCE_EAGER"] = "true"  # what upstream calls PyNative mode: no jit, no graph phases
-        os.environ.setdefault("CPU_AFFINITY", "False")  # else upstream pins the process to CPUs 0 to n-1
+        set_cpu_environment()
     if Context.is_exists():
         set_context(run_mode="predict", use_legacy=False)
     else:

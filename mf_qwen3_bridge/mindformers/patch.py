@@ -1,15 +1,32 @@
-"""What the bridge adds to MindFormers' classes, and takes away again."""
+"""What the bridge changes of MindFormers' classes, and takes back again.
+
+============================================ ========================================================================
+replaced                                     by
+============================================ ========================================================================
+``Inference*.convert_weight_dict``           conversion by the training class, in the layout of whoever reads it
+``Inference*.convert_map_dict``              likewise, of the index
+``Inference*.obtain_name_map``               a refusal: names can't say that three tensors make one parameter
+``Inference*.load_weights``                  the bridge's loader: everything is loaded, or an error says what is not
+``AutoModel.from_pretrained``                the bridge's ``from_pretrained``, with ``auto_convert=True``
+``AutoConfig.from_pretrained``               reads a Hugging Face directory's config.json
+``Qwen3Config.__init__``, ``Qwen3MoeConfig`` upstream's, given a config.json in the form that it understands
+``process_hf_checkpoint``                    Qwen3's files stay as they are: the loaders read them
+``load_safetensors_checkpoint``              the bridge's loader, for Hugging Face's files and those with its stamp
+``load_hf_checkpoint`` (1.8: ...)            likewise, in MindFormers' newer checkpoint format
+============================================ ========================================================================
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
-from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3MoeForCausalLM
+from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from mindformers.utils import load_checkpoint_utils
 
-from mf_qwen3_bridge.mindformers import conversion
+from mf_qwen3_bridge.mindformers import auto, compat, configs, conversion, hooks
+from mf_qwen3_bridge.mindformers.replacements import Owner, Replacements
 
 
 class ClassOrInstanceMethod:
@@ -25,24 +42,33 @@ class ClassOrInstanceMethod:
         return partial(self.function, owner if instance is None else instance)
 
 
-_ADDED = {
-    "convert_weight_dict": ClassOrInstanceMethod(conversion.convert_weight_dict),
-    "convert_map_dict": ClassOrInstanceMethod(conversion.convert_map_dict),
-    "obtain_name_map": ClassOrInstanceMethod(conversion.obtain_name_map),
-}
-_PATCHED = (InferenceQwen3ForCausalLM, InferenceQwen3MoeForCausalLM)
+def _entries() -> Iterator[tuple[Owner, str, Any]]:
+    for network in hooks.INFERENCE_NETWORKS:
+        for hook in (conversion.convert_weight_dict, conversion.convert_map_dict, conversion.obtain_name_map):
+            yield network, hook.__name__, ClassOrInstanceMethod(hook)
+        yield network, "load_weights", hooks.load_weights
+    loading = hooks.loading_safetensors(load_checkpoint_utils.load_safetensors_checkpoint)
+    yield load_checkpoint_utils, "load_safetensors_checkpoint", loading
+    passing_on = hooks.passing_on_hf(load_checkpoint_utils.process_hf_checkpoint)
+    yield load_checkpoint_utils, "process_hf_checkpoint", passing_on
+    for module, name in compat.loaders_of_new_format():
+        yield module, name, hooks.loading_hf(vars(module)[name])
+    for model in (AutoModel, AutoModelForCausalLM):
+        yield model, "from_pretrained", classmethod(auto.converting_model(model.from_pretrained.__func__))
+    reading = auto.reading_config(AutoConfig.from_pretrained.__func__)
+    yield AutoConfig, "from_pretrained", classmethod(reading)
+    for config in auto.CONFIGS.values():
+        yield config, "__init__", configs.understanding(vars(config)["__init__"])
+
+
+_PATCH = Replacements(_entries())
 
 
 def patch() -> None:
-    """Gives MindFormers' inference classes the conversion methods that they lack. Calling it again changes nothing."""
-    for cls in _PATCHED:
-        for name, method in _ADDED.items():
-            setattr(cls, name, method)
+    """Puts the bridge in MindFormers' way for Qwen3 and Qwen3-MoE. Calling it again changes nothing."""
+    _PATCH.install()
 
 
 def unpatch() -> None:
-    """Takes away what :func:`patch` added: the classes are upstream's again."""
-    for cls in _PATCHED:
-        for name, method in _ADDED.items():
-            if vars(cls).get(name) is method:
-                delattr(cls, name)
+    """Takes it out again: MindFormers is as it was."""
+    _PATCH.uninstall()

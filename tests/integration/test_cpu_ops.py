@@ -213,14 +213,14 @@ def moe(tokens: np.ndarray, router: np.ndarray, fc1: np.ndarray, fc2: np.ndarray
 
 def test_uninstall_gives_everything_back() -> None:
     def attributes() -> list[Any]:
-        return [vars(owner)[name] for owner, name, _ in cpu_ops._STAND_INS]
+        return [vars(owner)[name] for owner, name, _ in cpu_ops._STAND_INS.entries]
 
     cpu_ops.uninstall()
     upstream = attributes()
-    assert not {id(value) for value in upstream} & {id(stand_in) for _, _, stand_in in cpu_ops._STAND_INS}
+    assert not {id(value) for value in upstream} & {id(stand_in) for _, _, stand_in in cpu_ops._STAND_INS.entries}
     cpu_ops.install()
     cpu_ops.install()
-    assert attributes() == [stand_in for _, _, stand_in in cpu_ops._STAND_INS]
+    assert attributes() == [stand_in for _, _, stand_in in cpu_ops._STAND_INS.entries]
     cpu_ops.uninstall()
     cpu_ops.uninstall()
     assert all(ours is theirs for ours, theirs in zip(attributes(), upstream))
@@ -230,7 +230,7 @@ def test_install_leaves_other_devices_alone(monkeypatch: pytest.MonkeyPatch) -> 
     cpu_ops.uninstall()
     monkeypatch.setattr(cpu_ops.ms, "get_context", {"device_target": "Ascend"}.__getitem__)
     cpu_ops.install()
-    assert not cpu_ops._UPSTREAM
+    assert not cpu_ops._STAND_INS.upstream
 
 
 def test_another_device_is_refused() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from mindformers.parallel_core.inference import parallel_state
+from mindformers.parallel_core.inference.model_utils import InferModelMixin
 
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
@@ -84,7 +85,7 @@ def test_every_rank_holds_what_upstream_gives_it(monkeypatch, tmp_path: Path, na
         with playing(monkeypatch, parallel, number):
             upstream, model = empty_network(directory)
             assert rank_of(upstream) == rank
-            upstream.load_weights(str(directory))
+            InferModelMixin.load_weights(upstream, str(directory))
             direct, _ = empty_network(directory)
             load_network(direct, model)
             assert bits(direct) == bits(upstream)
@@ -102,7 +103,7 @@ def test_the_routers_order_is_the_networks_own(monkeypatch, tmp_path: Path):
         upstream, direct, rotated = (
             build_inference_network(model.hf_config, use_alltoall=flag) for flag in (True, True, False)
         )
-        upstream.load_weights(str(directory))
+        InferModelMixin.load_weights(upstream, str(directory))
         load_network(direct, model)
         load_network(rotated, model)
         assert bits(direct) == bits(upstream) != bits(rotated)

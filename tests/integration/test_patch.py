@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
 from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
+from mindformers.parallel_core.inference.model_utils import InferModelMixin
 from mindformers.utils.safetensors import convert_safetensors
 from safetensors.numpy import load_file
 
 import mf_qwen3_bridge
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.mindformers import conversion
+from mf_qwen3_bridge.mindformers import conversion, patch
 from mf_qwen3_bridge.preflight import check
 from mf_qwen3_bridge.rules import INFER, TRAIN
 from tests.integration.conftest import CHECKPOINTS, NAMES, bits, empty_network
 from tests.tiny import hf_config, random_tensors, write
-
-HOOKS = ("convert_weight_dict", "convert_map_dict", "obtain_name_map")
 
 
 def expected(directory: Path, dialect) -> dict[str, bytes]:
@@ -30,16 +29,18 @@ def expected(directory: Path, dialect) -> dict[str, bytes]:
 
 
 def test_patching_is_idempotent_reversible_and_touches_nothing_else():
-    classes = [*InferenceQwen3ForCausalLM.__mro__, *TrainingQwen3ForCausalLM.__mro__]
-    before = [dict(vars(cls)) for cls in classes]
+    mf_qwen3_bridge.unpatch()
+    bases = [*InferenceQwen3ForCausalLM.__mro__, *TrainingQwen3ForCausalLM.__mro__]
+    owners = list(dict.fromkeys([owner for owner, _, _ in patch._PATCH.entries] + bases))
+    before = [dict(vars(owner)) for owner in owners]
     mf_qwen3_bridge.patch()
     mf_qwen3_bridge.patch()
-    others = [cls for cls in classes if cls is not InferenceQwen3ForCausalLM]
-    assert [dict(vars(cls)) for cls in others] == [b for cls, b in zip(classes, before) if cls in others]
-    assert set(vars(InferenceQwen3ForCausalLM)) == set(before[0]) | set(HOOKS)
+    for owner, was in zip(owners, before):
+        replaced = {name: value for mine, name, value in patch._PATCH.entries if mine is owner}
+        assert dict(vars(owner)) == was | replaced
     mf_qwen3_bridge.unpatch()
     mf_qwen3_bridge.unpatch()
-    assert [dict(vars(cls)) for cls in classes] == before
+    assert [dict(vars(owner)) for owner in owners] == before
     with pytest.raises(RuntimeError, match="does not implemented convert_weight_dict"):
         InferenceQwen3ForCausalLM.convert_weight_dict({})
 
@@ -97,7 +98,7 @@ def test_the_chain_of_processes_that_feeds_load_weights(tmp_path: Path, name):
     names = json.loads((tmp_path / "param_name_map.json").read_text())
     assert all(name in load_file(tmp_path / file) for name, file in names.items())
     assert names.keys() == written.keys()
-    network.load_weights(str(tmp_path))
+    InferModelMixin.load_weights(network, str(tmp_path))
     assert bits(network) == bits(mf_qwen3_bridge.from_pretrained(directory))
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from mindformers.parallel_core.inference.model_utils import InferModelMixin
 
 import mf_qwen3_bridge
 import yaml
@@ -49,7 +50,7 @@ def test_three_roads_meet(tmp_path: Path, name, params_dtype):
     delegated = mf_qwen3_bridge.from_pretrained(directory, use_training_conversion=True, params_dtype=params_dtype)
     upstream, _ = empty_network(directory, params_dtype=params_dtype)
     untouched = bits(upstream)
-    upstream.load_weights(str(unstacked(directory, tmp_path)))
+    InferModelMixin.load_weights(upstream, str(unstacked(directory, tmp_path)))
     assert bits(direct) == bits(delegated) == bits(upstream) != untouched
 
 
@@ -102,9 +103,9 @@ class TestTheTrap:
         """Which is why the same files can't serve both consumers."""
         directory = CHECKPOINTS / "untied_fp32"
         network, _ = empty_network(directory)
-        network.load_weights(str(write(tmp_path / "train", converted(directory, TRAIN))))
+        InferModelMixin.load_weights(network, str(write(tmp_path / "train", converted(directory, TRAIN))))
         assert bits(network) == bits(mf_qwen3_bridge.from_pretrained(directory))
-        network.load_weights(str(write(tmp_path / "infer", converted(directory, INFER))))
+        InferModelMixin.load_weights(network, str(write(tmp_path / "infer", converted(directory, INFER))))
         assert bits(network) != bits(mf_qwen3_bridge.from_pretrained(directory))
 
 
@@ -114,7 +115,7 @@ def test_three_roads_meet_where_dtypes_differ(tmp_path: Path):
         tensors[name] = random_tensors(dtype="F16")[name]
     write(tmp_path, tensors, hf_config())
     upstream, _ = empty_network(tmp_path)
-    upstream.load_weights(str(tmp_path))
+    InferModelMixin.load_weights(upstream, str(tmp_path))
     direct, delegated = (
         mf_qwen3_bridge.from_pretrained(tmp_path, use_training_conversion=use) for use in (False, True)
     )

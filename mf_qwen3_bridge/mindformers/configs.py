@@ -1,0 +1,64 @@
+"""MindFormers' config classes, given a config.json of any age."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.hf_config import normalise, read_json
+from mf_qwen3_bridge.mindformers.device import prepare_device
+from mf_qwen3_bridge.mindformers_yaml import LAYOUT_FLAGS
+
+# Of a config.json, what upstream's config classes take although it says nothing of the weights.
+_TAKEN = frozenset({"architectures", "attention_dropout", "output_router_logits", "router_aux_loss_coef"})
+
+# The layout flags that were given to a config, by its id: upstream fills in those that were not.
+_SAID: dict[int, dict[str, Any]] = {}
+
+
+def understanding(upstream: Callable[..., None]) -> Callable[..., None]:
+    """``__init__`` of ``Qwen3Config`` or ``Qwen3MoeConfig`` that understands what transformers writes today."""
+
+    @wraps(upstream)
+    def init(config: Any, *args: Any, **model_config: Any) -> None:
+        _SAID[id(config)] = {flag: model_config[flag] for flag in LAYOUT_FLAGS if flag in model_config}
+        weakref.finalize(config, _SAID.pop, id(config), None)
+        prepare_device()  # the network is built next
+        upstream(config, *args, **understood(model_config))
+
+    return init
+
+
+def understood(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What MindFormers merges of a config.json and a YAML, in the form that its config classes understand.
+
+    Mirrors ``merge_model_config`` of ``mindformers/models/build_config.py`` (1.7 to 1.9), which passes on everything
+    that a config.json holds: keys that it does not know, and forms of RoPE that it ignores.
+
+    Args:
+        model_config: a config.json updated with a YAML's ``model.model_config``. Without a ``pretrained_model_dir``
+            in it no config.json is involved, and it is returned as it is.
+
+    Raises:
+        BridgeError: MindFormers' Qwen3 does not compute what it describes.
+    """
+    directory = model_config.get("pretrained_model_dir")
+    if not directory or not (path := Path(directory) / "config.json").is_file():
+        return dict(model_config)
+    in_file = read_json(path)
+    normalised = normalise(model_config, str(path))
+    if normalised["rope_scaling"] and os.environ.get("RUN_MODE", "predict") != "predict":
+        remedy = "MindFormers' training network can't compute it (1.7 to 1.9): train without it"
+        raise BridgeError(f"{path} can't be trained", [Problem("RoPE type", "'yarn'", remedy)])
+    of_yaml = {key: value for key, value in model_config.items() if key not in in_file or key in _TAKEN}
+    return of_yaml | normalised
+
+
+def said_of_layout(config: Any) -> dict[str, Any]:
+    """The layout flags that whoever made the config gave; not those that upstream filled in."""
+    return _SAID.get(id(config), {})

@@ -1,0 +1,168 @@
+"""What MindFormers calls and the bridge answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
+from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
+from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3MoeForCausalLM
+from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
+from mindformers.tools.logger import logger
+from mindformers.tools.utils import get_real_group_size
+
+from mf_qwen3_bridge.checkpoint import open_checkpoint
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.mindformers.configs import said_of_layout
+from mf_qwen3_bridge.mindformers.load import load_arrays, load_network
+from mf_qwen3_bridge.mindformers.training import load_training_network
+from mf_qwen3_bridge.mindformers_yaml import LAYOUT_FLAGS
+from mf_qwen3_bridge.preflight import Model, check_weights
+from mf_qwen3_bridge.recognise import LAYOUT_STAMP
+
+INFERENCE_NETWORKS = (InferenceQwen3ForCausalLM, InferenceQwen3MoeForCausalLM)
+NETWORKS = (*INFERENCE_NETWORKS, TrainingQwen3ForCausalLM, TrainingQwen3MoeForCausalLM)
+
+
+def load_weights(
+    network: Any,
+    weights_path: str | Path | None = None,
+    weights: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None,
+) -> None:
+    """Fills an inference network; everything, or an error that says what is wrong.
+
+    Stands for ``load_weights`` of ``mindformers/parallel_core/inference/model_utils.py`` (1.7 to 1.9), which never
+    compares what it found with what it needed.
+
+    Args:
+        network: an ``InferenceQwen3ForCausalLM`` or ``InferenceQwen3MoeForCausalLM``.
+        weights_path: a directory or file, in any dialect: Hugging Face's, or MindFormers' if stamp or YAML say its
+            layout.
+        weights: (name, array) of each tensor in its place, under Hugging Face's names or what upstream's
+            ``convert_name`` makes of them. Arrays, Tensors, or slices of an open safetensors file.
+
+    Raises:
+        BridgeError: the weights are not whole, do not fit the network, or neither argument says where they are.
+    """
+    if weights_path and Path(weights_path).exists():
+        load_network(network, model_of(network, Path(weights_path)))
+    elif weights is not None:
+        load_arrays(network, dict(weights))
+    else:
+        raise BridgeError(f"weights_path {str(weights_path)!r} does not exist, and no weights are given")
+
+
+def passing_on_hf(upstream: Callable[..., str]) -> Callable[..., str]:
+    """``process_hf_checkpoint``, which converts nothing for Qwen3: the loaders below read Hugging Face's files.
+
+    Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9), which MindFormers calls
+    when a YAML says ``qkv_concat: True``: it starts a process for each file, which wait for each other, for ever if
+    need be, and writes all weights anew.
+    """
+
+    @wraps(upstream)
+    def process_hf_checkpoint(model: Any, output_dir: str | None = None, load_checkpoint: str | None = None) -> str:
+        if load_checkpoint is None or qwen3_network(model) is None:
+            return upstream(model, output_dir, load_checkpoint)
+        return load_checkpoint
+
+    return process_hf_checkpoint
+
+
+def loading_safetensors(upstream: Callable[..., None]) -> Callable[..., None]:
+    """``load_safetensors_checkpoint``, which fills Qwen3 networks from whatever the bridge knows to read.
+
+    Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9). MindFormers calls it when
+    the network is built and, in a parallel run, compiled. Checkpoints of MindFormers that bear no stamp are upstream's.
+    """
+
+    @wraps(upstream)
+    def load_safetensors_checkpoint(
+        config: Any,
+        load_checkpoint_files: Sequence[str],
+        network: Any,
+        strategy_path: str,
+        load_ckpt_path: str,
+        optimizer: Any,
+    ) -> None:
+        qwen3 = qwen3_network(network)
+        if qwen3 is None or not is_known(Path(load_ckpt_path)):
+            upstream(config, load_checkpoint_files, network, strategy_path, load_ckpt_path, optimizer)
+            return
+        if config.resume_training:
+            raise BridgeError(f"{load_ckpt_path} holds weights alone: resume_training has to be False")
+        fill_network(qwen3, Path(load_ckpt_path), bool(config.use_parallel))
+
+    return load_safetensors_checkpoint
+
+
+def loading_hf(upstream: Callable[..., None]) -> Callable[..., None]:
+    """What MindFormers calls when a YAML has a ``checkpoint`` section, or ``use_legacy_format: False``.
+
+    Stands for ``load_hf_checkpoint`` (1.9) and ``load_checkpoint`` (1.8) of ``mindformers/checkpoint/checkpoint.py``,
+    which ignore layout flags or experts. The directory is the first argument, the network the second.
+    """
+
+    @wraps(upstream)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> None:
+        called = signature(upstream).bind(*args, **kwargs).arguments
+        directory, network = Path(next(iter(called.values()))), qwen3_network(called["network"])
+        if network is None or not is_known(directory):
+            upstream(*args, **kwargs)
+            return
+        fill_network(network, directory, get_real_group_size() > 1)
+
+    return load_checkpoint
+
+
+def qwen3_network(network: Any) -> Any:
+    """The Qwen3 network within the cells that MindFormers wraps around it; None if there is none."""
+    cells = (cell for _, cell in network.cells_and_names())
+    return next((cell for cell in cells if isinstance(cell, NETWORKS)), None)
+
+
+def is_known(path: Path) -> bool:
+    """Whether these are weights whose dialect the bridge knows for certain: Hugging Face's, or with its stamp.
+
+    Raises:
+        BridgeError: files are missing or damaged.
+    """
+    if any(entry.name.startswith("rank_") for entry in path.glob("*")):
+        return False  # of several ranks
+    checkpoint = open_checkpoint(path)
+    is_hf = any(name.startswith(("model.layers.", "model.embed_tokens.")) for name in checkpoint.tensors)
+    return is_hf or LAYOUT_STAMP in checkpoint.metadata
+
+
+def fill_network(network: Any, weights: Path, is_parallel: bool) -> None:
+    """Fills a Qwen3 network of either kind.
+
+    Raises:
+        BridgeError: the weights are not whole, or do not fit the network.
+    """
+    model = model_of(network, weights)
+    if isinstance(network, INFERENCE_NETWORKS):
+        load_network(network, model)
+        return
+    strategy = Path(ms.get_auto_parallel_context("strategy_ckpt_save_file"))
+    load_training_network(network, model, strategy if is_parallel and strategy.is_file() else None)
+
+
+def model_of(network: Any, weights: Path) -> Model:
+    """Checks weights against the config that a network was built from.
+
+    Raises:
+        BridgeError: with a table of everything that does not fit.
+    """
+    said = {key: value for key, value in vars(network.config).items() if key not in LAYOUT_FLAGS}
+    if isinstance(network, INFERENCE_NETWORKS):  # a training network's flags are its own, not the weights'
+        said |= said_of_layout(network.config)
+    model = check_weights(weights, said, "the network's model_config")
+    for note in model.notes:
+        logger.info("%s: %s", weights, note)
+    return model

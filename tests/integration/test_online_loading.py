@@ -1,0 +1,257 @@
+"""A training network is filled from Hugging Face's files, as MindFormers calls for it: its parameters are the training
+layout's, bit for bit, and nothing is written."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
+from mindformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
+from mindformers.tools.register import MindFormerConfig
+from mindformers.utils import load_checkpoint_utils
+from safetensors.numpy import load_file, save_file
+
+import mf_qwen3_bridge
+from mf_qwen3_bridge.checkpoint import DTYPES
+from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.jobs import to_mindformers
+from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.mindformers import compat, training
+from mf_qwen3_bridge.mindformers.network import _enter_predict_mode
+from mf_qwen3_bridge.parallel import SINGLE
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.rules import Dialect
+from tests.integration.conftest import CHECKPOINTS, NAMES
+from tests.integration.rank_runs import make_ranks
+from tests.integration.test_rank_files import RUNS, cut
+from tests.tiny import hf_config, random_tensors, write
+
+LAYOUTS = [Layout(*flags) for flags in itertools.product([True, False], repeat=2)]
+TRAINABLE = [name for name in NAMES if name != "yarn"]
+CLASSES = {"qwen3": (Qwen3Config, TrainingQwen3ForCausalLM), "qwen3_moe": (Qwen3MoeConfig, TrainingQwen3MoeForCausalLM)}
+
+
+def training_network(directory: Path, layout: Layout, **options: Any) -> Any:
+    """Upstream's training network, as its config class and a YAML's ``model_config`` make it."""
+    _enter_predict_mode("CPU", SINGLE)  # a context that is not use_legacy, shared with the other tests
+    hf_config = check(directory).hf_config
+    config_class, network_class = CLASSES[hf_config["model_type"]]
+    said = {"params_dtype": "float32", "compute_dtype": "float32", "moe_grouped_gemm": True} | layout.training_flags
+    return network_class(config_class(**hf_config | said | options))
+
+
+def expected(directory: Path, layout: Layout, dtype: Any = np.float32) -> dict[str, bytes]:
+    model = check(directory)
+    layout = layout.of_experts if model.spec.is_moe else layout
+    return {t.name: t.make().astype(dtype).tobytes() for t in model.plan(Dialect(layout)).targets}
+
+
+def of_model(network: Any, names: Any) -> dict[str, bytes]:
+    parameters = network.parameters_dict()
+    return {name: parameters[name].asnumpy().tobytes() for name in names}
+
+
+def load(network: Any, directory: Path, **config: Any) -> None:
+    """As ``transform_and_load_checkpoint`` does for ``load_ckpt_format: safetensors``."""
+    load_checkpoint_utils.load_checkpoint_with_safetensors(
+        MindFormerConfig(
+            load_checkpoint=str(directory),
+            checkpoint={"load_path": str(directory)},
+            load_ckpt_format="safetensors",
+            model={"model_config": {"qkv_concat": config.pop("qkv_concat", False)}},
+            parallel={"parallel_mode": "DATA_PARALLEL"},
+            **config,
+        ),
+        SimpleNamespace(_train_network=network),
+        network,
+        None,
+    )
+
+
+def listing(directory: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_a_single_device(name: str, layout: Layout):
+    mf_qwen3_bridge.patch()
+    before = listing(CHECKPOINTS / name)
+    network = training_network(CHECKPOINTS / name, layout)
+    load(network, CHECKPOINTS / name)
+    wanted = expected(CHECKPOINTS / name, layout)
+    assert of_model(network, wanted) == wanted
+    assert listing(CHECKPOINTS / name) == before
+
+
+@pytest.mark.parametrize("name", ["untied_fp32", "moe_fp32"])
+def test_upstream_alone_fails(name: str):
+    """What the bridge is there for; if this fails, upstream has got better."""
+    with pytest.raises(TypeError, match="ndarray"):
+        load(training_network(CHECKPOINTS / name, TRAINING_DEFAULT), CHECKPOINTS / name)
+
+
+def test_qkv_concat_starts_no_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    mf_qwen3_bridge.patch()
+    monkeypatch.setattr(load_checkpoint_utils, "Process", None)
+    directory = CHECKPOINTS / "split_shards"
+    network = training_network(directory, TRAINING_DEFAULT)
+    config = MindFormerConfig(
+        load_checkpoint=str(directory),
+        checkpoint={"load_path": str(directory)},
+        load_ckpt_format="safetensors",
+        output_dir=str(tmp_path / "output"),
+        model={"model_config": {"qkv_concat": True}},
+    )
+    assert load_checkpoint_utils.get_load_path_after_hf_convert(config, network) == str(directory)
+    load(network, directory, qkv_concat=True)
+    wanted = expected(directory, TRAINING_DEFAULT)
+    assert of_model(network, wanted) == wanted
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(("params_dtype", "dtype"), [("float16", "F16"), ("bfloat16", "BF16")])
+def test_parameters_of_another_dtype(params_dtype: str, dtype: str):
+    mf_qwen3_bridge.patch()
+    directory = CHECKPOINTS / "tied_bf16"
+    network = training_network(directory, TRAINING_DEFAULT, params_dtype=params_dtype)
+    load(network, directory)
+    norms = "layernorm.weight"  # upstream keeps them in float32
+    wanted = expected(directory, TRAINING_DEFAULT, DTYPES[dtype])
+    wanted = {name: value for name, value in wanted.items() if not name.endswith(norms)}
+    assert of_model(network, wanted) == wanted
+
+
+def test_a_stamped_checkpoint_of_another_layout(tmp_path: Path):
+    """Upstream would load it as it lies, and compute garbage."""
+    mf_qwen3_bridge.patch()
+    model = check(CHECKPOINTS / "untied_fp32")
+    run(to_mindformers(model, Dialect(TRAINING_DEFAULT), tmp_path / "mindformers"))
+    contiguous = Layout(interleaved_qkv=False, interleaved_gate_up=False)
+    network = training_network(CHECKPOINTS / "untied_fp32", contiguous)
+    load(network, tmp_path / "mindformers")
+    wanted = expected(CHECKPOINTS / "untied_fp32", contiguous)
+    assert of_model(network, wanted) == wanted
+
+
+def test_what_bears_no_stamp_is_upstreams(tmp_path: Path):
+    """Only its trainer knows how it lies: the run's own flags."""
+    mf_qwen3_bridge.patch()
+    wanted = {t.name: t.make() for t in check(CHECKPOINTS / "untied_fp32").plan(Dialect(TRAINING_DEFAULT)).targets}
+    network = training_network(CHECKPOINTS / "untied_fp32", TRAINING_DEFAULT)
+    load(network, write(tmp_path / "theirs", wanted))
+    assert of_model(network, wanted) == {name: value.tobytes() for name, value in wanted.items()}
+
+
+def without_a_tensor(directory: Path) -> None:
+    (file,) = directory.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file)
+
+
+def cut_short(directory: Path) -> None:
+    (file,) = directory.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def of_another_size(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(without_a_tensor, "up_proj"), (cut_short, "truncated"), (of_another_size, "num_hidden_layers")],
+)
+def test_damaged_directories(tmp_path: Path, damage, message: str):
+    mf_qwen3_bridge.patch()
+    network = training_network(CHECKPOINTS / "untied_fp32", TRAINING_DEFAULT)
+    directory = shutil.copytree(CHECKPOINTS / "untied_fp32", tmp_path / "hf")
+    damage(directory)
+    with pytest.raises(BridgeError, match=message):
+        load(network, directory)
+
+
+def test_there_is_nothing_to_resume():
+    mf_qwen3_bridge.patch()
+    network = training_network(CHECKPOINTS / "untied_fp32", TRAINING_DEFAULT)
+    with pytest.raises(BridgeError, match="resume_training"):
+        load(network, CHECKPOINTS / "untied_fp32", resume_training=True)
+
+
+@pytest.mark.skipif(compat.VERSION < (1, 8), reason="MindFormers 1.7 has no newer checkpoint format")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", ["tied_bf16", "moe_bf16", "moe_fused"])
+def test_the_newer_checkpoint_format(name: str, layout: Layout):
+    mf_qwen3_bridge.patch()
+    network = training_network(CHECKPOINTS / name, layout)
+    for module, function in compat.loaders_of_new_format():
+        getattr(module, function)(str(CHECKPOINTS / name), network=network)
+    wanted = expected(CHECKPOINTS / name, layout)
+    assert of_model(network, wanted) == wanted
+
+
+# ------------------------------------------------------------------------------------------------------------ parallel
+
+
+@pytest.mark.parametrize("layout", [Layout(True, True), Layout(False, False)], ids=str)
+@pytest.mark.parametrize("name", RUNS)
+def test_each_rank_of_a_parallel_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, layout: Layout):
+    """After compiling, a rank's parameters are slices, and its strategy file says which."""
+    mf_qwen3_bridge.patch()
+    spec, devices, how, _ = RUNS[name]
+    directory = write(tmp_path / "hf", random_tensors(spec, dtype="BF16"), hf_config(spec))
+    model = check(directory)
+    laid_out = (layout.of_experts if spec.is_moe else layout).on(how.get("tensor_parallel", 1))
+    whole = {t.name: t.make() for t in model.plan(Dialect(laid_out)).targets}
+    whole = {target: value.astype(np.float32) for target, value in whole.items()}
+    strategies, ranks = make_ranks(tmp_path, whole, cut(whole, **how), devices)
+    for rank in range(devices * how.get("stages", 1)):
+        network = training_network(directory, layout)
+        monkeypatch.setattr(
+            network.get_gpt_transformer_config(), "tensor_model_parallel_size", laid_out.tensor_parallel
+        )
+        (file,) = (ranks / f"rank_{rank}").iterdir()
+        wanted = load_file(file)
+        parameters = network.parameters_dict()
+        for parameter, value in wanted.items():  # what compiling does
+            parameters[parameter].set_data(ms.Tensor(np.zeros_like(value)), slice_shape=True)
+        monkeypatch.setattr(training, "get_rank", lambda rank=rank: rank)
+        strategy = strategies / f"ckpt_strategy_rank_{rank}.ckpt"
+        ms.set_auto_parallel_context(strategy_ckpt_config={"save_file": str(strategy)})
+        try:
+            load_checkpoint_utils.load_safetensors_checkpoint(
+                MindFormerConfig(use_parallel=True, auto_trans_ckpt=True), [], network, "", str(directory), None
+            )
+        finally:
+            ms.reset_auto_parallel_context()
+        assert of_model(network, wanted) == {n: value.tobytes() for n, value in wanted.items()}
+
+
+def test_a_strategy_file_of_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    spec, *_ = RUNS["tp2"]
+    model = check(write(tmp_path / "hf", random_tensors(spec), hf_config(spec)))
+    network = training_network(model.checkpoint.path, TRAINING_DEFAULT)
+    whole = {t.name: t.make() for t in model.plan(Dialect(TRAINING_DEFAULT)).targets}
+    strategies, _ = make_ranks(tmp_path, whole, cut(whole, tensor_parallel=2), 2)
+    strategy = strategies / "ckpt_strategy_rank_0.ckpt"
+    monkeypatch.setattr(training, "get_rank", lambda: 0)
+    with pytest.raises(BridgeError, match="does not fit the network"):  # its parameters are whole
+        training.load_training_network(network, model, strategy)
+    monkeypatch.setattr(training, "get_rank", lambda: 5)
+    with pytest.raises(BridgeError, match="is of stage 0, with 2 devices; this is rank 5"):
+        training.load_training_network(network, model, strategy)
+    with pytest.raises(BridgeError, match="no strategy file"):
+        training.load_training_network(network, model, tmp_path / "hf" / "config.json")
