@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -128,6 +129,31 @@ def infer(
     for (mode, text), input_ids in zip(questions, encoded):
         answer = inference.generate_text(network, tokenizer, input_ids, **generation)
         click.echo(f"\n{mode:<11} {text}\n         -> {answer}")
+
+
+@cli.command("register-path")
+def register_path() -> None:
+    """Print the folder for --register_path of run_mindformer.py (or REGISTER_PATH).
+
+    The YAML names the bridge: auto_register: mf_qwen3.Bridge in model.model_config.
+    """
+    click.echo(Path(__file__).parent / "register")
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def launch(script: Path, arguments: tuple[str, ...]) -> None:
+    """Run one of MindFormers' scripts with the bridge in place, its YAML as it is.
+
+    mf-qwen3 launch run_mindformer.py --config predict_qwen3.yaml ...
+    """
+    from mf_qwen3_bridge.mindformers.patch import patch
+
+    patch()
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))  # as python does
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @contextmanager

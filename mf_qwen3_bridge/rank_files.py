@@ -59,6 +59,31 @@ class Sharding:
             places[0] = (part * shards + copy % shards, parts * shards)
         return tuple(places)
 
+    def box(self, shape: Sequence[int], device: int) -> Box:
+        """The block of a tensor of ``shape`` that a device of the stage holds.
+
+        Raises:
+            ValueError: the tensor can't be cut so, or is cut along another axis than the first two.
+        """
+        places = self.place(device)
+        if len(places) != len(shape) or any(length % parts for length, (_, parts) in zip(shape, places)):
+            raise ValueError(f"shape {tuple(shape)} can't be cut into {[parts for _, parts in places]}")
+        bounds = [
+            (part * (length // parts), (part + 1) * (length // parts)) for length, (part, parts) in zip(shape, places)
+        ]
+        return _box(bounds, [parts for _, parts in places])
+
+
+def _box(bounds: Sequence[tuple[int, int]], parts: Sequence[int]) -> Box:
+    """The block with these bounds along each axis.
+
+    Raises:
+        ValueError: it is cut along another axis than the first two; no parameter of Qwen3 is.
+    """
+    if any(number > 1 for number in parts[2:]) or (len(parts) > 2 and parts[1] > 1):
+        raise ValueError(f"{len(parts)} axes, cut along another than the first: no parameter of Qwen3 is")
+    return Box(bounds[0] if bounds else (0, 1), bounds[1] if len(bounds) == 2 else None)
+
 
 # For each pipeline stage the sharding of each of its parameters.
 Strategies = Sequence[Mapping[str, Sharding]]
@@ -227,13 +252,13 @@ def _assemble(
             places.setdefault(place, tensors[device])
     if missing := len(wanted - places.keys()):
         return None, f"{missing} of its {len(wanted)} blocks are in no rank's file"
-    if any(parts > 1 for _, parts in next(iter(places))[2:]) or (len(some.shape) > 2 and next(iter(places))[1][1] > 1):
-        return None, f"{len(some.shape)} axes, cut along another than the first: no parameter of Qwen3 is"
     shape = tuple(length * parts for length, (_, parts) in zip(some.shape, next(iter(places))))
     slices = []
     for place, tensor in sorted(places.items()):
         bounds = [(part * length, (part + 1) * length) for length, (part, _) in zip(some.shape, place)]
-        rows = bounds[0] if bounds else (0, 1)
-        slices.append(Slice(tensor, Box(rows, bounds[1] if len(bounds) == 2 else None)))
+        try:
+            slices.append(Slice(tensor, _box(bounds, [parts for _, parts in place])))
+        except ValueError as error:
+            return None, str(error)
     nbytes = some.nbytes * len(places)
     return (TensorInfo(some.name, shape, some.dtype, some.file, some.start, nbytes), slices), None

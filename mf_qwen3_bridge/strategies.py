@@ -12,6 +12,19 @@ from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.rank_files import Sharding, Strategies
 
 
+def read_strategy(file: Path) -> tuple[int, dict[str, Sharding]]:
+    """The pipeline stage of the rank whose strategy file this is, and how that stage's parameters lie.
+
+    Raises:
+        BridgeError: it is missing or damaged.
+    """
+    _messages()
+    try:
+        return _read(file)
+    except Exception as error:
+        raise BridgeError(f"{file} is no strategy file: {error}") from error
+
+
 def read_strategies(directory: Path) -> Strategies:
     """The strategies of each pipeline stage, from ``ckpt_strategy_rank_N.ckpt`` of all ranks or some.
 
