@@ -17,6 +17,7 @@ from mf_qwen3_bridge.mindformers_yaml import (
     COMPUTED_NAMES,
     LAYOUT_FLAGS,
     OPTIONS,
+    PARALLEL_SIZES,
     MindFormersYaml,
     read_mindformers_yaml,
     run_options,
@@ -206,10 +207,12 @@ def notes_on(checkpoint: Checkpoint, hf_dir: Path, yaml: MindFormersYaml) -> Ite
         yield f"rope_scaling of {yaml.origin} goes before config.json's"
     for file in stale_files(checkpoint):
         yield f"{file.name} is not read: the index does not name it"
-    unused = sorted(yaml.model_config.keys() - OPTIONS - _NAMES - LAYOUT_FLAGS)
+    unused = sorted(yaml.model_config.keys() - OPTIONS - _NAMES - LAYOUT_FLAGS - {"auto_register"})
     if unused and not yaml.is_for_training:
         yield f"not used: {', '.join(unused)} of {yaml.origin}"
-    if yaml.document.get("parallel_config") and not yaml.is_for_training and not yaml.document.get("use_parallel"):
+    sizes = yaml.document.get("parallel_config") or {}
+    is_parallel = yaml.is_for_training or yaml.document.get("use_parallel")
+    if not is_parallel and any(sizes.get(key) not in (None, 1) for key in PARALLEL_SIZES):
         yield f"parallel_config of {yaml.origin} is not used: use_parallel is not True"
     for key, used in (("pretrained_model_dir", hf_dir), ("load_checkpoint", checkpoint.path)):
         named = yaml.document.get(key)

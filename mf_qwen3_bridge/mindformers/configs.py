@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -11,11 +10,15 @@ from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.hf_config import normalise, read_json
-from mf_qwen3_bridge.mindformers.device import prepare_device
+from mf_qwen3_bridge.mindformers.device import builds_training_networks, prepare_device
 from mf_qwen3_bridge.mindformers_yaml import LAYOUT_FLAGS
 
 # Of a config.json, what upstream's config classes take although it says nothing of the weights.
 _TAKEN = frozenset({"architectures", "attention_dropout", "output_router_logits", "router_aux_loss_coef"})
+
+# Without these upstream's training network can't be built, or fails in its first step, if there are experts; they are
+# what Qwen3-MoE computes, and the only form of experts that upstream trains.
+_NEEDED_TO_TRAIN_EXPERTS = {"moe_grouped_gemm": True, "routed_scaling_factor": 1.0}
 
 # The layout flags that were given to a config, by its id: upstream fills in those that were not.
 _SAID: dict[int, dict[str, Any]] = {}
@@ -52,11 +55,16 @@ def understood(model_config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(model_config)
     in_file = read_json(path)
     normalised = normalise(model_config, str(path))
-    if normalised["rope_scaling"] and os.environ.get("RUN_MODE", "predict") != "predict":
+    of_yaml = {key: value for key, value in model_config.items() if key not in in_file or key in _TAKEN}
+    if not builds_training_networks():
+        return of_yaml | normalised
+    if normalised["rope_scaling"]:
         remedy = "MindFormers' training network can't compute it (1.7 to 1.9): train without it"
         raise BridgeError(f"{path} can't be trained", [Problem("RoPE type", "'yarn'", remedy)])
-    of_yaml = {key: value for key, value in model_config.items() if key not in in_file or key in _TAKEN}
-    return of_yaml | normalised
+    needed = dict(_NEEDED_TO_TRAIN_EXPERTS) if "num_experts" in normalised else {}
+    if "moe_router_topk_scaling_factor" in of_yaml:  # its other name
+        needed.pop("routed_scaling_factor", None)
+    return needed | of_yaml | normalised
 
 
 def said_of_layout(config: Any) -> dict[str, Any]:

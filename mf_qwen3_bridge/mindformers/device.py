@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import mindspore as ms
+from mindformers.core.context.build_context import Context
 
 from mf_qwen3_bridge.mindformers import cpu_ops
 
@@ -15,8 +16,22 @@ def set_cpu_environment() -> None:
     os.environ.setdefault("CPU_AFFINITY", "False")  # else upstream pins the process to CPUs 0 to n-1
 
 
+def builds_training_networks() -> bool:
+    """Whether MindFormers, in the run that this process is part of, takes the training classes.
+
+    Mirrors ``__new__`` of ``Qwen3ForCausalLM`` (``mindformers/models/qwen3/modeling_qwen3.py``, 1.7 to 1.9).
+    """
+    return Context.is_exists() and os.environ.get("RUN_MODE") != "predict"
+
+
 def prepare_device() -> None:
-    """On a CPU: the stand-ins for what it lacks, and upstream's PyNative mode. Elsewhere nothing."""
-    if ms.get_context("device_target") == "CPU":
+    """On a CPU: the stand-ins for what it lacks, and for inference upstream's PyNative mode. Elsewhere nothing."""
+    if ms.get_context("device_target") != "CPU":
+        return
+    if builds_training_networks():
+        from mf_qwen3_bridge.mindformers import cpu_training_ops  # imports modules that inference does without
+
+        cpu_training_ops.install()
+    else:
         set_cpu_environment()
         cpu_ops.install()

@@ -13,7 +13,7 @@ from mindformers.tools.register import MindFormerConfig
 
 import mf_qwen3_bridge
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.mindformers import auto
+from mf_qwen3_bridge.mindformers import auto, configs
 from tests.integration.conftest import CHECKPOINTS, NAMES, SMALL_CACHE, TOLERANCE, empty_network, golden, logits_error
 
 
@@ -89,8 +89,9 @@ def test_what_mindformers_does_not_compute(tmp_path: Path, entries, message: str
 
 
 def test_yarn_is_not_trained(monkeypatch: pytest.MonkeyPatch):
+    empty_network(CHECKPOINTS / "untied_fp32")
     mf_qwen3_bridge.patch()
-    monkeypatch.setenv("RUN_MODE", "finetune")
+    monkeypatch.setattr(configs, "builds_training_networks", lambda: True)
     with pytest.raises(BridgeError, match="training network can't compute it"):
         AutoConfig.from_pretrained(str(CHECKPOINTS / "yarn"))
 

@@ -1,0 +1,137 @@
+"""``Trainer.predict`` with the YAMLs of this repository: the tokens are transformers'."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import yaml
+from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.jobs import to_mindformers
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.rules import TRAIN
+from tests.distributed.test_msrun import msrun, with_tokenizer, words
+from tests.integration.conftest import golden
+
+ROOT = Path(__file__).parents[2]
+TRAINER = Path(__file__).parent / "trainer.py"
+REGISTER_PATH = ROOT / "mf_qwen3_bridge" / "register"
+NEW_TOKENS = 16
+
+
+def generating(directory: Path) -> Path:
+    """The directory, with a generation_config.json that asks for so many tokens and knows none that ends a text.
+
+    Upstream's pipeline wants a token to pad with; a single prompt is not padded.
+    """
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    tokenizer["added_tokens"] = [{"id": len(tokenizer["model"]["vocab"]), "content": "<pad>", **flags}]
+    path.write_text(json.dumps(tokenizer))
+    entries = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(entries))
+    config = {"max_new_tokens": NEW_TOKENS, "eos_token_id": [-1], "pad_token_id": -1, "do_sample": False}
+    (directory / "generation_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def changed_yaml(name: str, scratch: Path, directory: Path, model_config: dict[str, Any], **entries: Any) -> Path:
+    document = yaml.safe_load((ROOT / "yaml" / name).read_text()) | {"pretrained_model_dir": str(directory)} | entries
+    document["model"]["model_config"] |= model_config
+    path = scratch / "predict.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def predict(scratch: Path, config: Path, name: str, *, launcher: bool = False) -> subprocess.CompletedProcess[str]:
+    prompts = [words(case.prompt) for case in golden(name)]
+    start = ["-m", "mf_qwen3_bridge.cli", "launch"] if launcher else []
+    register = [] if launcher else ["--register_path", REGISTER_PATH]
+    command = [sys.executable, *start, TRAINER, "--config", config, *register, "--predict_data", *prompts]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+
+
+def check_texts(scratch: Path, name: str) -> None:
+    said = ast.literal_eval((scratch / "text_generation_result.txt").read_text())
+    expected = [words(case.prompt + case.tokens[:NEW_TOKENS]) for case in golden(name)]
+    assert [text for entry in said for text in entry["text_generation_text"]] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "model_config"),
+    [
+        ("tied_bf16", {}),
+        ("rope_parameters", {}),
+        ("yarn", {}),
+        ("moe_fused", {}),
+        ("split_shards", {"qkv_concat": True}),
+    ],
+)
+def test_the_tokens_of_transformers(tmp_path: Path, name: str, model_config: dict[str, Any]):
+    directory = generating(with_tokenizer(name, tmp_path))
+    config = changed_yaml("cpu/predict_qwen3.yaml", tmp_path, directory, model_config | {"seq_length": 64})
+    result = predict(tmp_path, config, name)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    check_texts(tmp_path, name)
+    assert not list(tmp_path.rglob("*converted*"))
+
+
+def test_the_launcher_needs_nothing_in_the_yaml(tmp_path: Path):
+    name = "untied_fp16"
+    directory = generating(with_tokenizer(name, tmp_path))
+    config = changed_yaml("cpu/predict_qwen3.yaml", tmp_path, directory, {"seq_length": 64})
+    document = yaml.safe_load(config.read_text())
+    del document["model"]["model_config"]["auto_register"]
+    config.write_text(yaml.safe_dump(document))
+    result = predict(tmp_path, config, name, launcher=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    check_texts(tmp_path, name)
+    assert not (tmp_path / "modules").exists()
+
+
+def test_weights_that_lie_elsewhere(tmp_path: Path):
+    """``load_checkpoint`` may name what convert wrote; what nothing says the layout of is refused."""
+    name = "moe_fp32"
+    directory = generating(with_tokenizer(name, tmp_path))
+    run(to_mindformers(check(directory), TRAIN, tmp_path / "train"))
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    entries = {"load_checkpoint": str(tmp_path / "train")}
+    config = changed_yaml("cpu/predict_qwen3.yaml", tmp_path, directory, {"seq_length": 64}, **entries)
+    result = predict(tmp_path, config, name)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    check_texts(tmp_path, name)
+
+
+def test_what_is_wrong_is_said(tmp_path: Path):
+    name = "split_shards"
+    directory = generating(with_tokenizer(name, tmp_path))
+    sorted(directory.glob("*.safetensors"))[1].unlink()
+    config = changed_yaml("cpu/predict_qwen3.yaml", tmp_path, directory, {"seq_length": 64})
+    result = predict(tmp_path, config, name)
+    assert result.returncode != 0
+    assert "model-00002" in result.stderr
+    assert not (tmp_path / "text_generation_result.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["one_kv_head", "moe_scattered"])
+def test_two_processes(tmp_path: Path, name: str):
+    directory = generating(with_tokenizer(name, tmp_path))
+    config = changed_yaml("cpu/predict_qwen3_tp2.yaml", tmp_path, directory, {"seq_length": 64})
+    prompts = [words(case.prompt) for case in golden(name)]
+    flags = ["--worker_num=2", "--local_worker_num=2", "--master_port=0", "--log_dir=msrun_log", "--join=True"]
+    arguments = [TRAINER, "--config", config, "--register_path", REGISTER_PATH, "--predict_data", *prompts]
+    code, logs = msrun(tmp_path, ["msrun", *flags, *arguments])
+    assert code == 0, [log[-3000:] for log in logs]
+    expected = [words(case.prompt + case.tokens[:NEW_TOKENS]) for case in golden(name)]
+    for log in logs:
+        assert f"output result is: [{{'text_generation_text': {expected}}}]" in log

@@ -1,0 +1,175 @@
+"""MindFormers' own training network on a CPU, filled online from a Hugging Face directory: it computes what
+transformers computes, trains on from there, and what its trainer saves goes back to Hugging Face.
+
+The network is upstream's, in graph mode; what a CPU lacks comes from ``cpu_training_ops``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+import mf_qwen3_bridge
+import yaml
+from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.jobs import to_hf, to_mindformers
+from mf_qwen3_bridge.layouts import Layout
+from mf_qwen3_bridge.mindformers import cpu_training_ops
+from mf_qwen3_bridge.mindformers.network import network_logits
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.rules import HF, Dialect
+from tests.integration.conftest import CHECKPOINTS, SMALL_CACHE, TOLERANCE, golden
+from tests.integration.test_trainer_predict import REGISTER_PATH, ROOT, TRAINER
+
+LAYOUTS = [Layout(qkv, gate_up) for qkv in (True, False) for gate_up in (True, False)]
+DEFAULT, *OTHERS = LAYOUTS
+CONTIGUOUS = LAYOUTS[-1]
+DENSE, MOE = "untied_fp32", "moe_fp32"
+FLOAT32 = dict.fromkeys(
+    ("params_dtype", "compute_dtype", "layernorm_compute_dtype", "softmax_compute_dtype", "rotary_dtype"), "float32"
+)
+CASES = [
+    *(
+        (name, DEFAULT, DEFAULT)
+        for name in (DENSE, MOE, "tied_bf16", "one_kv_head", "moe_norm_topk_false", "moe_fused")
+    ),
+    *((DENSE, layout, layout) for layout in OTHERS),
+    (MOE, CONTIGUOUS, CONTIGUOUS),
+    *((DENSE, wrong, DEFAULT) for wrong in OTHERS[:2]),
+    (MOE, CONTIGUOUS, DEFAULT),
+]
+
+
+def job(name: str, of_weights: Layout, of_network: Layout, scratch: Path) -> dict[str, Any]:
+    """What training_worker.py needs: a fixture, and a network that takes its weights to lie so.
+
+    Where both layouts are one, the network is filled online from the Hugging Face directory. Else the weights are
+    converted, and loaded without looking.
+    """
+    expected = golden(name)
+    length = max(len(g.prompt) for g in expected)
+    directory = scratch / f"{name}-{of_weights}-{of_network}"
+    if of_weights != of_network:
+        run(to_mindformers(check(CHECKPOINTS / name), Dialect(of_weights), directory))
+    return {
+        "hf_dir": str(CHECKPOINTS / name),
+        # Upstream hides every token that is pad_token_id from all others.
+        "config": FLOAT32 | of_network.training_flags | {"seq_length": length, "pad_token_id": -1},
+        "converted": str(directory) if of_weights != of_network else None,
+        "tokens": [g.prompt + [0] * (length - len(g.prompt)) for g in expected],
+        "output": f"{directory}.npy",
+    }
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, Layout, Layout], float]:
+    """For each case the largest error of any logit of any prompt, relative to the scale of the logits."""
+    scratch = tmp_path_factory.mktemp("training")
+    jobs = {case: job(*case, scratch) for case in CASES}
+    file = scratch / "jobs.json"
+    file.write_text(json.dumps(list(jobs.values())))
+    command = [sys.executable, "-m", "tests.integration.training_worker", file]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CPU_AFFINITY": "False"}
+    result = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return {case: error(case[0], np.load(job["output"])) for case, job in jobs.items()}
+
+
+def error(name: str, logits: np.ndarray) -> float:
+    return max(
+        float(np.abs(rows[: len(g.prompt)] - g.logits).max() / np.abs(g.logits).max())
+        for rows, g in zip(logits, golden(name), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "of_weights", "of_network"), CASES, ids=lambda value: str(value).replace("interleaved", "i")
+)
+def test_logits_are_those_of_transformers_if_the_layout_is_right(
+    errors: Mapping[tuple[str, Layout, Layout], float], name: str, of_weights: Layout, of_network: Layout
+) -> None:
+    found = errors[name, of_weights, of_network]
+    if of_weights == of_network:
+        assert found < TOLERANCE
+    else:
+        assert found > 0.1
+
+
+def test_install_and_uninstall() -> None:
+    entries = cpu_training_ops._STAND_INS.entries
+    replaced = {(owner, name): vars(owner)[name] for owner, name, _ in entries}
+    cpu_training_ops.install()
+    try:
+        assert all(vars(owner)[name] is not upstream for (owner, name), upstream in replaced.items())
+        cpu_training_ops.install()
+    finally:
+        cpu_training_ops.uninstall()
+    assert all(vars(owner)[name] is upstream for (owner, name), upstream in replaced.items())
+
+
+def test_another_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ms, "get_context", lambda key: "Ascend")
+    cpu_training_ops.install()
+    assert not cpu_training_ops._STAND_INS.upstream
+
+
+def train(name: str, scratch: Path, learning_rate: float) -> tuple[list[float], Path]:
+    """Upstream's trainer, straight from a fixture: the loss of each step, and what it saved, exported."""
+    document = yaml.safe_load((ROOT / "yaml" / "cpu" / "finetune_qwen3.yaml").read_text())
+    document["pretrained_model_dir"] = str(CHECKPOINTS / name)
+    document["lr_schedule"]["learning_rate"] = learning_rate
+    config = scratch / "finetune.yaml"
+    config.write_text(yaml.safe_dump(document))
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RUN_MODE", "ENFORCE_EAGER")}
+    environment = inherited | {"PYTHONPATH": str(ROOT), "CPU_AFFINITY": "False"}
+
+    def python(*command: object) -> str:
+        words = [sys.executable, *map(str, command)]
+        result = subprocess.run(words, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+        return result.stdout + result.stderr
+
+    data = ["--model_dir", CHECKPOINTS / name, "--output", "output/training.mindrecord"]
+    python(ROOT / "demo" / "make_training_data.py", *data)
+    said = python(TRAINER, "--config", config, "--register_path", REGISTER_PATH)
+    (saved,) = (scratch / "output" / "checkpoint" / "rank_0").glob("*-1_20.safetensors")
+    run(to_hf(check(CHECKPOINTS / name, config, saved), scratch / "exported", "fp32"))
+    return [float(loss) for loss in re.findall(r"loss:\[([\d.]+)/", said)], scratch / "exported"
+
+
+def batch_loss(directory: Path, rows: list[dict[str, np.ndarray]]) -> float:
+    """What the inference network says of a batch: the mean of all tokens' cross entropies."""
+    network = mf_qwen3_bridge.from_pretrained(directory, device_target="CPU", **SMALL_CACHE)
+    entropies = []
+    for row in rows:
+        logits = network_logits(network, row["input_ids"].tolist()).astype(np.float64)
+        likelihoods = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        entropies.append(-likelihoods[np.arange(len(logits)), row["labels"]])
+    return float(np.mean(entropies))
+
+
+@pytest.mark.parametrize("name", [DENSE, "moe_fused"])
+def test_the_trainer_goes_on_with_the_weights_and_its_own_are_exported(tmp_path: Path, name: str) -> None:
+    losses, exported = train(name, tmp_path, 1e-3)
+    assert len(losses) == 20
+    data = ms.dataset.MindDataset(str(tmp_path / "output" / "training.mindrecord"), shuffle=False)
+    rows = list(data.create_dict_iterator(num_epochs=1, output_numpy=True))
+    assert losses[0] == pytest.approx(batch_loss(CHECKPOINTS / name, rows[:2]), rel=1e-5)
+    assert batch_loss(exported, rows[-2:]) < losses[-1] < losses[0] / 2
+
+
+def test_weights_that_did_not_learn_come_back_bit_for_bit(tmp_path: Path) -> None:
+    _, exported = train("tied_bf16", tmp_path, 0)
+    before, after = check(CHECKPOINTS / "tied_bf16").plan(HF, "F32"), check(exported).plan(HF)
+    bits = {target.name: target.make().tobytes() for target in before.targets}
+    assert bits == {target.name: target.make().tobytes() for target in after.targets}

@@ -1,0 +1,76 @@
+"""Computes logits with MindFormers' training network on a CPU, in a process of its own.
+
+MindFormers keeps one context per process, and the other tests use the one for inference. Called with a JSON file: a
+list of jobs, each with
+
+    hf_dir     the Hugging Face directory
+    config     what a YAML says in ``model.model_config``
+    converted  MindFormers weights to load as they lie; null: the network is filled from ``hf_dir``
+    tokens     token IDs, a list of equally long lists
+    output     file to write the logits to: float32 (lists, tokens, vocab_size), ``.npy``
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindformers import build_context
+from mindformers.models.build_config import get_model_config
+from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
+from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
+from mindformers.tools.register import MindFormerConfig
+from mindformers.utils import load_checkpoint_utils
+
+import mf_qwen3_bridge
+from mf_qwen3_bridge.rules import is_counter
+
+CLASSES = {"qwen3": TrainingQwen3ForCausalLM, "qwen3_moe": TrainingQwen3MoeForCausalLM}
+
+
+def network_of(job: dict[str, Any]) -> Any:
+    """The network, with all of the weights."""
+    section = {"pretrained_model_dir": job["hf_dir"], "model_config": MindFormerConfig(**job["config"])}
+    config = get_model_config(MindFormerConfig(**section))
+    network = CLASSES[config.model_type](config)
+    network.set_train(False)
+    if job["converted"] is None:
+        settings = MindFormerConfig(use_parallel=False, auto_trans_ckpt=False)
+        load_checkpoint_utils.load_safetensors_checkpoint(settings, [], network, "", job["hf_dir"], None)
+        return network
+    parameters: dict[str, ms.Parameter] = {}
+    for file in sorted(Path(job["converted"]).glob("*.safetensors")):
+        parameters |= ms.load_checkpoint(str(file), format="safetensors")
+    unloaded, unused = ms.load_param_into_net(network, parameters)
+    # What else the network has are counters, and dropout's random state.
+    assert [name for name in unloaded if not is_counter(name)] == [] == unused, (unloaded, unused)
+    return network
+
+
+def main(jobs: Path) -> None:
+    os.environ["RUN_MODE"] = "finetune"
+    ms.set_context(device_target="CPU")
+    build_context(
+        {
+            "use_legacy": False,
+            "run_mode": "finetune",
+            "context": {"mode": ms.GRAPH_MODE, "device_target": "CPU"},
+            "parallel": {},
+            "parallel_config": {},
+        }
+    )
+    mf_qwen3_bridge.patch()
+    for job in json.loads(jobs.read_text()):
+        tokens = ms.Tensor(np.array(job["tokens"], np.int32))
+        network = network_of(job)
+        logits = network(tokens, labels=tokens).asnumpy()  # MindFormers 1.7.0 wants labels, whatever they are
+        np.save(job["output"], logits.reshape(*tokens.shape, -1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
