@@ -34,7 +34,7 @@ def integration(session: nox.Session, mindformers: str) -> None:
     session.install("--quiet", f"mindformers=={mindformers}")
     session.install("--quiet", "-e", ".[test]")  # afterwards, as on a server: it must not move anything
     session.run("pip", "check")
-    session.run("pytest", "tests/integration", "tests/distributed", *session.posargs)
+    session.run("pytest", "-n", "2", "--dist", "loadfile", "tests/integration", "tests/distributed", *session.posargs)
 
 
 @nox.session(python="3.11")

@@ -18,6 +18,8 @@ from mf_qwen3_bridge.cli_files import DIRECTORY, convert, export, unify
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.parallel import num_processes
 
+_REGISTER_PATH = Path(__file__).parent / "register"
+
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say which checkpoint is meant."""
@@ -137,7 +139,7 @@ def register_path() -> None:
 
     The YAML names the bridge: auto_register: mf_qwen3.Bridge in model.model_config.
     """
-    click.echo(Path(__file__).parent / "register")
+    click.echo(_REGISTER_PATH)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -151,6 +153,7 @@ def launch(script: Path, arguments: tuple[str, ...]) -> None:
     from mf_qwen3_bridge.mindformers.patch import patch
 
     patch()
+    os.environ.setdefault("REGISTER_PATH", str(_REGISTER_PATH))  # the YAML may name the bridge all the same
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))  # as python does
     runpy.run_path(str(script), run_name="__main__")

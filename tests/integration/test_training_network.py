@@ -63,8 +63,7 @@ def job(name: str, of_weights: Layout, of_network: Layout, scratch: Path) -> dic
         run(to_mindformers(check(CHECKPOINTS / name), Dialect(of_weights), directory))
     return {
         "hf_dir": str(CHECKPOINTS / name),
-        # Upstream hides every token that is pad_token_id from all others.
-        "config": FLOAT32 | of_network.training_flags | {"seq_length": length, "pad_token_id": -1},
+        "config": FLOAT32 | of_network.training_flags | {"seq_length": length},
         "converted": str(directory) if of_weights != of_network else None,
         "tokens": [g.prompt + [0] * (length - len(g.prompt)) for g in expected],
         "output": f"{directory}.npy",

@@ -39,6 +39,8 @@ def network_of(job: dict[str, Any]) -> Any:
     config = get_model_config(MindFormerConfig(**section))
     network = CLASSES[config.model_type](config)
     network.set_train(False)
+    # No token is padding, which upstream hides from all others: 1.7.0 takes 0 for it, whatever the config says.
+    network.model.preprocess_labels_and_masks.casual_mask.pad_token_id = -1
     if job["converted"] is None:
         settings = MindFormerConfig(use_parallel=False, auto_trans_ckpt=False)
         load_checkpoint_utils.load_safetensors_checkpoint(settings, [], network, "", job["hf_dir"], None)

@@ -1,0 +1,70 @@
+"""Every command of docs/mindformers.md, one after the other, in one directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_msrun import free_port
+from tests.integration.test_trainer_predict import ROOT, TRAINER
+from tests.unit.test_readme import blocks, commands
+
+TEXT = (ROOT / "docs" / "mindformers.md").read_text(encoding="utf-8")
+INSIDE_MINDFORMERS = commands(TEXT)
+SENTENCE = "Weights move from Hugging Face to MindFormers"  # MindFormers stops at 20 tokens
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout, with upstream's script (or what stands for it) in it."""
+    scratch = tmp_path_factory.mktemp("docs")
+    for name in ("demo", "scripts", "yaml"):
+        (scratch / name).symlink_to(ROOT / name)
+    (scratch / "run_mindformer.py").symlink_to(TRAINER)
+    return scratch
+
+
+@pytest.mark.parametrize("number", range(len(INSIDE_MINDFORMERS)))
+def test_commands(directory: Path, number: int):
+    lines = "".join(blocks(TEXT, "bash")).splitlines()
+    line = re.sub(r"--master_port=\d+", f"--master_port={free_port()}", lines[number])
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RUN_MODE", "ENFORCE_EAGER")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = inherited | {"PATH": path, "PYTHONPATH": str(ROOT), "CPU_AFFINITY": "False"}
+    result = subprocess.run(
+        ["bash", "-c", line], cwd=directory, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    if "--predict_data" in line:
+        answer = directory / "text_generation_result.txt"
+        assert SENTENCE in answer.read_text()
+        answer.unlink()
+    elif "export" in line:
+        assert (directory / "output" / "trained" / "model.safetensors").is_file()
+
+
+def test_python(directory: Path):
+    code = "\n".join(blocks(TEXT, "python"))
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=directory, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_the_rows_name_tests_that_are_there():
+    rows = re.findall(r"^\| .* \| .* \| .* \| (test_.*) \|$", TEXT, re.MULTILINE)
+    assert len(rows) > 20
+    for name in {name for row in rows for name in row.split(", ")}:
+        assert (ROOT / "tests" / "integration" / f"{name}.py").is_file()
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]*)\)", TEXT)
+    assert links
+    for link in links:
+        assert (ROOT / "docs" / link).exists()
