@@ -14,7 +14,6 @@ from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausal
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3MoeForCausalLM
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.tools.logger import logger
-from mindformers.tools.utils import get_real_group_size
 
 from mf_qwen3_bridge.checkpoint import open_checkpoint
 from mf_qwen3_bridge.errors import BridgeError
@@ -96,7 +95,7 @@ def loading_safetensors(upstream: Callable[..., None]) -> Callable[..., None]:
             return
         if config.resume_training:
             raise BridgeError(f"{load_ckpt_path} holds weights alone: resume_training has to be False")
-        fill_network(qwen3, Path(load_ckpt_path), bool(config.use_parallel))
+        fill_network(qwen3, Path(load_ckpt_path))
 
     return load_safetensors_checkpoint
 
@@ -115,7 +114,7 @@ def loading_hf(upstream: Callable[..., None]) -> Callable[..., None]:
         if network is None or not is_known(directory):
             upstream(*args, **kwargs)
             return
-        fill_network(network, directory, get_real_group_size() > 1)
+        fill_network(network, directory)
 
     return load_checkpoint
 
@@ -139,8 +138,8 @@ def is_known(path: Path) -> bool:
     return is_hf or LAYOUT_STAMP in checkpoint.metadata
 
 
-def fill_network(network: Any, weights: Path, is_parallel: bool) -> None:
-    """Fills a Qwen3 network of either kind.
+def fill_network(network: Any, weights: Path) -> None:
+    """Fills a Qwen3 network of either kind; of a training network that MindSpore divided, this rank's part.
 
     Raises:
         BridgeError: the weights are not whole, or do not fit the network.
@@ -149,8 +148,9 @@ def fill_network(network: Any, weights: Path, is_parallel: bool) -> None:
     if isinstance(network, INFERENCE_NETWORKS):
         load_network(network, model)
         return
-    strategy = Path(ms.get_auto_parallel_context("strategy_ckpt_save_file"))
-    load_training_network(network, model, strategy if is_parallel and strategy.is_file() else None)
+    is_divided = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+    strategy = Path(ms.get_auto_parallel_context("strategy_ckpt_save_file")) if is_divided else None
+    load_training_network(network, model, strategy)
 
 
 def model_of(network: Any, weights: Path) -> Model:

@@ -242,7 +242,9 @@ def test_each_rank_of_a_parallel_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
             parameters[parameter].set_data(ms.Tensor(np.zeros_like(value)), slice_shape=True)
         monkeypatch.setattr(training, "get_rank", lambda rank=rank: rank)
         strategy = strategies / f"ckpt_strategy_rank_{rank}.ckpt"
-        ms.set_auto_parallel_context(strategy_ckpt_config={"save_file": str(strategy)})
+        ms.set_auto_parallel_context(
+            parallel_mode="semi_auto_parallel", strategy_ckpt_config={"save_file": str(strategy)}
+        )
         try:
             load_checkpoint_utils.load_safetensors_checkpoint(
                 MindFormerConfig(use_parallel=True, auto_trans_ckpt=True), [], network, "", str(directory), None
