@@ -11,7 +11,7 @@ from typing import Any
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.hf_config import normalise, read_json
 from mf_qwen3_bridge.mindformers.device import builds_training_networks, prepare_device
-from mf_qwen3_bridge.mindformers_yaml import LAYOUT_FLAGS
+from mf_qwen3_bridge.mindformers_yaml import ADDITIONS, LAYOUT_FLAGS
 
 # Of a config.json, what upstream's config classes take although it says nothing of the weights.
 _TAKEN = frozenset({"architectures", "attention_dropout", "output_router_logits", "router_aux_loss_coef"})
@@ -44,8 +44,8 @@ def understood(model_config: Mapping[str, Any]) -> dict[str, Any]:
     that a config.json holds: keys that it does not know, and forms of RoPE that it ignores.
 
     Args:
-        model_config: a config.json updated with a YAML's ``model.model_config``. Without a ``pretrained_model_dir``
-            in it no config.json is involved, and it is returned as it is.
+        model_config: a config.json updated with a YAML's ``model.model_config``, whose entries stay as they are but for
+            YaRN. Without a ``pretrained_model_dir`` no config.json is involved, and all is returned as it is.
 
     Raises:
         BridgeError: MindFormers' Qwen3 does not compute what it describes.
@@ -54,17 +54,19 @@ def understood(model_config: Mapping[str, Any]) -> dict[str, Any]:
     if not directory or not (path := Path(directory) / "config.json").is_file():
         return dict(model_config)
     in_file = read_json(path)
-    normalised = normalise(model_config, str(path))
-    of_yaml = {key: value for key, value in model_config.items() if key not in in_file or key in _TAKEN}
+    of_yaml = {key: value for key, value in model_config.items() if key not in in_file or value != in_file[key]}
+    additions = {key: of_yaml.pop(key) for key in ADDITIONS & of_yaml.keys()}
+    normalised = normalise(in_file | additions, str(path))
+    taken = {key: value for key, value in in_file.items() if key in _TAKEN}
     if not builds_training_networks():
-        return of_yaml | normalised
+        return taken | normalised | of_yaml
     if normalised["rope_scaling"]:
         remedy = "MindFormers' training network can't compute it (1.7 to 1.9): train without it"
         raise BridgeError(f"{path} can't be trained", [Problem("RoPE type", "'yarn'", remedy)])
     needed = dict(_NEEDED_TO_TRAIN_EXPERTS) if "num_experts" in normalised else {}
     if "moe_router_topk_scaling_factor" in of_yaml:  # its other name
         needed.pop("routed_scaling_factor", None)
-    return needed | of_yaml | normalised
+    return taken | needed | normalised | of_yaml
 
 
 def said_of_layout(config: Any) -> dict[str, Any]:

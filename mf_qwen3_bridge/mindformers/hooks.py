@@ -103,8 +103,8 @@ def loading_safetensors(upstream: Callable[..., None]) -> Callable[..., None]:
 def loading_hf(upstream: Callable[..., None]) -> Callable[..., None]:
     """What MindFormers calls when a YAML has a ``checkpoint`` section, or ``use_legacy_format: False``.
 
-    Stands for ``load_hf_checkpoint`` (1.9) and ``load_checkpoint`` (1.8) of ``mindformers/checkpoint/checkpoint.py``,
-    which ignore layout flags or experts. The directory is the first argument, the network the second.
+    Stands for ``load_hf_checkpoint`` (1.9) and ``load_checkpoint`` (1.7 to 1.9) of
+    ``mindformers/checkpoint/checkpoint.py``, which ignore layout flags or experts. The directory is the first argument.
     """
 
     @wraps(upstream)
@@ -114,6 +114,8 @@ def loading_hf(upstream: Callable[..., None]) -> Callable[..., None]:
         if network is None or not is_known(directory):
             upstream(*args, **kwargs)
             return
+        if called.get("optimizer") is not None:
+            raise BridgeError(f"{directory} holds weights alone, and nothing of an optimizer to resume with")
         fill_network(network, directory)
 
     return load_checkpoint

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 from mindspore.communication import get_rank
 
-from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.mindformers.load import fill_parameters
 from mf_qwen3_bridge.plan import Plan
@@ -18,6 +20,9 @@ from mf_qwen3_bridge.rank_files import Sharding
 from mf_qwen3_bridge.rules import Dialect, is_training_state
 from mf_qwen3_bridge.slices import write_slices
 from mf_qwen3_bridge.strategies import read_strategy
+
+# What a LoRA adds to a network; it begins as it was initialised.
+_ADAPTER = re.compile(r"\blora_[abAB]\b|_lora_")
 
 
 def load_training_network(network: Any, model: Model, strategy: Path | None = None) -> Plan:
@@ -43,15 +48,27 @@ def load_training_network(network: Any, model: Model, strategy: Path | None = No
     parameters = {
         name: parameter
         for name, parameter in network.parameters_dict().items()
-        if name in weights or not is_training_state(name, weights)
+        if name in weights or not (is_training_state(name, weights) or _ADAPTER.search(name))
     }
     if strategy is not None:
         stage, shardings = read_strategy(strategy)
+        divided = {name for name, parameter in parameters.items() if parameter.sliced}
+        stages = ms.get_auto_parallel_context("pipeline_stages")
+        _check_listed(strategy, shardings.keys(), weights if stages == 1 else weights & divided)
         plan = plan_of_device(plan, shardings, stage, get_rank())
         mine = {target.name for target in plan.targets}
         parameters = {name: parameter for name, parameter in parameters.items() if name in mine or name not in weights}
     fill_parameters(parameters, plan)
     return plan
+
+
+def _check_listed(strategy: Path, listed: Container[str], weights: Iterable[str]) -> None:
+    """Does a strategy file list all of these weights? One that an earlier run left need not."""
+    remedy = "empty the strategy folder, and set strategy_ckpt_config.only_trainable_params to False"
+    missing = fold_names(name for name in weights if name not in listed)
+    if missing:
+        problems = [Problem(name, "in the network, not in the file", remedy) for name in missing]
+        raise BridgeError(f"{strategy} is not of this run", problems)
 
 
 def layout_of(network: Any, is_moe: bool) -> Layout:

@@ -70,6 +70,15 @@ def test_arguments_and_yaml_go_before_config_json():
     assert (config.num_hidden_layers, str(config.params_dtype), config.num_blocks) == (1, "bfloat16", 9)
 
 
+def test_a_yaml_may_speak_mindformers_dialect():
+    """As the YAMLs that MindFormers ships do."""
+    mf_qwen3_bridge.patch()
+    said = {"hidden_act": "swiglu", "rms_norm_eps": "1.e-6", "architectures": "Qwen3ForCausalLM"}
+    config = by_yaml(CHECKPOINTS / "tied_bf16", **said)
+    assert {key: getattr(config, key) for key in said} == said
+    by_yaml(CHECKPOINTS / "untied_fp32", architectures=["InferenceQwen3ForCausalLM"])  # a class of one's own
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [

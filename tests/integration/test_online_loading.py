@@ -18,7 +18,9 @@ from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausal
 from mindformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.tools.register import MindFormerConfig
+from mindformers.trainer import base_trainer
 from mindformers.utils import load_checkpoint_utils
+from mindspore import nn
 from safetensors.numpy import load_file, save_file
 
 import mf_qwen3_bridge
@@ -197,7 +199,6 @@ def test_there_is_nothing_to_resume():
         load(network, CHECKPOINTS / "untied_fp32", resume_training=True)
 
 
-@pytest.mark.skipif(compat.VERSION < (1, 8), reason="MindFormers 1.7 has no newer checkpoint format")
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[-1]], ids=str)
 @pytest.mark.parametrize("name", ["tied_bf16", "moe_fused"])
 def test_the_newer_checkpoint_format(name: str, layout: Layout):
@@ -243,7 +244,9 @@ def test_each_rank_of_a_parallel_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(training, "get_rank", lambda rank=rank: rank)
         strategy = strategies / f"ckpt_strategy_rank_{rank}.ckpt"
         ms.set_auto_parallel_context(
-            parallel_mode="semi_auto_parallel", strategy_ckpt_config={"save_file": str(strategy)}
+            parallel_mode="semi_auto_parallel",
+            pipeline_stages=how.get("stages", 1),
+            strategy_ckpt_config={"save_file": str(strategy)},
         )
         try:
             load_checkpoint_utils.load_safetensors_checkpoint(
@@ -252,6 +255,48 @@ def test_each_rank_of_a_parallel_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         finally:
             ms.reset_auto_parallel_context()
         assert of_model(network, wanted) == {n: value.tobytes() for n, value in wanted.items()}
+
+
+def test_a_stamped_checkpoint_in_the_newer_format(tmp_path: Path):
+    """Upstream takes it for its own, and loads it as it lies."""
+    mf_qwen3_bridge.patch()
+    directory = CHECKPOINTS / "untied_fp32"
+    run(to_mindformers(check(directory), Dialect(TRAINING_DEFAULT), tmp_path / "mindformers"))
+    network = training_network(directory, LAYOUTS[-1])
+    base_trainer.load_checkpoint(checkpoint=str(tmp_path / "mindformers"), network=network)
+    wanted = expected(directory, LAYOUTS[-1])
+    assert of_model(network, wanted) == wanted
+    with pytest.raises(BridgeError, match="nothing of an optimizer"):
+        base_trainer.load_checkpoint(str(directory), network, nn.Adam(network.trainable_params()))
+
+
+def test_a_strategy_file_that_lacks_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Such as one that an earlier run with pipeline stages left."""
+    spec, *_ = RUNS["pp2"]
+    model = check(write(tmp_path / "hf", random_tensors(spec), hf_config(spec)))
+    network = training_network(model.checkpoint.path, TRAINING_DEFAULT)
+    whole = {t.name: t.make() for t in model.plan(Dialect(TRAINING_DEFAULT)).targets}
+    strategies, _ = make_ranks(tmp_path, whole, cut(whole, stages=2), 1)
+    monkeypatch.setattr(training, "get_rank", lambda: 0)
+    with pytest.raises(BridgeError, match=r"final_layernorm.*not in the file"):
+        training.load_training_network(network, model, strategies / "ckpt_strategy_rank_0.ckpt")
+
+
+class Adapter(nn.Cell):
+    """What a LoRA puts beside a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.lora_a = ms.Parameter(np.ones((2, 2), np.float32), name="decoder.layers.0.mlp.linear_fc1.lora_a")
+
+
+def test_an_adapter_stays_as_it_was_initialised():
+    mf_qwen3_bridge.patch()
+    network = training_network(CHECKPOINTS / "untied_fp32", TRAINING_DEFAULT)
+    network.adapter = Adapter()
+    load(network, CHECKPOINTS / "untied_fp32")
+    wanted = expected(CHECKPOINTS / "untied_fp32", TRAINING_DEFAULT)
+    assert of_model(network, wanted) == wanted
 
 
 def test_a_strategy_file_of_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
