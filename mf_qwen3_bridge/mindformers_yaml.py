@@ -168,6 +168,8 @@ class MindFormersYaml:
             BridgeError: the layout depends on it, and the YAML says another one.
         """
         layout = self.training_layout
+        if layout and not self.is_for_training and saved_by is None and layout != layout.on(2):
+            return None  # an inference YAML does not say over how many ranks training was spread
         if layout and has_experts:
             layout = layout.of_experts
         if layout is None or saved_by is None or layout == layout.on(saved_by):

@@ -31,7 +31,7 @@ def dialect_of(
         BridgeError: the names are nobody's, or the layout is not known, or stamp and YAML contradict each other.
     """
     names = checkpoint.tensors
-    if any(name.startswith(("model.layers.", "model.embed_tokens.")) for name in names):
+    if any(map(is_hf_name, names)):
         return hf_dialect(names)
     if not any(name.startswith(("decoder.", "embedding.")) for name in names):
         some = ", ".join(sorted(names)[:3])
@@ -62,6 +62,11 @@ def dialect_of(
         layout,
         stacked_experts=any(name.endswith(".experts.weight1") and len(names[name].shape) == 3 for name in names),
     )
+
+
+def is_hf_name(name: str) -> bool:
+    """Whether only Hugging Face calls a tensor so."""
+    return name.startswith(("model.layers.", "model.embed_tokens."))
 
 
 def holds_experts(checkpoint: Checkpoint) -> bool:

@@ -351,6 +351,7 @@ _PREFIXED = re.compile(r"\w+?[._]((?:decoder|embedding|output_layer)\..+)")
 # ...counters, dropout's random state, the load of each expert, losses that are summed up.
 _COUNTERS = re.compile(
     r"(.*\.)?\w*dropout\.(seed|offset)|(.*\.)?router\.fi_accu"
+    r"|(.*\.)?(max_logits_val|expert_load\w*|num_tokens_per_expert|expert_mapping)"
     r"|(aux|lm|mtp|indexer)_loss|global_batch_size"
     r"|global_step|current_iterator_step|last_overflow_iterator_step|epoch_num|step_num|loss_scale|scale_sense"
     r"|learning_rate(_group_\d+)?|beta[12]_power|afactor_step|list_index|scale_window_(up|down)_count"

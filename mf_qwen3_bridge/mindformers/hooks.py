@@ -15,14 +15,14 @@ from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.tools.logger import logger
 
-from mf_qwen3_bridge.checkpoint import open_checkpoint
+from mf_qwen3_bridge.checkpoint import HF_INDEX, HYPER_PARAMETERS, read_header
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers.configs import said_of_layout
-from mf_qwen3_bridge.mindformers.load import load_arrays, load_network
+from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
 from mf_qwen3_bridge.mindformers.training import load_training_network
 from mf_qwen3_bridge.mindformers_yaml import LAYOUT_FLAGS
 from mf_qwen3_bridge.preflight import Model, check_weights
-from mf_qwen3_bridge.recognise import LAYOUT_STAMP
+from mf_qwen3_bridge.recognise import LAYOUT_STAMP, is_hf_name
 
 INFERENCE_NETWORKS = (InferenceQwen3ForCausalLM, InferenceQwen3MoeForCausalLM)
 NETWORKS = (*INFERENCE_NETWORKS, TrainingQwen3ForCausalLM, TrainingQwen3MoeForCausalLM)
@@ -54,6 +54,28 @@ def load_weights(
         load_arrays(network, dict(weights))
     else:
         raise BridgeError(f"weights_path {str(weights_path)!r} does not exist, and no weights are given")
+
+
+def generating(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """``generate``, but not from weights that were never loaded.
+
+    Stands for ``generate`` of ``mindformers/generation/text_generator.py`` (1.7 to 1.9). MindFormers generates from
+    zeros when it finds no weights, or is not asked for any.
+    """
+
+    @wraps(upstream)
+    def generate(network: Any, *args: Any, **kwargs: Any) -> Any:
+        if network not in FILLED:
+            name, some = next((n, p) for n, p in network.parameters_dict().items() if n.endswith("linear_qkv.weight"))
+            if not some.asnumpy().any():
+                raise BridgeError(
+                    f"{name} is all zero: no weights were loaded. Does pretrained_model_dir hold *.safetensors, or "
+                    "load_checkpoint name weights?"
+                )
+            FILLED.add(network)
+        return upstream(network, *args, **kwargs)
+
+    return generate
 
 
 def passing_on_hf(upstream: Callable[..., str]) -> Callable[..., str]:
@@ -130,14 +152,19 @@ def qwen3_network(network: Any) -> Any:
 def is_known(path: Path) -> bool:
     """Whether these are weights whose dialect the bridge knows for certain: Hugging Face's, or with its stamp.
 
-    Raises:
-        BridgeError: files are missing or damaged.
+    All else, such as MindFormers' own checkpoints of several ranks or in its newer format, is upstream's to judge.
     """
-    if any(entry.name.startswith("rank_") for entry in path.glob("*")):
-        return False  # of several ranks
-    checkpoint = open_checkpoint(path)
-    is_hf = any(name.startswith(("model.layers.", "model.embed_tokens.")) for name in checkpoint.tensors)
-    return is_hf or LAYOUT_STAMP in checkpoint.metadata
+    if (path / HF_INDEX).is_file():
+        return True
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    for file in files:
+        try:
+            names, metadata = read_header(file)
+        except BridgeError:
+            continue  # if it belongs to a checkpoint that is known by another file, that is said later
+        if file.name != HYPER_PARAMETERS:
+            return LAYOUT_STAMP in metadata or any(map(is_hf_name, names))
+    return bool(files) and (path / "config.json").is_file()
 
 
 def fill_network(network: Any, weights: Path) -> None:

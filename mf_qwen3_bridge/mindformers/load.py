@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import mindspore as ms
 import numpy as np
@@ -20,6 +21,9 @@ from mf_qwen3_bridge.progress import progress_bar
 from mf_qwen3_bridge.rules import INFER
 from mf_qwen3_bridge.transfer import Transfer
 from mf_qwen3_bridge.values import largest_magnitude
+
+# Networks that the functions below have filled.
+FILLED: WeakSet[Any] = WeakSet()
 
 _NUMPY_DTYPES = {ms.float32: DTYPES["F32"], ms.float16: DTYPES["F16"], ms.bfloat16: DTYPES["BF16"]}
 
@@ -52,6 +56,7 @@ def load_network(network: Any, model: Model, *, use_training_conversion: bool = 
     else:
         fill_parameters(parameters, plan)
     network.process_weights_after_loading(network.model)  # as upstream's load_weights ends
+    FILLED.add(network)
     return plan
 
 
@@ -72,6 +77,7 @@ def load_arrays(network: Any, arrays: Mapping[str, Any]) -> None:
     check_values({name: {infos[name]: largest_magnitude(value)} for name, value in values.items()})
     _check_loaded(*ms.load_param_into_net(network, converted))
     network.process_weights_after_loading(network.model)
+    FILLED.add(network)
 
 
 def _magnitudes(parameter: ms.Parameter, target: Target) -> dict[TensorInfo, float]:

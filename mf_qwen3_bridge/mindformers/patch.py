@@ -10,9 +10,10 @@ replaced                                     by
 ``AutoModel.from_pretrained``                the bridge's ``from_pretrained``, with ``auto_convert=True``
 ``AutoConfig.from_pretrained``               reads a Hugging Face directory's config.json
 ``Qwen3Config.__init__``, ``Qwen3MoeConfig`` upstream's, given a config.json in the form that it understands
+``Inference*.generate``                      upstream's, but not from weights that were never loaded
 ``process_hf_checkpoint``                    Qwen3's files stay as they are: the loaders read them
 ``load_safetensors_checkpoint``              the bridge's loader, for Hugging Face's files and those with its stamp
-``load_hf_checkpoint`` (1.8: ...)            likewise, in MindFormers' newer checkpoint format
+``load_checkpoint``, ``load_hf_checkpoint``  likewise, in MindFormers' newer checkpoint format
 ============================================ ========================================================================
 """
 
@@ -47,6 +48,7 @@ def _entries() -> Iterator[tuple[Owner, str, Any]]:
         for hook in (conversion.convert_weight_dict, conversion.convert_map_dict, conversion.obtain_name_map):
             yield network, hook.__name__, ClassOrInstanceMethod(hook)
         yield network, "load_weights", hooks.load_weights
+        yield network, "generate", hooks.generating(network.generate)
     loading = hooks.loading_safetensors(load_checkpoint_utils.load_safetensors_checkpoint)
     yield load_checkpoint_utils, "load_safetensors_checkpoint", loading
     passing_on = hooks.passing_on_hf(load_checkpoint_utils.process_hf_checkpoint)
@@ -70,5 +72,5 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Takes it out again: MindFormers is as it was."""
+    """Takes it out again: MindFormers is as it was, but for stand-ins that a CPU needs."""
     _PATCH.uninstall()

@@ -86,6 +86,7 @@ def test_a_yaml_may_speak_mindformers_dialect():
         ({"use_sliding_window": True}, "sliding window"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step"),
     ],
 )
 def test_what_mindformers_does_not_compute(tmp_path: Path, entries, message: str):

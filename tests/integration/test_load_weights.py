@@ -23,12 +23,21 @@ import mf_qwen3_bridge
 from mf_qwen3_bridge.convert import run
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.jobs import to_mindformers
-from mf_qwen3_bridge.layouts import INFERENCE, TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.layouts import INFERENCE, TRAINING_DEFAULT
 from mf_qwen3_bridge.mindformers.network import build_inference_network
 from mf_qwen3_bridge.parallel import ParallelConfig
 from mf_qwen3_bridge.preflight import check
 from mf_qwen3_bridge.rules import INFER, TRAIN, Dialect
-from tests.integration.conftest import CHECKPOINTS, NAMES, TOLERANCE, bits, empty_network, golden, logits_error
+from tests.integration.conftest import (
+    CHECKPOINTS,
+    NAMES,
+    TOLERANCE,
+    bits,
+    empty_network,
+    golden,
+    greedy_tokens,
+    logits_error,
+)
 from tests.integration.test_parallel_slices import MOE, playing
 from tests.tiny import hf_config, random_tensors, write
 
@@ -67,18 +76,36 @@ def test_stamped_files(tmp_path: Path, name: str, target: Dialect):
     assert bits(network) == bits(mf_qwen3_bridge.from_pretrained(CHECKPOINTS / name))
 
 
-@pytest.mark.parametrize("layout", [TRAINING_DEFAULT, INFERENCE], ids=str)
-def test_what_bears_no_stamp_needs_a_yaml_that_says_its_layout(tmp_path: Path, layout: Layout):
+def test_what_bears_no_stamp_needs_a_yaml_that_says_its_layout(tmp_path: Path):
     directory = CHECKPOINTS / "untied_fp32"
-    theirs = {t.name: t.make() for t in check(directory).plan(Dialect(layout)).targets}
-    write(tmp_path / "theirs", theirs)
-    with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
-        network_by_yaml(directory).load_weights(str(tmp_path / "theirs"))
-    with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
-        network_by_yaml(directory, use_interleaved_weight_layout_mlp=True).load_weights(str(tmp_path / "theirs"))
-    network = network_by_yaml(directory, **layout.training_flags)
+    write(tmp_path / "theirs", {t.name: t.make() for t in check(directory).plan(TRAIN).targets})
+    flags = TRAINING_DEFAULT.training_flags
+    for said in ({}, {"use_interleaved_weight_layout_mlp": True}):
+        with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
+            network_by_yaml(directory, **said).load_weights(str(tmp_path / "theirs"))
+    network = network_by_yaml(directory, **flags)
     network.load_weights(str(tmp_path / "theirs"))
     assert logits_error(network, golden("untied_fp32")) < TOLERANCE
+
+
+def test_contiguous_flags_do_not_say_enough(tmp_path: Path):
+    """In how many blocks it lies depends on the training run's ``model_parallel``, which no inference YAML says."""
+    directory = CHECKPOINTS / "untied_fp32"
+    blocks = Dialect(INFERENCE.on(2))
+    write(tmp_path / "theirs", {t.name: t.make() for t in check(directory).plan(blocks).targets})
+    network = network_by_yaml(directory, **INFERENCE.training_flags)
+    with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
+        network.load_weights(str(tmp_path / "theirs"))
+
+
+def test_nothing_is_generated_from_weights_that_were_not_loaded():
+    network = network_by_yaml(CHECKPOINTS / "untied_fp32")
+    with pytest.raises(BridgeError, match="no weights were loaded"):
+        network.generate(input_ids=[[1, 2, 3]], max_new_tokens=2)
+    tensors = mf_qwen3_bridge.load_checkpoint(CHECKPOINTS / "untied_fp32")
+    assert ms.load_param_into_net(network, network.convert_weight_dict(tensors)) == ([], [])
+    first = golden("untied_fp32")[0]
+    assert greedy_tokens(network, [first.prompt], 4) == [first.tokens[:4]]
 
 
 def test_a_single_file():

@@ -29,7 +29,7 @@ from mf_qwen3_bridge.convert import run
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.jobs import to_mindformers
 from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
-from mf_qwen3_bridge.mindformers import compat, training
+from mf_qwen3_bridge.mindformers import compat, hooks, training
 from mf_qwen3_bridge.mindformers.network import _enter_predict_mode
 from mf_qwen3_bridge.parallel import SINGLE
 from mf_qwen3_bridge.preflight import check
@@ -280,6 +280,21 @@ def test_a_strategy_file_that_lacks_parameters(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(training, "get_rank", lambda: 0)
     with pytest.raises(BridgeError, match=r"final_layernorm.*not in the file"):
         training.load_training_network(network, model, strategies / "ckpt_strategy_rank_0.ckpt")
+
+
+def test_what_is_upstreams_to_judge(tmp_path: Path):
+    """Checkpoints of MindFormers' own, in either format, that the bridge would take for damaged."""
+    weights = {t.name: t.make() for t in check(CHECKPOINTS / "untied_fp32").plan(Dialect(TRAINING_DEFAULT)).targets}
+    newer = tmp_path / "checkpoint" / "iteration_00000020"
+    newer.mkdir(parents=True)
+    for rank in range(2):
+        save_file(weights, newer / f"qwen3-model-000000{rank}-0000002.safetensors", {"format": "ms"})
+    save_file({"global_step": np.array([20])}, newer / "hyper_param.safetensors")
+    for directory in (tmp_path / "checkpoint", newer, tmp_path / "nowhere", tmp_path):
+        assert not hooks.is_known(directory)
+    assert hooks.is_known(CHECKPOINTS / "split_shards") and hooks.is_known(CHECKPOINTS / "moe_fused")
+    (file,) = (CHECKPOINTS / "untied_fp32").glob("*.safetensors")
+    assert hooks.is_known(file)
 
 
 class Adapter(nn.Cell):

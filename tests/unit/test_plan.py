@@ -226,6 +226,7 @@ def test_the_state_of_a_training_run_is_left_out(tmp_path):
         "scale_window_up_count": np.zeros(1, np.int32),
         "learning_rate_group_1": np.zeros(1, np.float32),
         "decoder.layers.0.mlp.router.fi_accu": np.zeros(4, np.float32),
+        "decoder.layers.0.self_attention.core_attention.max_logits_val": np.zeros(4, np.float32),
     }
     plan = make_plan(model_rules(SPEC), open_checkpoint(write(tmp_path, train | state)).tensors, TRAIN, INFER)
     assert set(plan.ignored) == set(state)

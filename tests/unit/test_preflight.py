@@ -328,8 +328,17 @@ class TestMindFormersWeights:
     @pytest.mark.parametrize("gate_up", [True, False])
     def test_the_yaml_says_it(self, directory: Path, weights: Path, tmp_path: Path, qkv, gate_up):
         layout = Layout(qkv, gate_up)
-        model = check(directory, yaml_file(tmp_path / "train.yaml", **layout.training_flags), weights)
+        model = check(directory, yaml_file(tmp_path / "train.yaml", "finetune", **layout.training_flags), weights)
         assert model.dialect == Dialect(layout)
+
+    @pytest.mark.parametrize("layout", [Layout(True, False), Layout(False, True), Layout(False, False)], ids=str)
+    def test_contiguous_flags_of_a_predict_yaml_do_not_say_enough(
+        self, directory: Path, weights: Path, tmp_path: Path, layout: Layout
+    ):
+        """In how many blocks the rows lie depends on the training run's ``model_parallel``."""
+        config = yaml_file(tmp_path / "predict.yaml", **layout.training_flags)
+        with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
+            check(directory, config, weights)
 
     def test_a_yaml_without_the_flags_means_the_defaults(self, directory: Path, weights: Path, tmp_path: Path):
         assert check(directory, yaml_file(tmp_path / "train.yaml", "finetune", offset=0), weights).dialect == TRAIN
