@@ -10,7 +10,7 @@ from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.hf_config import normalise, read_json
-from mf_qwen3_bridge.mindformers.device import builds_training_networks, prepare_device
+from mf_qwen3_bridge.mindformers.device import builds_training_networks, forget_earlier_networks, prepare_device
 from mf_qwen3_bridge.mindformers_yaml import ADDITIONS, LAYOUT_FLAGS
 
 # Of a config.json, what upstream's config classes take although it says nothing of the weights.
@@ -31,6 +31,7 @@ def understanding(upstream: Callable[..., None]) -> Callable[..., None]:
     def init(config: Any, *args: Any, **model_config: Any) -> None:
         _SAID[id(config)] = {flag: model_config[flag] for flag in LAYOUT_FLAGS if flag in model_config}
         weakref.finalize(config, _SAID.pop, id(config), None)
+        forget_earlier_networks()
         prepare_device()  # the network is built next
         upstream(config, *args, **understood(model_config))
 

@@ -6,6 +6,8 @@ import os
 
 import mindspore as ms
 from mindformers.core.context.build_context import Context
+from mindformers.parallel_core import transformer_config_utils
+from mindformers.parallel_core.inference.base_models.common.embeddings import rope_utils
 
 from mf_qwen3_bridge.mindformers import cpu_ops
 
@@ -35,3 +37,13 @@ def prepare_device() -> None:
     else:
         set_cpu_environment()
         cpu_ops.install()
+
+
+def forget_earlier_networks() -> None:
+    """Clears what upstream keeps per process although it belongs to one network.
+
+    ``get_rope`` takes two networks whose YaRN factors differ for the same; networks hold on to their own tables.
+    MindFormers 1.8.0 collects config errors, and reports those of an earlier network again.
+    """
+    rope_utils._ROPE_DICT.clear()
+    getattr(transformer_config_utils, "ERROR_LOG", {}).clear()

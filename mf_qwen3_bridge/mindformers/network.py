@@ -15,12 +15,10 @@ from mindformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
 from mindformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3MoeForCausalLM
-from mindformers.parallel_core import transformer_config_utils
-from mindformers.parallel_core.inference.base_models.common.embeddings import rope_utils
 from mindspore.communication import get_rank
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.mindformers.device import prepare_device, set_cpu_environment
+from mf_qwen3_bridge.mindformers.device import forget_earlier_networks, prepare_device, set_cpu_environment
 from mf_qwen3_bridge.mindformers.ranks import rank_of
 from mf_qwen3_bridge.parallel import SINGLE, ParallelConfig
 
@@ -77,7 +75,7 @@ def build_inference_network(
         )
     _enter_predict_mode(target, parallel)
     prepare_device()
-    _forget_earlier_networks()
+    forget_earlier_networks()
     merged = _FLOAT32_DTYPES | _DTYPES[target] | dict(model_config) | overrides
     config_class, network_class = _CLASSES[merged["model_type"]]
     network = network_class(config_class(**copy.deepcopy(merged)))  # upstream writes into rope_scaling
@@ -162,13 +160,3 @@ def _parallel_context(parallel: ParallelConfig) -> dict[str, Any]:
             "pipeline_stage": 1,
         },
     }
-
-
-def _forget_earlier_networks() -> None:
-    """Clears what upstream keeps per process although it belongs to one network.
-
-    ``get_rope`` takes two networks whose YaRN factors differ for the same; networks hold on to their own tables.
-    MindFormers 1.8.0 collects config errors, and reports those of an earlier network again.
-    """
-    rope_utils._ROPE_DICT.clear()
-    getattr(transformer_config_utils, "ERROR_LOG", {}).clear()

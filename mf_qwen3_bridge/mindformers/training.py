@@ -52,7 +52,8 @@ def load_training_network(network: Any, model: Model, strategy: Path | None = No
     }
     if strategy is not None:
         stage, shardings = read_strategy(strategy)
-        divided = {name for name, parameter in parameters.items() if parameter.sliced}
+        # A tied embedding is in two stages: MindSpore sends it from the first to the last, which does not list it.
+        divided = {n for n, p in parameters.items() if p.sliced and not p.param_info.is_pipeline_shared_param}
         stages = ms.get_auto_parallel_context("pipeline_stages")
         _check_listed(strategy, shardings.keys(), weights if stages == 1 else weights & divided)
         plan = plan_of_device(plan, shardings, stage, get_rank())

@@ -191,6 +191,15 @@ def stripped_awq(directory: Path) -> None:
         save_file(tensors, file)
 
 
+def eight_bits(directory: Path) -> None:
+    (file,) = directory.glob("*.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(file)
+    rows, columns = tensors[name].shape
+    scale = {f"{name}_scale_inv": np.ones((1, 1), np.float32)}
+    save_file(tensors | {name: np.ones((rows, columns), np.int8)} | scale, file)
+
+
 def output_bias(directory: Path) -> None:
     (file,) = directory.glob("*.safetensors")
     save_file(load_file(file) | {"model.layers.0.self_attn.o_proj.bias": np.ones(8, np.float32)}, file)
@@ -210,6 +219,7 @@ DAMAGES = {
     "more layers": ("untied_fp32", config_says(num_hidden_layers=9), "num_hidden_layers"),
     "untied in config only": ("tied_bf16", config_says(tie_word_embeddings=False), "lm_head|output_layer"),
     "AWQ": ("untied_fp32", stripped_awq, "qweight"),
+    "8 bits": ("untied_fp32", eight_bits, "quantised|scale_inv"),
     "o_proj.bias": ("untied_fp32", output_bias, "o_proj.bias"),
     "stale file": ("untied_fp32", stale_file_without_index, "consolidated"),
 }
@@ -244,6 +254,15 @@ def test_a_network_of_another_config(tmp_path: Path):
         network_by_yaml(CHECKPOINTS / "mha").load_weights(str(directory))
     with pytest.raises(BridgeError, match="num_experts"):
         network_by_yaml(CHECKPOINTS / "moe_fp32").load_weights(str(directory))
+
+
+def test_each_network_has_its_own_rope():
+    """Upstream keeps tables by dimension and base, not by YaRN's numbers."""
+    scaling = check(CHECKPOINTS / "yarn").hf_config["rope_scaling"]
+    network_by_yaml(CHECKPOINTS / "yarn", rope_scaling={**scaling, "factor": 2 * scaling["factor"]})
+    network = network_by_yaml(CHECKPOINTS / "yarn")
+    network.load_weights(str(CHECKPOINTS / "yarn"))
+    assert logits_error(network, golden("yarn")) < TOLERANCE
 
 
 def test_a_network_that_was_built_before_the_patch(tmp_path: Path):
