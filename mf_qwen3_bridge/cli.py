@@ -15,6 +15,7 @@ import click
 
 from mf_qwen3_bridge import __version__
 from mf_qwen3_bridge.cli_files import DIRECTORY, convert, export, unify
+from mf_qwen3_bridge.cli_look import doctor, inspect, truncate
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.parallel import num_processes
 
@@ -40,9 +41,8 @@ def cli() -> None:
     """Qwen3 weights between Hugging Face and MindFormers: right, or with a clear refusal."""
 
 
-cli.add_command(convert)
-cli.add_command(export)
-cli.add_command(unify)
+for _command in (convert, export, unify, inspect, truncate, doctor):
+    cli.add_command(_command)
 
 
 @cli.command()

@@ -122,7 +122,7 @@ def convert(
         job = jobs.to_ranks(model, target, output_dir, ParallelConfig(size, ep or 1), dtype)
     else:
         job = jobs.to_mindformers(model, target, output_dir, dtype)
-    _make(job, dry_run)
+    make(job, dry_run)
 
 
 @_command()
@@ -181,7 +181,7 @@ def unify(
 
     ranks = _ranks(src_strategy_dirs, mindspore_ckpt_dir, file_suffix, without_prefix=filter_out_param_prefix)
     output = output_dir / (f"{file_suffix}_ckpt_convert" if file_suffix else "ckpt_convert") / "unified_safe"
-    _make(jobs.unify(ranks, output), dry_run)
+    make(jobs.unify(ranks, output), dry_run)
 
 
 def _ranks(src_strategy_dirs: Path, mindspore_ckpt_dir: Path, file_suffix: str | None, **which: Any) -> RankFiles:
@@ -223,7 +223,7 @@ def convert_weight(kind: str, input_path: Path, output_path: Path, is_reversed: 
     config = options["config"]
     model = preflight.check(options["hf_config"] or input_path, config, input_path, _numbers(options))
     target = replace(TRAIN, layout=model.training_layout or TRAIN.layout)
-    _make(jobs.to_mindformers(model, target, output_path, options["dtype"]), options["dry_run"])
+    make(jobs.to_mindformers(model, target, output_path, options["dtype"]), options["dry_run"])
 
 
 def _numbers(options: Mapping[str, Any]) -> dict[str, int]:
@@ -255,10 +255,10 @@ def _export(
         options["write_tied_lm_head"],
         layout_is_shown=check_layout(model, ranks.slices if ranks else None),
     )
-    _make(jobs.from_ranks(job, ranks) if ranks else job, options["dry_run"])
+    make(jobs.from_ranks(job, ranks) if ranks else job, options["dry_run"])
 
 
-def _make(job: Any, dry_run: bool) -> None:
+def make(job: Any, dry_run: bool) -> None:
     """Carries out a job, or says what it would do."""
     from mf_qwen3_bridge.convert import describe, run
     from mf_qwen3_bridge.workers import this_worker

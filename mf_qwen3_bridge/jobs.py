@@ -21,7 +21,7 @@ from mf_qwen3_bridge.plan import Plan, Target
 from mf_qwen3_bridge.preflight import Model
 from mf_qwen3_bridge.rank_files import RankFiles
 from mf_qwen3_bridge.recognise import LAYOUT_STAMP
-from mf_qwen3_bridge.rules import EMBEDDING, HF, INFER, OUTPUT, Dialect
+from mf_qwen3_bridge.rules import EMBEDDING, HF, INFER, OUTPUT, Dialect, model_rules
 from mf_qwen3_bridge.slices import read_from_slices, write_slices
 from mf_qwen3_bridge.tiles import Copy
 
@@ -180,6 +180,38 @@ def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConf
         plan = plan_of(number)
         parts.append(Part.of(plan, [rank_file(plan, number, kind)], partial(plan_of, number)))
     return _job(model, whole, target, output, parts, {}, model.notes)
+
+
+def truncate(model: Model, num_layers: int, output: Path) -> Job:
+    """The first layers of a model, as they are: byte for byte, with a config.json that says so.
+
+    Args:
+        model: the checkpoint, of any dialect.
+        num_layers: how many layers to keep.
+        output: the directory.
+
+    Raises:
+        BridgeError: it has not so many layers.
+    """
+    spec = model.spec
+    if num_layers > spec.num_layers:
+        raise BridgeError(f"{model.checkpoint.path} has {spec.num_layers} layers")
+    fewer = replace(spec, num_layers=num_layers)
+    rules = tuple(model_rules(fewer))
+    kept = {place.tensor for rule in rules for place in rule.places(model.dialect)}
+    kept.add(model.dialect.name(OUTPUT))  # if it is stored although it is tied, so it stays
+    tensors = {name: tensor for name, tensor in model.checkpoint.tensors.items() if name in kept}
+    smaller = replace(model, spec=fewer, rules=rules, checkpoint=replace(model.checkpoint, tensors=tensors))
+    plan = smaller.plan(model.dialect)
+    if plan.duplicates:
+        plan = _with_output_layer(plan)  # stored although it is tied, as it was
+    files, others = hf_files(plan, HF_SHARD_BYTES) if model.dialect.is_hf else mindformers_files(plan)
+    others |= {file.name: file.read_bytes() for file in _companions(model)}
+    config = _config_json(model, None)
+    config |= {"num_hidden_layers": num_layers}
+    config |= {key: config[key][:num_layers] for key in ("layer_types",) if config.get(key)}
+    others["config.json"] = json.dumps(config, indent=2).encode()
+    return _job(smaller, plan, model.dialect, output, [Part.of(plan, files)], others, model.notes)
 
 
 def _refuse(problems: Iterable[Problem]) -> None:

@@ -71,6 +71,11 @@ def patch() -> None:
     _PATCH.install()
 
 
+def is_patched() -> bool:
+    """Whether the bridge is in MindFormers' way in this process."""
+    return bool(_PATCH.upstream)
+
+
 def unpatch() -> None:
     """Takes it out again: MindFormers is as it was, but for stand-ins that a CPU needs."""
     _PATCH.uninstall()

@@ -199,7 +199,9 @@ def test_python(directory: Path):
 
 
 def test_every_command_is_run_by_some_test():
-    """make, mf-qwen3 check: tests/unit/test_readme.py; msrun: tests/distributed; pip made this environment.
+    """make, mf-qwen3 check, inspect, truncate, doctor: tests/unit/test_readme.py; msrun: tests/distributed.
+
+    pip made this environment.
 
     run_mindformer.py: test_docs.py.
     """
@@ -209,6 +211,9 @@ def test_every_command_is_run_by_some_test():
         ("make", "test"),
         ("pip", "install"),
         ("mf-qwen3", "check"),
+        ("mf-qwen3", "inspect"),
+        ("mf-qwen3", "truncate"),
+        ("mf-qwen3", "doctor"),
         ("msrun", "--worker_num=8"),
         ("msrun", "--worker_num=2"),
     }

@@ -9,9 +9,9 @@ import pytest
 
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.released import RELEASED
 from mf_qwen3_bridge.rules import HF
 from tests.tiny import hf_config, write_headers
-from tests.unit.test_real_sizes import RELEASED
 
 EXPERTS_PER_TOKEN = {"num_experts_per_tok": 8}
 

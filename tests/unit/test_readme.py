@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mf_qwen3_bridge.released import RELEASED
 from tests.tiny import hf_config, write_headers
-from tests.unit.test_real_sizes import RELEASED
 
 ROOT = Path(__file__).parents[2]
 NUMBER_FLAGS = {
@@ -74,6 +74,22 @@ def test_what_check_prints_for_another_models_config(tmp_path: Path):
     assert result.returncode == 2
     assert result.stderr in blocks(ENGLISH, "text")
     assert result.stderr in blocks(CHINESE, "text")
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands(ENGLISH) if c[1] in ("inspect", "truncate", "doctor")], ids=" ".join
+)
+def test_commands_that_look(tmp_path: Path, command):
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    result = subprocess.run(
+        [sys.executable, "-m", "mf_qwen3_bridge.cli", *command[1:]],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("command", [c for c in commands(ENGLISH) if c[0] == "make"], ids=" ".join)

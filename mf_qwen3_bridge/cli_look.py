@@ -1,0 +1,61 @@
+"""The commands that look, ``mf-qwen3 inspect`` and ``doctor``; and ``truncate``, which makes a small model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from mf_qwen3_bridge.cli_files import DIRECTORY, make
+from mf_qwen3_bridge.errors import table
+
+
+@click.command()
+@click.argument("path", type=DIRECTORY, metavar="DIR")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--rules", is_flag=True, help="List every tensor, and the MindFormers parameter that it is part of.")
+@click.option("--json", "as_json", is_flag=True, help="All of it as JSON.")
+def inspect(path: Path, tensors: bool, rules: bool, as_json: bool) -> None:
+    """Say what is in a checkpoint, by its headers: model, dialect, layout, dtypes, anything unusual.
+
+    DIR holds Hugging Face or MindFormers weights, or a directory for each rank; it may be a single file.
+    """
+    from mf_qwen3_bridge import inspection
+
+    found = inspection.inspect(path)
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=2))
+        return
+    for line in inspection.lines(found):
+        click.echo(line)
+    if tensors or rules:
+        columns = ("name", "dtype", "shape", "file", "parameter") if rules else ("name", "dtype", "shape", "file")
+        click.echo("\n" + "\t".join(columns))
+        for row in found.tensors:
+            click.echo("\t".join(str(getattr(row, column)) for column in columns))
+
+
+@click.command()
+@click.argument("model_dir", type=DIRECTORY, metavar="DIR")
+@click.option("--layers", type=click.IntRange(1), required=True, metavar="N", help="How many to keep.")
+@click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
+@click.option("--dry_run", is_flag=True, help="Say what would be done; write nothing.")
+def truncate(model_dir: Path, layers: int, output_dir: Path, dry_run: bool) -> None:
+    """Keep the first layers of a model, byte for byte, to try a whole road with a model of 235B in a minute.
+
+    It computes what those layers compute, which is no text.
+    """
+    from mf_qwen3_bridge import jobs, preflight
+
+    make(jobs.truncate(preflight.check(model_dir), layers, output_dir), dry_run)
+
+
+@click.command()
+def doctor() -> None:
+    """Say what this machine has of what MindFormers needs; made to be pasted into a bug report."""
+    from mf_qwen3_bridge.doctor import examine
+
+    findings = list(examine())
+    click.echo(table(["what", "found", "what to do"], [(f.subject, f.found, f.advice) for f in findings]))
