@@ -15,7 +15,7 @@ import click
 
 from mf_qwen3_bridge import __version__
 from mf_qwen3_bridge.cli_files import DIRECTORY, convert, export, unify
-from mf_qwen3_bridge.cli_look import doctor, inspect, truncate
+from mf_qwen3_bridge.cli_look import doctor, inspect, truncate, verify
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.parallel import num_processes
 
@@ -41,7 +41,7 @@ def cli() -> None:
     """Qwen3 weights between Hugging Face and MindFormers: right, or with a clear refusal."""
 
 
-for _command in (convert, export, unify, inspect, truncate, doctor):
+for _command in (convert, export, unify, inspect, verify, truncate, doctor):
     cli.add_command(_command)
 
 

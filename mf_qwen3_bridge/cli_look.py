@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from mf_qwen3_bridge.cli_files import DIRECTORY, make
-from mf_qwen3_bridge.errors import table
+from mf_qwen3_bridge.errors import BridgeError, table
 
 
 @click.command()
@@ -35,6 +35,24 @@ def inspect(path: Path, tensors: bool, rules: bool, as_json: bool) -> None:
         click.echo("\n" + "\t".join(columns))
         for row in found.tensors:
             click.echo("\t".join(str(getattr(row, column)) for column in columns))
+
+
+@click.command()
+@click.argument("first", type=DIRECTORY, metavar="A")
+@click.argument("second", type=DIRECTORY, metavar="B")
+@click.option("--config", type=DIRECTORY, metavar="YAML", help="Of the training run of MindFormers weights.")
+def verify(first: Path, second: Path, config: Path | None) -> None:
+    """Do two checkpoints, in any two dialects, hold the same weights, bit for bit?
+
+    Exit code 0: they do. 2: they don't; a table says where, and what may have happened.
+    """
+    from mf_qwen3_bridge.comparison import compare, open_side
+    from mf_qwen3_bridge.progress import size_text
+
+    report = compare(open_side(first, config), open_side(second, config))
+    if not report.is_equal:
+        raise BridgeError(f"{first} and {second} do not hold the same weights", report.problems())
+    click.echo(f"equal       {report.num_tensors} tensors, {size_text(report.nbytes)}, bit for bit")
 
 
 @click.command()

@@ -35,7 +35,7 @@ OFFLINE = [
     command
     for command in commands(ENGLISH)
     if command[0] in MODULES
-    and command[1] in ("convert", "export", "scripts/convert_weight.py", "scripts/unified_safetensors.py")
+    and command[1] in ("convert", "export", "verify", "scripts/convert_weight.py", "scripts/unified_safetensors.py")
 ]
 SMALL = {
     "Qwen3-14B": ROOT / "demo" / "qwen3-demo",
@@ -221,6 +221,7 @@ def test_every_command_is_run_by_some_test():
     assert {c[1] for c in OFFLINE} == {
         "convert",
         "export",
+        "verify",
         "scripts/convert_weight.py",
         "scripts/unified_safetensors.py",
     }

@@ -1,0 +1,314 @@
+"""Do two checkpoints, in any two dialects, hold the same weights? Every byte of both is read once."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from mf_qwen3_bridge.checkpoint import DTYPES, Checkpoint, Reader, TensorInfo, open_checkpoint
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.mindformers_yaml import read_mindformers_yaml
+from mf_qwen3_bridge.plan import Plan, make_plan
+from mf_qwen3_bridge.progress import progress_bar
+from mf_qwen3_bridge.recognise import dialect_of, holds_experts, numbers_of, saved_by_ranks
+from mf_qwen3_bridge.rules import HF, OUTPUT, Dialect, Rule, model_rules
+from mf_qwen3_bridge.slices import Box, write_slices
+from mf_qwen3_bridge.spec import ModelSpec
+from mf_qwen3_bridge.tiles import Tile, tiles, writes
+from mf_qwen3_bridge.transfer import Transfer, carve, copy_elements, read_nbytes, room
+
+# Rows of a tensor by which it is recognised: enough to tell tensors apart, few enough to look at many.
+_SAMPLE_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two checkpoints.
+
+    Attributes:
+        checkpoint: its tensors.
+        dialect: how they are named and laid out.
+        spec: what their shapes say of the model.
+    """
+
+    checkpoint: Checkpoint
+    dialect: Dialect
+    spec: ModelSpec
+
+    def plan(self, target: Dialect, rules: Iterable[Rule]) -> Plan:
+        """The plan that makes it ``target``."""
+        return make_plan(rules, self.checkpoint.tensors, self.dialect, target)
+
+
+def open_side(path: Path, config: Path | None = None) -> Side:
+    """A directory or file of weights, whole; no config.json is needed.
+
+    Args:
+        path: where.
+        config: the YAML of the training run, which says how MindFormers weights without a stamp lie; else they are
+            taken to lie as MindFormers trains by default.
+
+    Raises:
+        BridgeError: files are missing or damaged, or their tensors make no whole Qwen3.
+    """
+    checkpoint = open_checkpoint(path)
+    layout, origin = None, "YAML"
+    if config is not None:
+        yaml = read_mindformers_yaml(config)
+        origin = yaml.origin
+        layout = yaml.layout_of_weights(holds_experts(checkpoint), saved_by_ranks(checkpoint))
+    dialect = dialect_of(checkpoint, layout, origin, default=TRAINING_DEFAULT)
+    numbers = {name: number for name, (number, _) in numbers_of(checkpoint.tensors, dialect).items()}
+    try:
+        spec = ModelSpec.from_model_config(
+            numbers | {"tie_word_embeddings": dialect.name(OUTPUT) not in checkpoint.tensors}
+        )
+    except KeyError as missing:
+        raise BridgeError(f"{path} is not a whole model: its tensors don't show {missing.args[0]}") from None
+    return Side(checkpoint, dialect, spec)
+
+
+@dataclass
+class Count:
+    """What was seen of one tensor: elements compared, and how many of them differ."""
+
+    elements: int = 0
+    different: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a comparison found.
+
+    Attributes:
+        num_tensors: tensors that were compared.
+        nbytes: bytes of the first side.
+        dtypes: pairs of dtypes that differ, and the tensors.
+        counts: for each tensor that differs what was seen.
+        guesses: for some of them what may have happened.
+    """
+
+    num_tensors: int
+    nbytes: int
+    dtypes: Mapping[tuple[str, str], list[str]]
+    counts: Mapping[str, Count]
+    guesses: Mapping[str, str]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every bit is the same."""
+        return not self.counts and not self.dtypes
+
+    def problems(self) -> Iterator[Problem]:
+        """What differs, folded."""
+        for (left, right), names in self.dtypes.items():
+            for name in fold_names(names):
+                yield Problem(name, f"{left}, and {right}", "dtypes differ; values are compared as the second's")
+        alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for name, count in self.counts.items():
+            alike[_share(count), self.guesses.get(name, "")].append(name)
+        for (share, guess), names in alike.items():
+            for name in fold_names(names):
+                yield Problem(name, f"values differ in {share} of elements", guess)
+
+
+def _share(count: Count) -> str:
+    percent = 100 * count.different / count.elements
+    return f"{percent:.0f} %" if percent >= 1 else "less than 1 %"
+
+
+def compare(left: Side, right: Side) -> Report:
+    """Compares all weights, bit for bit; a tensor of another dtype is cast to the second's.
+
+    Raises:
+        BridgeError: they are not of one model: a table says what differs.
+    """
+    tied = left.spec.tie_word_embeddings or right.spec.tie_word_embeddings
+    specs = [replace(side.spec, tie_word_embeddings=tied) for side in (left, right)]
+    if specs[0] != specs[1]:
+        paths = [side.checkpoint.path for side in (left, right)]
+        problems = [
+            Problem(name, "\n".join(f"{path}: {getattr(spec, name)}" for path, spec in zip(paths, specs)), "")
+            for name in specs[0].numbers
+            if getattr(specs[0], name) != getattr(specs[1], name)
+        ]
+        raise BridgeError("these are not of one model", problems)
+    rules = tuple(model_rules(specs[0]))
+    plan = left.plan(right.dialect, rules)
+    theirs = right.checkpoint.tensors
+    right.plan(right.dialect, rules)  # whole, every shape right
+    for side in (left, right):
+        side.plan(side.dialect, rules).check_duplicates()
+    counts = _compare(plan, theirs, by_source=left.dialect.is_hf)
+    dtypes: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for target in plan.targets:
+        if target.dtype != theirs[target.name].dtype:
+            dtypes[target.dtype, theirs[target.name].dtype].append(target.name)
+    different = {name: count for name, count in counts.items() if count.different}
+    guesses = dict(_guesses(left, right, rules, different)) if different else {}
+    return Report(len(counts), plan.source_nbytes, dict(dtypes), different, guesses)
+
+
+def _compare(plan: Plan, theirs: Mapping[str, TensorInfo], by_source: bool) -> dict[str, Count]:
+    """Carries the plan out in memory, tile by tile, and holds what it makes against what is there."""
+    counts: dict[str, Count] = defaultdict(Count)
+    copies = (copy for target in plan.targets for copy in target.copies)
+    with progress_bar("comparing", plan.source_nbytes) as advance, Transfer(advance) as transfer, Reader() as reader:
+
+        def look(tile: Tile) -> tuple[Tile, list[tuple[str, int, int]]]:
+            return tile, list(_differences(tile, theirs, by_source, transfer, reader))
+
+        for tile, seen in transfer.map(look, tiles(copies, to_files=True)):
+            for name, elements, different in seen:
+                counts[name].elements += elements
+                counts[name].different += different
+            transfer.advance(tile)
+    return counts
+
+
+def _differences(
+    tile: Tile, theirs: Mapping[str, TensorInfo], by_source: bool, transfer: Transfer, reader: Reader
+) -> Iterator[tuple[str, int, int]]:
+    """For each copy of a tile: the tensor's name, elements, and how many differ."""
+    stretches = [(copies, stretch, theirs[copies[0].target]) for copies, stretch in writes(tile)]
+    nbytes = sum(2 * room(stretch.size, DTYPES[target.dtype]) for _, stretch, target in stretches)
+    nbytes_read = read_nbytes(tile)
+    with transfer.buffers.lend(nbytes_read + nbytes) as memory:
+        gathered = dict(zip(tile, transfer.gather(tile, memory)))
+        free = memory[nbytes_read:]
+        for copies, stretch, target in stretches:
+            made, free = carve(free, stretch.size, DTYPES[target.dtype])
+            there, free = carve(free, stretch.size, DTYPES[target.dtype])
+            for number, start in enumerate(stretch.starts.tolist()):
+                piece = there[number * stretch.length : (number + 1) * stretch.length]
+                reader.read(target, start * there.itemsize, memoryview(piece.view(np.uint8)))  # type: ignore[arg-type]
+            for copy, view in zip(copies, stretch.views):
+                copy_elements(gathered[copy], view.of(made))
+            raw = np.dtype(f"u{made.itemsize}")
+            unequal = None if np.array_equal(made.view(raw), there.view(raw)) else made.view(raw) != there.view(raw)
+            for copy, view in zip(copies, stretch.views):
+                name = copy.source.name if by_source else copy.target
+                yield name, view.size, 0 if unequal is None else int(view.of(unequal).sum())
+
+
+# --------------------------------------------------------------------------------------------------- what has happened
+
+
+@dataclass
+class _Samples:
+    """The first rows of a side's tensors, under Hugging Face's names, read when they are asked for."""
+
+    side: Side
+    rules: tuple[Rule, ...]
+    plan: Plan = field(init=False)
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.plan = self.side.plan(HF, self.rules)
+
+    def of(self, name: str, columns: bool = False) -> np.ndarray:
+        """The first rows of a tensor, or its first columns, as rows; float32. None if there is no such tensor."""
+        key = f"{name} columns" if columns else name
+        if key not in self.rows:
+            targets = [target for target in self.plan.targets if target.name == name]
+            if not targets:
+                return np.empty((0,), np.float32)
+            shape = targets[0].shape
+            few = min(_SAMPLE_ROWS, shape[-1] if columns else shape[0])
+            box = Box((0, shape[0]), (0, few)) if columns else Box((0, few))
+            (target,) = write_slices(replace(self.plan, targets=tuple(targets)), {name: box}).targets
+            array = np.empty(target.shape, DTYPES[target.dtype])
+            with Transfer() as transfer:
+                transfer.fill(array, target.copies)
+            self.rows[key] = (array.T if columns else array).astype(np.float32)
+        return self.rows[key]
+
+
+# Tensors of one shape that are easily mistaken for each other, within a layer.
+_TWINS = {
+    "k_proj": "v_proj",
+    "v_proj": "k_proj",
+    "gate_proj": "up_proj",
+    "up_proj": "gate_proj",
+    "q_norm": "k_norm",
+    "k_norm": "q_norm",
+    "input_layernorm": "post_attention_layernorm",
+    "post_attention_layernorm": "input_layernorm",
+}
+
+
+def _guesses(
+    left: Side, right: Side, rules: tuple[Rule, ...], different: Mapping[str, Count]
+) -> Iterator[tuple[str, str]]:
+    """For tensors that differ, what may have happened, judged by their first rows."""
+    mine, theirs = _Samples(left, rules), _Samples(right, rules)
+    layouts = {id(side): _other_layouts(side, rules) for side in (left, right)}
+    for name in different:
+        parts = _parts(name, rules)
+        for part in parts:
+            guess = next(_guess(part, mine, theirs, layouts[id(left)], layouts[id(right)]), None)
+            if guess:
+                yield name, guess
+                break
+
+
+def _parts(name: str, rules: tuple[Rule, ...]) -> list[str]:
+    """The Hugging Face tensors that a tensor of either dialect is or holds."""
+    for rule in rules:
+        if name == rule.parameter:
+            return list(rule.tensors)
+    return [name]
+
+
+def _guess(
+    name: str, mine: _Samples, theirs: _Samples, my_layouts: list[_Samples], their_layouts: list[_Samples]
+) -> Iterator[str]:
+    here, there = mine.of(name), theirs.of(name)
+    if not (here.size and there.size):
+        return
+    for word, array in (("first", here), ("second", there)):
+        if not array.any():
+            yield f"zero in the {word}"
+        if not np.isfinite(array).all():
+            yield f"NaN or infinity in the {word}"
+    if np.array_equal(here, there):
+        return  # the first rows are alike: something is wrong further on
+    for word, candidates, other in (("first", my_layouts, there), ("second", their_layouts, here)):
+        for candidate in candidates:
+            if np.array_equal(candidate.of(name), other):
+                yield f"the {word} is laid out {candidate.side.dialect.layout}"
+    kind = re.search(r"\.(\w+)\.weight$", name)
+    twin = _TWINS.get(kind[1]) if kind else None
+    if twin and kind:
+        for word, samples, other in (("first", mine, there), ("second", theirs, here)):
+            if np.array_equal(samples.of(f"{name[: kind.start()]}.{twin}.weight"), other):
+                yield f"the {word}'s {twin} is the other's {kind[1]}: swapped?"
+    if expert := re.search(r"\.experts\.(\d+)\.", name):
+        for number in range(mine.side.spec.num_experts):
+            sibling = f"{name[: expert.start(1)]}{number}{name[expert.end(1) :]}"
+            if sibling != name and np.array_equal(mine.of(sibling), there):
+                yield f"expert {expert[1]} of the second is expert {number} of the first"
+    if here.ndim == 2 and np.array_equal(mine.of(name, columns=True), there):
+        yield "transposed"
+    if here.shape[-1:] == there.shape[-1:] and here.ndim == 2:
+        for shift in range(1, len(here)):
+            if np.array_equal(here[shift:], there[:-shift]) or np.array_equal(there[shift:], here[:-shift]):
+                yield f"rows are off by {shift}"
+
+
+def _other_layouts(side: Side, rules: tuple[Rule, ...]) -> list[_Samples]:
+    """The side read as if its QKV and gate/up lay otherwise."""
+    layout = side.dialect.layout
+    if layout is None:
+        return []
+    others = {Layout(qkv, gate_up) for qkv in (True, False) for gate_up in (True, False)} - {layout}
+    return [
+        _Samples(replace(side, dialect=replace(side.dialect, layout=other)), rules)
+        for other in sorted(others, key=str, reverse=True)
+    ]

@@ -1,0 +1,168 @@
+"""``mf-qwen3 verify A B``: what is equal is found equal in any two dialects, and each mutation is found and named."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mf_qwen3_bridge.checkpoint import Reader
+from mf_qwen3_bridge.cli import cli
+from mf_qwen3_bridge.comparison import compare, open_side
+from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.jobs import to_mindformers
+from mf_qwen3_bridge.layouts import Layout
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.rules import INFER, TRAIN, Dialect
+from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
+
+TIED = replace(SPEC, tie_word_embeddings=True)
+SQUARE = replace(MOE_SPEC, moe_ffn_hidden_size=MOE_SPEC.hidden_size)
+DIALECTS = [TRAIN, INFER, Dialect(Layout(True, False)), Dialect(Layout(False, True))]
+
+
+def dialects_of(directory: Path, spec, tensors=None) -> dict[str, Path]:
+    """One model in all dialects."""
+    hf = write(directory / "hf", tensors or random_tensors(spec), hf_config(spec))
+    paths = {"hf": hf}
+    for dialect in DIALECTS:
+        paths[str(dialect)] = directory / str(dialect).replace(" ", "_").replace("/", "_")
+        run(to_mindformers(check(hf), dialect, paths[str(dialect)]))
+    return paths
+
+
+@pytest.mark.parametrize("spec", [SPEC, TIED, MOE_SPEC], ids=["dense", "tied", "moe"])
+def test_the_same_weights_in_any_two_dialects(tmp_path: Path, spec):
+    paths = dialects_of(tmp_path, spec)
+    for left, right in itertools.product(paths.values(), repeat=2):
+        report = compare(open_side(left), open_side(right))
+        assert report.is_equal, (left, right, list(report.problems()))
+        assert report.nbytes == sum(tensor.nbytes for tensor in open_side(left).checkpoint.tensors.values())
+
+
+def test_each_byte_is_read_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    paths = dialects_of(tmp_path, MOE_SPEC)
+    read = []
+    original = Reader.read
+    monkeypatch.setattr(
+        Reader, "read", lambda self, t, start, out: (read.append(len(out)), original(self, t, start, out))
+    )
+    left, right = open_side(paths["hf"]), open_side(paths[str(TRAIN)])
+    compare(left, right)
+    assert sum(read) == left.checkpoint.nbytes + right.checkpoint.nbytes
+
+
+Q, K, V = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv")
+GATE, UP = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up"))
+EXPERT = "model.layers.1.mlp.experts.{}.{}_proj.weight"
+
+
+def swapped(one: str, other: str) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[one], tensors[other] = tensors[other], tensors[one]
+
+    return change
+
+
+def zeroed(tensors: dict[str, np.ndarray]) -> None:
+    tensors[Q] = np.zeros_like(tensors[Q])
+
+
+def a_row_off(tensors: dict[str, np.ndarray]) -> None:
+    tensors[Q] = np.roll(tensors[Q], 1, axis=0)
+
+
+def one_bit(tensors: dict[str, np.ndarray]) -> None:
+    tensors[V] = tensors[V].copy()
+    tensors[V].reshape(-1).view(np.uint8)[-1] ^= 1
+
+
+def transposed(tensors: dict[str, np.ndarray]) -> None:
+    name = EXPERT.format(2, "down")
+    tensors[name] = np.ascontiguousarray(tensors[name].T)
+
+
+MUTATIONS = {
+    "k and v swapped": (SPEC, swapped(K, V), {K, V}, "swapped"),
+    "gate and up swapped": (SPEC, swapped(GATE, UP), {GATE, UP}, "swapped"),
+    "a tensor zeroed": (SPEC, zeroed, {Q}, "zero in the second"),
+    "a row off": (SPEC, a_row_off, {Q}, "rows are off by 1"),
+    "one bit": (SPEC, one_bit, {V}, ""),
+    "experts' gate and up swapped": (
+        MOE_SPEC,
+        swapped(EXPERT.format(1, "gate"), EXPERT.format(1, "up")),
+        {EXPERT.format(1, "gate"), EXPERT.format(1, "up")},
+        "swapped",
+    ),
+    "experts swapped": (
+        MOE_SPEC,
+        swapped(EXPERT.format(0, "gate"), EXPERT.format(3, "gate")),
+        {EXPERT.format(0, "gate"), EXPERT.format(3, "gate")},
+        "expert",
+    ),
+    "a square expert transposed": (SQUARE, transposed, {EXPERT.format(2, "down")}, "transposed"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutations_are_found_and_named(tmp_path: Path, mutation: str):
+    spec, change, names, guess = MUTATIONS[mutation]
+    tensors = random_tensors(spec)
+    paths = dialects_of(tmp_path / "right", spec, tensors)
+    wrong = dict(tensors)
+    change(wrong)
+    mutant = write(tmp_path / "wrong", wrong, hf_config(spec))
+    for path in paths.values():
+        report = compare(open_side(path), open_side(mutant))
+        assert set(report.counts) == names
+        assert all(guess in report.guesses.get(name, "") for name in names), report.guesses
+
+
+@pytest.mark.parametrize("wrong", [Layout(False, True), Layout(True, False), Layout(False, False)], ids=str)
+def test_a_wrong_layout_is_recognised(tmp_path: Path, wrong: Layout):
+    """Files that bear the wrong stamp: as if somebody had undone, or not undone, the interleaving."""
+    hf = write(tmp_path / "hf", random_tensors(), hf_config())
+    lying = {t.name: t.make() for t in check(hf).plan(Dialect(wrong)).targets}
+    report = compare(open_side(hf), open_side(write(tmp_path / "lying", lying)))  # taken to be interleaved
+    assert report.counts
+    kinds = {name.rsplit(".", 2)[1] for name in report.counts}
+    expected = set() if wrong.interleaved_qkv else {"q_proj", "k_proj", "v_proj"}
+    expected |= set() if wrong.interleaved_gate_up else {"gate_proj", "up_proj"}
+    assert kinds <= expected
+    assert any(str(wrong) in guess or "is laid out" in guess for guess in report.guesses.values())
+
+
+def test_another_number_of_groups(tmp_path: Path):
+    """The product of heads and their size is the same."""
+    hf = write(tmp_path / "hf", random_tensors(), hf_config())
+    other = replace(SPEC, num_query_groups=2 * SPEC.num_query_groups)
+    with pytest.raises(BridgeError, match="num_query_groups"):
+        compare(open_side(hf), open_side(write(tmp_path / "other", random_tensors(other), hf_config(other))))
+
+
+def test_dtypes(tmp_path: Path):
+    tensors = random_tensors(dtype="BF16")
+    wide = {name: value.astype(np.float32) for name, value in tensors.items()}
+    left, right = write(tmp_path / "left", tensors), write(tmp_path / "right", wide)
+    report = compare(open_side(left), open_side(right))
+    assert (list(report.dtypes), dict(report.counts)) == ([("BF16", "F32")], {})
+    assert not report.is_equal
+
+
+def test_the_command(tmp_path: Path):
+    paths = dialects_of(tmp_path / "right", SPEC)
+    result = CliRunner().invoke(cli, ["verify", str(paths["hf"]), str(paths[str(INFER)])])
+    assert result.exit_code == 0
+    assert "bit for bit" in result.output
+    tensors = random_tensors()
+    swapped(K, V)(tensors)
+    mutant = write(tmp_path / "wrong", tensors, hf_config())
+    result = CliRunner().invoke(cli, ["verify", str(paths["hf"]), str(mutant)])
+    assert isinstance(result.exception, BridgeError)
+    assert "self_attn.k_proj" in str(result.exception) and "swapped" in str(result.exception)
