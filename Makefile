@@ -13,7 +13,7 @@ help:
 
 $(INSTALLED): pyproject.toml
 	@echo "setting up $(VENV) with MindFormers $(MINDFORMERS): about 3 GB, a few minutes"
-	$(PYTHON) -m venv $(VENV)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" "mindformers==$(MINDFORMERS)"
 	@rm -f $(VENV)/.installed-*
 	@touch $@
