@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.mindformers_yaml import read_mindformers_yaml
 from mf_qwen3_bridge.plan import Plan, make_plan
 from mf_qwen3_bridge.progress import progress_bar
-from mf_qwen3_bridge.recognise import dialect_of, holds_experts, numbers_of, saved_by_ranks
-from mf_qwen3_bridge.rules import HF, OUTPUT, Dialect, Rule, model_rules
+from mf_qwen3_bridge.recognise import dialect_of, holds_experts, saved_by_ranks, spec_of
+from mf_qwen3_bridge.rules import HF, Dialect, Rule, model_rules
 from mf_qwen3_bridge.slices import Box, write_slices
 from mf_qwen3_bridge.spec import ModelSpec
 from mf_qwen3_bridge.tiles import Tile, tiles, writes
@@ -64,11 +65,8 @@ def open_side(path: Path, config: Path | None = None) -> Side:
         origin = yaml.origin
         layout = yaml.layout_of_weights(holds_experts(checkpoint), saved_by_ranks(checkpoint))
     dialect = dialect_of(checkpoint, layout, origin, default=TRAINING_DEFAULT)
-    numbers = {name: number for name, (number, _) in numbers_of(checkpoint.tensors, dialect).items()}
     try:
-        spec = ModelSpec.from_model_config(
-            numbers | {"tie_word_embeddings": dialect.name(OUTPUT) not in checkpoint.tensors}
-        )
+        spec = spec_of(checkpoint.tensors, dialect)
     except KeyError as missing:
         raise BridgeError(f"{path} is not a whole model: its tensors don't show {missing.args[0]}") from None
     return Side(checkpoint, dialect, spec)
@@ -142,9 +140,8 @@ def compare(left: Side, right: Side) -> Report:
     rules = tuple(model_rules(specs[0]))
     plan = left.plan(right.dialect, rules)
     theirs = right.checkpoint.tensors
-    right.plan(right.dialect, rules)  # whole, every shape right
     for side in (left, right):
-        side.plan(side.dialect, rules).check_duplicates()
+        side.plan(side.dialect, rules).check_duplicates()  # planning it shows that it is whole
     counts = _compare(plan, theirs, by_source=left.dialect.is_hf)
     dtypes: dict[tuple[str, str], list[str]] = defaultdict(list)
     for target in plan.targets:
@@ -206,26 +203,25 @@ class _Samples:
 
     side: Side
     rules: tuple[Rule, ...]
-    plan: Plan = field(init=False)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.plan = self.side.plan(HF, self.rules)
+    @cached_property
+    def plans(self) -> dict[str, Plan]:
+        """For each tensor the plan that makes it alone."""
+        plan = self.side.plan(HF, self.rules)
+        return {target.name: replace(plan, targets=(target,)) for target in plan.targets}
 
     def of(self, name: str, columns: bool = False) -> np.ndarray:
         """The first rows of a tensor, or its first columns, as rows; float32. None if there is no such tensor."""
         key = f"{name} columns" if columns else name
         if key not in self.rows:
-            targets = [target for target in self.plan.targets if target.name == name]
-            if not targets:
+            if name not in self.plans:
                 return np.empty((0,), np.float32)
-            shape = targets[0].shape
+            (shape,) = (target.shape for target in self.plans[name].targets)
             few = min(_SAMPLE_ROWS, shape[-1] if columns else shape[0])
             box = Box((0, shape[0]), (0, few)) if columns else Box((0, few))
-            (target,) = write_slices(replace(self.plan, targets=tuple(targets)), {name: box}).targets
-            array = np.empty(target.shape, DTYPES[target.dtype])
-            with Transfer() as transfer:
-                transfer.fill(array, target.copies)
+            (target,) = write_slices(self.plans[name], {name: box}).targets
+            array = target.make()
             self.rows[key] = (array.T if columns else array).astype(np.float32)
         return self.rows[key]
 
@@ -249,21 +245,13 @@ def _guesses(
     """For tensors that differ, what may have happened, judged by their first rows."""
     mine, theirs = _Samples(left, rules), _Samples(right, rules)
     layouts = {id(side): _other_layouts(side, rules) for side in (left, right)}
+    parts_of = {rule.parameter: rule.tensors for rule in rules}
     for name in different:
-        parts = _parts(name, rules)
-        for part in parts:
+        for part in parts_of.get(name, (name,)):
             guess = next(_guess(part, mine, theirs, layouts[id(left)], layouts[id(right)]), None)
             if guess:
                 yield name, guess
                 break
-
-
-def _parts(name: str, rules: tuple[Rule, ...]) -> list[str]:
-    """The Hugging Face tensors that a tensor of either dialect is or holds."""
-    for rule in rules:
-        if name == rule.parameter:
-            return list(rule.tensors)
-    return [name]
 
 
 def _guess(

@@ -15,7 +15,7 @@ from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.hf_config import normalise, read_json
 from mf_qwen3_bridge.layouts import TRAINING_DEFAULT
 from mf_qwen3_bridge.plan import make_plan
-from mf_qwen3_bridge.recognise import LAYOUT_STAMP, dialect_of, numbers_of
+from mf_qwen3_bridge.recognise import LAYOUT_STAMP, dialect_of, holds_experts, numbers_of, spec_of
 from mf_qwen3_bridge.released import RELEASED
 from mf_qwen3_bridge.rules import OUTPUT, Dialect, is_training_state, model_rules
 from mf_qwen3_bridge.spec import ModelSpec
@@ -90,13 +90,12 @@ def inspect(path: Path) -> Inspection:
     found = numbers_of(checkpoint.tensors, dialect)
     numbers: dict[str, Any] = {} if ranks else {field: number for field, (number, _) in found.items()}
     tied = None if ranks else dialect.name(OUTPUT) not in checkpoint.tensors
-    has_experts = any(".experts." in name for name in checkpoint.tensors)
-    model = "Qwen3-MoE" if has_experts else "Qwen3"
+    model = "Qwen3-MoE" if holds_experts(checkpoint) else "Qwen3"
     claims: dict[str, str] = {}
     unusual: list[str] = []
     if not ranks:
         try:
-            spec = ModelSpec.from_model_config(numbers | {"tie_word_embeddings": tied})
+            spec = spec_of(checkpoint.tensors, dialect)
         except KeyError as missing:
             unusual.append(f"the shapes do not show {missing.args[0]}: a tensor of the first layer is missing, or odd")
         else:
@@ -105,7 +104,7 @@ def inspect(path: Path) -> Inspection:
             claims = {place.tensor: rule.parameter for rule in model_rules(spec) for place in rule.places(dialect)}
             unusual += _problems(checkpoint, spec, dialect)
         unusual += _config_notes(path, numbers)
-    state = [name for name in checkpoint.tensors if name not in claims and is_training_state(name, claims)]
+    state = {name for name in checkpoint.tensors if name not in claims and is_training_state(name, claims)}
     base = path if path.is_dir() else path.parent
     rows = (
         TensorRow(name, t.dtype, t.shape, str(t.file.relative_to(base)), claims.get(name))
@@ -119,7 +118,7 @@ def inspect(path: Path) -> Inspection:
         model=model,
         numbers=numbers,
         tied=tied,
-        parameters=sum(prod(t.shape) for t in checkpoint.tensors.values() if t.name not in set(state)),
+        parameters=sum(prod(t.shape) for t in checkpoint.tensors.values() if t.name not in state),
         nbytes=checkpoint.nbytes,
         dtypes=dict(sorted(Counter(t.dtype for t in checkpoint.tensors.values()).items())),
         files=len({t.file for t in checkpoint.tensors.values()}),

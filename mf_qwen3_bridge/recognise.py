@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from mf_qwen3_bridge.checkpoint import Checkpoint, TensorInfo
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.rules import EMBEDDING, Dialect, hf_dialect
+from mf_qwen3_bridge.rules import EMBEDDING, OUTPUT, Dialect, hf_dialect
+from mf_qwen3_bridge.spec import ModelSpec
 
 # Under this key, the metadata of every MindFormers file that the bridge writes names the layout.
 LAYOUT_STAMP = "mf_qwen3_bridge.layout"
@@ -78,6 +79,22 @@ def saved_by_ranks(checkpoint: Checkpoint) -> int | None:
     """How many tensor parallel ranks saved what the bridge merged, if the files say it."""
     stamp = checkpoint.metadata.get(RANKS_STAMP, "")
     return int(stamp) if stamp.isdigit() else None
+
+
+def spec_of(tensors: Mapping[str, TensorInfo], dialect: Dialect, tied: bool | None = None) -> ModelSpec:
+    """The model that the tensors' shapes show; tied to the embedding is an output layer that is not there.
+
+    Args:
+        tensors: all of them.
+        dialect: how they are named and laid out.
+        tied: whether the output layer is the embedding, if that is known apart from them.
+
+    Raises:
+        KeyError: the shapes don't show all numbers; names those that are missing.
+    """
+    tied = dialect.name(OUTPUT) not in tensors if tied is None else tied
+    numbers = {field: number for field, (number, _) in numbers_of(tensors, dialect).items()}
+    return ModelSpec.from_model_config(numbers | {"tie_word_embeddings": tied})
 
 
 # What the shapes say: (field, tensor of a layer, axis). Rows of heads are divided by head_dim below.

@@ -14,9 +14,8 @@ from mf_qwen3_bridge.layouts import TRAINING_DEFAULT
 from mf_qwen3_bridge.mindformers_yaml import MindFormersYaml, read_mindformers_yaml
 from mf_qwen3_bridge.parallel import SINGLE
 from mf_qwen3_bridge.preflight import Model, check, notes_on
-from mf_qwen3_bridge.recognise import dialect_of, holds_experts, numbers_of, saved_by_ranks
-from mf_qwen3_bridge.rules import OUTPUT, model_rules
-from mf_qwen3_bridge.spec import ModelSpec
+from mf_qwen3_bridge.recognise import dialect_of, holds_experts, numbers_of, saved_by_ranks, spec_of
+from mf_qwen3_bridge.rules import model_rules
 
 
 def check_trained(
@@ -56,13 +55,9 @@ def check_trained(
     dialect = dialect_of(checkpoint, layout, yaml.origin, TRAINING_DEFAULT)
     said = {yaml.origin: yaml.model_config, numbers_origin: dict(numbers or {})}
     in_tensors = numbers_of(checkpoint.tensors, dialect)
-    tied = {value for _, _, value in said_by(said, ("tie_word_embeddings",))} or {
-        dialect.name(OUTPUT) not in checkpoint.tensors
-    }
+    tied = {value for _, _, value in said_by(said, ("tie_word_embeddings",))}
     try:
-        spec = ModelSpec.from_model_config(
-            {field: number for field, (number, _) in in_tensors.items()} | {"tie_word_embeddings": tied == {True}}
-        )
+        spec = spec_of(checkpoint.tensors, dialect, tied == {True} if tied else None)
     except KeyError as error:
         raise BridgeError(
             f"{weights} is not a whole model: its tensors don't show {error.args[0]}. Is a tensor of the first layer "

@@ -32,7 +32,7 @@ from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.mindformers import compat, hooks, training
 from mf_qwen3_bridge.mindformers.network import _enter_predict_mode
 from mf_qwen3_bridge.parallel import SINGLE
-from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.preflight import Model, check
 from mf_qwen3_bridge.rules import Dialect
 from tests.integration.conftest import CHECKPOINTS, NAMES
 from tests.integration.rank_runs import make_ranks
@@ -270,16 +270,22 @@ def test_a_stamped_checkpoint_in_the_newer_format(tmp_path: Path):
         base_trainer.load_checkpoint(str(directory), network, nn.Adam(network.trainable_params()))
 
 
-def test_a_strategy_file_that_lacks_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Such as one that an earlier run with pipeline stages left."""
-    spec, *_ = RUNS["pp2"]
-    model = check(write(tmp_path / "hf", random_tensors(spec), hf_config(spec)))
+def whole_network_and_strategy(directory: Path, name: str) -> tuple[Any, Model, Path]:
+    """A network that nobody divided, its checkpoint, and the strategy file that the first rank of a run left."""
+    spec, devices, how, _ = RUNS[name]
+    model = check(write(directory / "hf", random_tensors(spec), hf_config(spec)))
     network = training_network(model.checkpoint.path, TRAINING_DEFAULT)
     whole = {t.name: t.make() for t in model.plan(Dialect(TRAINING_DEFAULT)).targets}
-    strategies, _ = make_ranks(tmp_path, whole, cut(whole, stages=2), 1)
+    strategies, _ = make_ranks(directory, whole, cut(whole, **how), devices)
+    return network, model, strategies / "ckpt_strategy_rank_0.ckpt"
+
+
+def test_a_strategy_file_that_lacks_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Such as one that an earlier run with pipeline stages left."""
+    network, model, strategy = whole_network_and_strategy(tmp_path, "pp2")
     monkeypatch.setattr(training, "get_rank", lambda: 0)
     with pytest.raises(BridgeError, match=r"final_layernorm.*not in the file"):
-        training.load_training_network(network, model, strategies / "ckpt_strategy_rank_0.ckpt")
+        training.load_training_network(network, model, strategy)
 
 
 def test_what_is_upstreams_to_judge(tmp_path: Path):
@@ -315,12 +321,7 @@ def test_an_adapter_stays_as_it_was_initialised():
 
 
 def test_a_strategy_file_of_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    spec, *_ = RUNS["tp2"]
-    model = check(write(tmp_path / "hf", random_tensors(spec), hf_config(spec)))
-    network = training_network(model.checkpoint.path, TRAINING_DEFAULT)
-    whole = {t.name: t.make() for t in model.plan(Dialect(TRAINING_DEFAULT)).targets}
-    strategies, _ = make_ranks(tmp_path, whole, cut(whole, tensor_parallel=2), 2)
-    strategy = strategies / "ckpt_strategy_rank_0.ckpt"
+    network, model, strategy = whole_network_and_strategy(tmp_path, "tp2")
     monkeypatch.setattr(training, "get_rank", lambda: 0)
     with pytest.raises(BridgeError, match="does not fit the network"):  # its parameters are whole
         training.load_training_network(network, model, strategy)
