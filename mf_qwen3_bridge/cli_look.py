@@ -39,13 +39,36 @@ def inspect(path: Path, tensors: bool, rules: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("first", type=DIRECTORY, metavar="A")
-@click.argument("second", type=DIRECTORY, metavar="B")
+@click.argument("second", type=DIRECTORY, metavar="[B]", required=False)
 @click.option("--config", type=DIRECTORY, metavar="YAML", help="Of the training run of MindFormers weights.")
-def verify(first: Path, second: Path, config: Path | None) -> None:
-    """Do two checkpoints, in any two dialects, hold the same weights, bit for bit?
+def verify(first: Path, second: Path | None, config: Path | None) -> None:
+    """Are the weights sound? With two checkpoints, in any two dialects: do they hold the same, bit for bit?
 
-    Exit code 0: they do. 2: they don't; a table says where, and what may have happened.
+    Of one: no NaN, no infinity, no tensor all zero; what its values look like, and which stand out.
+
+    Exit code 0: they are, they do. 2: they don't; a table says where, and what may have happened.
     """
+    if second is None:
+        _verify_one(first, config)
+    else:
+        _verify_two(first, second, config)
+
+
+def _verify_one(path: Path, config: Path | None) -> None:
+    from mf_qwen3_bridge import weight_statistics
+    from mf_qwen3_bridge.comparison import open_side
+
+    side = open_side(path, config)
+    statistics = weight_statistics.measure(side)
+    click.echo(f"checkpoint  {side.dialect}, {len(side.checkpoint.tensors)} tensors")
+    headers = ["tensors", "number", "RMS: least, median, greatest", "mean", "values"]
+    click.echo(table(headers, weight_statistics.rows(statistics), "simple"))
+    for line in weight_statistics.outliers(statistics):
+        click.echo(f"unusual     {line}")
+    click.echo("result      no NaN, no infinity, no tensor all zero")
+
+
+def _verify_two(first: Path, second: Path, config: Path | None) -> None:
     from mf_qwen3_bridge.comparison import compare, open_side
     from mf_qwen3_bridge.progress import size_text
 

@@ -225,6 +225,15 @@ class _Samples:
             self.rows[key] = (array.T if columns else array).astype(np.float32)
         return self.rows[key]
 
+    def heads(self, name: str) -> np.ndarray:
+        """Of queries, keys or values the first row of each head."""
+        (target,) = self.plans[name].targets
+        return target.make()[:: self.side.spec.head_dim].astype(np.float32)
+
+
+def _are_dealt_otherwise(here: np.ndarray, there: np.ndarray) -> bool:
+    return not np.array_equal(here, there) and {row.tobytes() for row in here} == {row.tobytes() for row in there}
+
 
 # Tensors of one shape that are easily mistaken for each other, within a layer.
 _TWINS = {
@@ -265,6 +274,8 @@ def _guess(
             yield f"zero in the {word}"
         if not np.isfinite(array).all():
             yield f"NaN or infinity in the {word}"
+    if re.search(r"\.[qkv]_proj\.", name) and _are_dealt_otherwise(mine.heads(name), theirs.heads(name)):
+        yield "its heads are in another order: another number of KV groups?"
     if np.array_equal(here, there):
         return  # the first rows are alike: something is wrong further on
     for word, candidates, other in (("first", my_layouts, there), ("second", their_layouts, here)):

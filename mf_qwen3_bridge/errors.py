@@ -41,12 +41,18 @@ def _row(problem: Problem) -> tuple[str, str, str]:
     return problem.subject, problem.found, problem.remedy
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A plain-text table with wrapped cells, as all reports of this package show them."""
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], style: str = "grid") -> str:
+    """A plain-text table with wrapped cells, as all reports of this package show them.
+
+    Args:
+        headers: of the columns.
+        rows: the cells.
+        style: tabulate's name of it; ``grid`` for cells of several lines, ``simple`` for many rows of numbers.
+    """
     from tabulate import tabulate  # only a report needs it
 
     return tabulate(
-        [list(map(str, row)) for row in rows], headers=headers, tablefmt="grid", maxcolwidths=60, disable_numparse=True
+        [list(map(str, row)) for row in rows], headers=headers, tablefmt=style, maxcolwidths=60, disable_numparse=True
     )
 
 

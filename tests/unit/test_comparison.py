@@ -88,7 +88,14 @@ def transposed(tensors: dict[str, np.ndarray]) -> None:
     tensors[name] = np.ascontiguousarray(tensors[name].T)
 
 
+def regrouped(tensors: dict[str, np.ndarray]) -> None:
+    """The query heads dealt to KV groups of which there are twice as many, or half."""
+    heads = tensors[Q].reshape(SPEC.num_query_groups, -1, SPEC.head_dim, SPEC.hidden_size)
+    tensors[Q] = np.ascontiguousarray(heads.swapaxes(0, 1)).reshape(tensors[Q].shape)
+
+
 MUTATIONS = {
+    "wrong group count": (SPEC, regrouped, {Q}, "another number of KV groups"),
     "k and v swapped": (SPEC, swapped(K, V), {K, V}, "swapped"),
     "gate and up swapped": (SPEC, swapped(GATE, UP), {GATE, UP}, "swapped"),
     "a tensor zeroed": (SPEC, zeroed, {Q}, "zero in the second"),
