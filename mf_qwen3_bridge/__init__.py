@@ -13,11 +13,18 @@ if TYPE_CHECKING:
     from mf_qwen3_bridge.mindformers.infer import from_pretrained
     from mf_qwen3_bridge.mindformers.load import load_checkpoint
     from mf_qwen3_bridge.mindformers.patch import patch, unpatch
+    from mf_qwen3_bridge.mindformers.stages import verify_network
 
 __version__ = "0.1.0"
-__all__ = ["BridgeError", "Problem", "from_pretrained", "load_checkpoint", "patch", "unpatch"]
+__all__ = ["BridgeError", "Problem", "from_pretrained", "load_checkpoint", "patch", "unpatch", "verify_network"]
 
-_LAZY = {"from_pretrained": "infer", "load_checkpoint": "load", "patch": "patch", "unpatch": "patch"}
+_LAZY = {
+    "from_pretrained": "infer",
+    "load_checkpoint": "load",
+    "patch": "patch",
+    "unpatch": "patch",
+    "verify_network": "stages",
+}
 
 
 def __getattr__(name: str) -> Any:

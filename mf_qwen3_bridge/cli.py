@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from mf_qwen3_bridge.cli_files import DIRECTORY, convert, export, unify
 from mf_qwen3_bridge.cli_look import doctor, inspect, truncate, verify
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.parallel import num_processes
+from mf_qwen3_bridge.quiet import upstream_kept_quiet
 
 _REGISTER_PATH = Path(__file__).parent / "register"
 
@@ -109,7 +108,7 @@ def infer(
     for line in preflight.summary(model):
         click.echo(line)
 
-    with _upstream_kept_quiet():
+    with upstream_kept_quiet():
         # Takes seconds: what is wrong with the checkpoint is known before.
         from mf_qwen3_bridge.mindformers import infer as inference
         from mf_qwen3_bridge.mindformers.load import load_network
@@ -157,27 +156,6 @@ def launch(script: Path, arguments: tuple[str, ...]) -> None:
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))  # as python does
     runpy.run_path(str(script), run_name="__main__")
-
-
-@contextmanager
-def _upstream_kept_quiet() -> Iterator[None]:
-    """MindFormers prints all of its config for each network; its log files under ./output/log have it as well.
-
-    What it logs later stays out of the report too, because its log handlers keep the stdout of this time. MindSpore's
-    C++ side writes to file descriptor 1.
-    """
-    os.environ.setdefault("GLOG_v", "4")  # MindSpore's own log; what matters comes as an exception
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
-    sys.stdout.flush()
-    stdout = os.dup(1)
-    with open(os.devnull, "wb") as devnull:
-        os.dup2(devnull.fileno(), 1)
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        os.dup2(stdout, 1)
-        os.close(stdout)
 
 
 _PROMPTS = {

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mf_qwen3_bridge.cli_files import DIRECTORY, make
 from mf_qwen3_bridge.errors import BridgeError, table
+
+if TYPE_CHECKING:
+    from mf_qwen3_bridge.layer_errors import LayerErrors
 
 
 @click.command()
@@ -41,17 +45,36 @@ def inspect(path: Path, tensors: bool, rules: bool, as_json: bool) -> None:
 @click.argument("first", type=DIRECTORY, metavar="A")
 @click.argument("second", type=DIRECTORY, metavar="[B]", required=False)
 @click.option("--config", type=DIRECTORY, metavar="YAML", help="Of the training run of MindFormers weights.")
-def verify(first: Path, second: Path | None, config: Path | None) -> None:
+@click.option("--logits", is_flag=True, help="Run A in MindFormers on the CPU, against a reference of B, or of itself.")
+@click.option("--layers", type=click.IntRange(1), metavar="N", help="With --logits  [default: what fits in memory].")
+@click.option("--hf_config", type=DIRECTORY, metavar="DIR", help="With --logits: config.json  [default: B's, or A's].")
+@click.option(
+    "--picture", type=DIRECTORY, metavar="FILE", default="verify.png", show_default=True, help="With --logits."
+)
+def verify(
+    first: Path,
+    second: Path | None,
+    config: Path | None,
+    logits: bool,
+    layers: int | None,
+    hf_config: Path | None,
+    picture: Path,
+) -> None:
     """Are the weights sound? With two checkpoints, in any two dialects: do they hold the same, bit for bit?
 
     Of one: no NaN, no infinity, no tensor all zero; what its values look like, and which stand out.
 
-    Exit code 0: they are, they do. 2: they don't; a table says where, and what may have happened.
+    With --logits: does MindFormers' inference network compute what it should, layer by layer, and where does it go
+    wrong? A table, and a picture of it.
+
+    Exit code 0: they are, they do, it does. 2: not so; a table says where, and what may have happened.
     """
-    if second is None:
-        _verify_one(first, config)
-    else:
+    if logits:
+        _verify_logits(first, second, config, hf_config, layers, picture)
+    elif second:
         _verify_two(first, second, config)
+    else:
+        _verify_one(first, config)
 
 
 def _verify_one(path: Path, config: Path | None) -> None:
@@ -76,6 +99,57 @@ def _verify_two(first: Path, second: Path, config: Path | None) -> None:
     if not report.is_equal:
         raise BridgeError(f"{first} and {second} do not hold the same weights", report.problems())
     click.echo(f"equal       {report.num_tensors} tensors, {size_text(report.nbytes)}, bit for bit")
+
+
+def _verify_logits(
+    first: Path, second: Path | None, config: Path | None, hf_config: Path | None, layers: int | None, picture: Path
+) -> None:
+    from mf_qwen3_bridge.checkpoint import open_checkpoint
+    from mf_qwen3_bridge.comparison import Side, compare
+    from mf_qwen3_bridge.layer_errors import layers_that_fit
+    from mf_qwen3_bridge.preflight import first_layers
+    from mf_qwen3_bridge.quiet import upstream_kept_quiet
+    from mf_qwen3_bridge.trained import check_trained
+
+    paths = [path for path in (first, second) if path]
+    beside = next((path for path in reversed(paths) if (path / "config.json").is_file()), None)
+    models = [check_trained(open_checkpoint(path), hf_config or beside, config) for path in paths]
+    if not all(model.hf_config for model in models):
+        raise BridgeError(
+            f"no config.json beside {first}: name the Hugging Face directory of the model with --hf_config"
+        )
+    if models[0].spec != models[-1].spec:
+        raise BridgeError(f"{first} and {second} are not of one model")
+    count = layers or layers_that_fit(models[0])
+    models = [first_layers(model, count) for model in models]
+
+    with upstream_kept_quiet():  # takes seconds
+        from mf_qwen3_bridge.mindformers.stages import errors_of_checkpoint
+    found = errors_of_checkpoint(models[0], models[-1])
+    click.echo(f"layers      {count}, in MindFormers' {_NETWORKS[models[0].spec.is_moe]} on the CPU, float32")
+    click.echo(table(["layer", *found.stages], found.rows(), "simple"))
+    _draw(found, first, picture)
+    if found.begin is None:
+        click.echo(f"result      {found.summary}")
+        return
+    sides = [Side(model.checkpoint, model.dialect, model.spec) for model in models]
+    raise BridgeError(f"{first} does not compute the same: {found.summary}", compare(sides[0], sides[-1]).problems())
+
+
+_NETWORKS = {False: "InferenceQwen3ForCausalLM", True: "InferenceQwen3MoeForCausalLM"}
+
+
+def _draw(found: LayerErrors, first: Path, picture: Path) -> None:
+    from mf_qwen3_bridge.picture import draw
+
+    try:
+        draw(found, first.name, picture)
+    except ModuleNotFoundError:
+        click.echo("picture     none: pip install 'mf-qwen3-bridge[picture]'")
+    except BridgeError as error:
+        click.echo(f"picture     none: {error}")
+    else:
+        click.echo(f"picture     {picture}")
 
 
 @click.command()

@@ -18,10 +18,10 @@ from mf_qwen3_bridge.hf_config import normalise, read_json
 from mf_qwen3_bridge.layouts import Layout, View
 from mf_qwen3_bridge.parallel import ParallelConfig
 from mf_qwen3_bridge.plan import Plan, Target
-from mf_qwen3_bridge.preflight import Model
+from mf_qwen3_bridge.preflight import Model, first_layers
 from mf_qwen3_bridge.rank_files import RankFiles
 from mf_qwen3_bridge.recognise import LAYOUT_STAMP
-from mf_qwen3_bridge.rules import EMBEDDING, HF, INFER, OUTPUT, Dialect, model_rules
+from mf_qwen3_bridge.rules import EMBEDDING, HF, INFER, OUTPUT, Dialect
 from mf_qwen3_bridge.slices import read_from_slices, write_slices
 from mf_qwen3_bridge.tiles import Copy
 
@@ -193,15 +193,7 @@ def truncate(model: Model, num_layers: int, output: Path) -> Job:
     Raises:
         BridgeError: it has not so many layers.
     """
-    spec = model.spec
-    if num_layers > spec.num_layers:
-        raise BridgeError(f"{model.checkpoint.path} has {spec.num_layers} layers")
-    fewer = replace(spec, num_layers=num_layers)
-    rules = tuple(model_rules(fewer))
-    kept = {place.tensor for rule in rules for place in rule.places(model.dialect)}
-    kept.add(model.dialect.name(OUTPUT))  # if it is stored although it is tied, so it stays
-    tensors = {name: tensor for name, tensor in model.checkpoint.tensors.items() if name in kept}
-    smaller = replace(model, spec=fewer, rules=rules, checkpoint=replace(model.checkpoint, tensors=tensors))
+    smaller = first_layers(model, num_layers)
     plan = smaller.plan(model.dialect)
     if plan.duplicates:
         plan = _with_output_layer(plan)  # stored although it is tied, as it was

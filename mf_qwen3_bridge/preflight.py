@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mf_qwen3_bridge.mindformers_yaml import (
 from mf_qwen3_bridge.parallel import WHOLE, ParallelConfig, Rank
 from mf_qwen3_bridge.plan import Plan, make_plan
 from mf_qwen3_bridge.recognise import dialect_of, holds_experts, numbers_of, saved_by_ranks
-from mf_qwen3_bridge.rules import INFER, Dialect, Rule, model_rules
+from mf_qwen3_bridge.rules import INFER, OUTPUT, Dialect, Rule, model_rules
 from mf_qwen3_bridge.spec import MINDFORMERS_NAMES, ModelSpec
 
 # Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 1.9).
@@ -146,6 +146,28 @@ def check(
         raise BridgeError(f"{model_dir} can't be run like this", run_problems)
     rules, notes = tuple(model_rules(spec)), tuple(notes_on(checkpoint, hf_dir, yaml))
     return Model(hf_dir, spec, hf_config, options, checkpoint, dialect, rules, parallel, layout, notes)
+
+
+def first_layers(model: Model, num_layers: int) -> Model:
+    """The same model with its first layers only.
+
+    Raises:
+        BridgeError: it has not so many layers.
+    """
+    if num_layers > model.spec.num_layers:
+        raise BridgeError(f"{model.checkpoint.path} has {model.spec.num_layers} layers")
+    spec = replace(model.spec, num_layers=num_layers)
+    rules = tuple(model_rules(spec))
+    kept = {place.tensor for rule in rules for place in rule.places(model.dialect)}
+    kept.add(model.dialect.name(OUTPUT))  # if it is stored although it is tied, so it stays
+    tensors = {name: tensor for name, tensor in model.checkpoint.tensors.items() if name in kept}
+    return replace(
+        model,
+        spec=spec,
+        hf_config=model.hf_config and model.hf_config | {"num_hidden_layers": num_layers},
+        checkpoint=replace(model.checkpoint, tensors=tensors),
+        rules=rules,
+    )
 
 
 def check_weights(weights: Path, model_config: Mapping[str, Any], origin: str = "model.model_config") -> Model:

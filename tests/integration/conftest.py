@@ -1,9 +1,8 @@
-"""The committed fixtures, and networks that hold them."""
+"""Networks that hold the committed fixtures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,11 @@ import mf_qwen3_bridge
 from mf_qwen3_bridge.mindformers.infer import NO_TOKEN, build_network
 from mf_qwen3_bridge.mindformers.network import network_logits
 from mf_qwen3_bridge.preflight import Model, check
+from tests.golden import CHECKPOINTS, FIXTURES, NAMES, TOLERANCE, Golden, golden
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-CHECKPOINTS = FIXTURES / "checkpoints"
-NAMES = sorted(path.stem for path in (FIXTURES / "golden").glob("*.npz"))
-# The bound of DESIGN.md: relative to the scale of the logits, in float32.
-TOLERANCE = 1e-5
+__all__ = ["CHECKPOINTS", "FIXTURES", "NAMES", "TOLERANCE", "Golden", "golden"]
 # Every sequence crosses many blocks of the KV cache.
 SMALL_CACHE = {"block_size": 4, "num_blocks": 128, "seq_length": 128}
-
-
-@dataclass(frozen=True)
-class Golden:
-    """What transformers computed for a prompt: logits float32 (len(prompt), vocab_size), and 64 greedy tokens."""
-
-    prompt: list[int]
-    logits: np.ndarray
-    tokens: list[int]
-
-
-def golden(name: str) -> list[Golden]:
-    with np.load(FIXTURES / "golden" / f"{name}.npz") as archive:
-        return [
-            Golden(archive[f"prompt_{i}"].tolist(), archive[f"logits_{i}"], archive[f"tokens_{i}"].tolist())
-            for i in range(sum(key.startswith("prompt") for key in archive))
-        ]
 
 
 def logits_error(network: Any, expected: list[Golden]) -> float:

@@ -1,0 +1,113 @@
+"""How far two computations of one model are apart, stage by stage: where does it begin?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.plan import Plan
+from mf_qwen3_bridge.preflight import Model
+from mf_qwen3_bridge.progress import steps
+from mf_qwen3_bridge.reference import LOGITS, STAGES, Stage
+from mf_qwen3_bridge.rules import INFER
+
+# Relative to the largest value of a stage. Float32 leaves some 1e-6; a misplaced row makes 0.1 and more.
+TOLERANCE = 1e-4
+NUM_TOKENS = 16
+_SHARE_OF_MEMORY = 0.5
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """Of each stage the largest error, relative to the largest value that the reference has there.
+
+    Attributes:
+        errors: by stage, in the order in which they are computed; infinity where a network made NaN.
+    """
+
+    errors: Mapping[Stage, float]
+
+    @property
+    def begin(self) -> Stage | None:
+        """The first stage that is wrong, if one is."""
+        return next((stage for stage, error in self.errors.items() if not error <= TOLERANCE), None)
+
+    @property
+    def summary(self) -> str:
+        """What was found, in a line."""
+        if self.begin is None:
+            return f"errors up to {max(self.errors.values()):.1e}; of the logits {self.errors[LOGITS]:.1e}"
+        return f"it begins at {self.begin}, error {self.errors[self.begin]:.1g}"
+
+    @property
+    def stages(self) -> list[str]:
+        """The names of the stages that a layer has here, in order."""
+        return [name for name in STAGES if any(stage.name == name for stage in self.errors)]
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers were looked at."""
+        return 1 + max(stage.layer for stage in self.errors if stage.layer is not None)
+
+    def rows(self) -> Iterator[list[str]]:
+        """A row for each layer, a column for each of ``stages``; an exclamation mark where it is wrong."""
+        for number in range(self.num_layers):
+            yield [str(number), *(self._cell(Stage(number, name)) for name in self.stages)]
+        yield ["logits", *[""] * (len(self.stages) - 1), self._cell(LOGITS)]
+
+    def _cell(self, stage: Stage) -> str:
+        error = self.errors[stage]
+        return f"{error:.1e}" + ("" if error <= TOLERANCE else " !")
+
+
+def layer_errors(found: Mapping[Stage, np.ndarray], expected: Iterable[tuple[Stage, np.ndarray]]) -> LayerErrors:
+    """Compares what a network makes of a sequence with what the reference makes of it."""
+    errors = {}
+    for stage, right in steps("reference", expected, len(found)):
+        with np.errstate(invalid="ignore"):
+            error = float(np.abs(found[stage] - right).max() / np.abs(right).max())
+        errors[stage] = error if np.isfinite(error) else float("inf")
+    return LayerErrors(errors)
+
+
+def tokens_for(model: Model) -> list[int]:
+    """A sequence to compute: any tokens will do."""
+    return np.random.default_rng(0).integers(model.spec.vocab_size, size=NUM_TOKENS).tolist()
+
+
+def layers_that_fit(model: Model) -> int:
+    """How many layers fit into half of the memory that is free, in float32, with the embedding and the output layer.
+
+    Raises:
+        BridgeError: not even one does.
+    """
+    plan: Plan = model.plan(INFER, "F32")
+    layers = [0] * model.spec.num_layers
+    fixed = 0
+    for target in plan.targets:
+        parts = target.name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            layers[int(parts[2])] += target.nbytes
+        else:
+            fixed += target.nbytes
+    available = _available_memory()
+    budget = _SHARE_OF_MEMORY * available - fixed - max(target.nbytes for target in plan.targets)
+    count = min(len(layers), int(budget // max(layers)))
+    if count < 1:
+        raise BridgeError(
+            f"one layer of {model.checkpoint.path} takes {(fixed + max(layers)) / 2**30:.1f} GiB with the embedding, "
+            f"in float32, and {available / 2**30:.1f} GiB are free: --layers 1 tries it all the same"
+        )
+    return count
+
+
+def _available_memory() -> int:
+    """Bytes that processes can take without others being swapped out."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise OSError("/proc/meminfo does not say MemAvailable")

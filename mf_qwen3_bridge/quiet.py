@@ -1,0 +1,30 @@
+"""What MindFormers prints while it builds a network, kept out of a report."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+
+@contextmanager
+def upstream_kept_quiet() -> Iterator[None]:
+    """MindFormers prints all of its config for each network; its log files under ./output/log have it as well.
+
+    What it logs later stays out of the report too, because its log handlers keep the stdout of this time. MindSpore's
+    C++ side writes to file descriptor 1.
+    """
+    os.environ.setdefault("GLOG_v", "4")  # MindSpore's own log; what matters comes as an exception
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    with open(os.devnull, "wb") as devnull:
+        os.dup2(devnull.fileno(), 1)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)

@@ -1,0 +1,31 @@
+"""The committed fixtures, and what transformers made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CHECKPOINTS = FIXTURES / "checkpoints"
+NAMES = sorted(path.stem for path in (FIXTURES / "golden").glob("*.npz"))
+# Of logits, relative to their scale, in float32.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What transformers computed for a prompt: logits float32 (len(prompt), vocab_size), and 64 greedy tokens."""
+
+    prompt: list[int]
+    logits: np.ndarray
+    tokens: list[int]
+
+
+def golden(name: str) -> list[Golden]:
+    with np.load(FIXTURES / "golden" / f"{name}.npz") as archive:
+        return [
+            Golden(archive[f"prompt_{i}"].tolist(), archive[f"logits_{i}"], archive[f"tokens_{i}"].tolist())
+            for i in range(sum(key.startswith("prompt") for key in archive))
+        ]

@@ -1,0 +1,156 @@
+"""``mf-qwen3 verify --logits`` and ``verify_network``: MindFormers' network and the reference, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import mf_qwen3_bridge
+from mf_qwen3_bridge.cli import cli
+from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.jobs import to_mindformers
+from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.mindformers.stages import errors_of_checkpoint
+from mf_qwen3_bridge.preflight import check, first_layers
+from mf_qwen3_bridge.reference import ATTENTION, FC1, LOGITS, MLP, PROJ, QKV, ROUTER, Stage
+from mf_qwen3_bridge.rules import INFER, TRAIN, Dialect
+from tests.integration.conftest import CHECKPOINTS, NAMES, TOLERANCE
+from tests.integration.test_mutations import MOE_MUTATIONS, MUTATIONS
+from tests.tiny import write
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stage_of_every_model_agrees(name: str):
+    model = check(CHECKPOINTS / name)
+    found = errors_of_checkpoint(model, model)
+    assert max(found.errors.values()) < TOLERANCE
+    assert found.num_layers == model.spec.num_layers
+    assert (ROUTER in found.stages, FC1 in found.stages) == (model.spec.is_moe, not model.spec.is_moe)
+
+
+@pytest.mark.parametrize("dialect", [TRAIN, INFER, Dialect(Layout(False, False))], ids=str)
+def test_mindformers_weights(tmp_path: Path, dialect: Dialect):
+    hf = CHECKPOINTS / "moe_bf16"
+    run(to_mindformers(check(hf), dialect, tmp_path / "mf"))
+    model, right = check(hf, None, tmp_path / "mf"), check(hf)
+    found = errors_of_checkpoint(first_layers(model, 2), first_layers(right, 2))
+    assert max(found.errors.values()) < TOLERANCE and found.num_layers == 2
+
+
+# Where each mutation of layer 1 is first seen, and what its parameter looks like.
+BEGIN = {
+    "k and v swapped": QKV,
+    "QKV interleaved": QKV,
+    "wrong group count": QKV,
+    "one row off in QKV": QKV,
+    "one norm left at one": ATTENTION,
+    "one tensor zeroed": PROJ,
+    "gate and up swapped": FC1,
+    "gate/up interleaved": FC1,
+    "one row off": MLP,
+    "one row zeroed": MLP,
+}
+APPEARANCE = {
+    "QKV interleaved": "in the training layout: interleaved",
+    "gate/up interleaved": "in the training layout: interleaved",
+    "one tensor zeroed": "all zero: never loaded",
+}
+
+
+@pytest.mark.parametrize("mutation", BEGIN)
+def test_where_a_mutation_begins(mutation: str):
+    directory = CHECKPOINTS / "untied_fp32"
+    network = mf_qwen3_bridge.from_pretrained(directory)
+    assert mf_qwen3_bridge.verify_network(network, directory).errors[LOGITS] < TOLERANCE
+    name, change = MUTATIONS[mutation]
+    parameter = network.parameters_dict()[name]
+    parameter.set_data(ms.Tensor(change(parameter.asnumpy(), check(directory).spec)))
+    with pytest.raises(BridgeError) as error:
+        mf_qwen3_bridge.verify_network(network, directory)
+    assert f"begins at {Stage(1, BEGIN[mutation])}," in str(error.value)
+    assert [problem.subject for problem in error.value.problems] == [name]
+    assert error.value.problems[0].found == APPEARANCE.get(mutation, "other values")
+
+
+@pytest.mark.parametrize("mutation", MOE_MUTATIONS)
+def test_where_a_mutation_of_experts_begins(mutation: str):
+    directory = CHECKPOINTS / "moe_square"
+    network = mf_qwen3_bridge.from_pretrained(directory)
+    name, change = MOE_MUTATIONS[mutation]
+    parameter = network.parameters_dict()[name]
+    parameter.set_data(ms.Tensor(change(parameter.asnumpy().copy(), check(directory).spec)))
+    with pytest.raises(BridgeError) as error:
+        mf_qwen3_bridge.verify_network(network, directory)
+    stage = ROUTER if "router" in mutation else MLP
+    assert f"begins at {Stage(1, stage)}," in str(error.value)
+    assert [problem.subject for problem in error.value.problems] == [name]
+
+
+@pytest.mark.parametrize("name", ["untied_fp32", "tied_bf16", "moe_fp32"])
+def test_the_obvious_fix_is_named(name: str):
+    """Converted as the training network wants it, then loaded: every shape fits, and the text is garbage."""
+    network, model = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / name), check(CHECKPOINTS / name)
+    parameters = network.parameters_dict()
+    for target in model.plan(Dialect(TRAINING_DEFAULT, stacked_experts=True)).targets:
+        parameters[target.name].set_data(ms.Tensor(target.make().astype(np.float32)))
+    with pytest.raises(BridgeError, match=r"begins at layers\.0\.self_attention\.linear_qkv") as error:
+        mf_qwen3_bridge.verify_network(network, CHECKPOINTS / name)
+    fused = ["self_attention.linear_qkv"] if model.spec.is_moe else ["self_attention.linear_qkv", "mlp.linear_fc1"]
+    layers = f"{{0..{model.spec.num_layers - 1}}}"
+    assert {(problem.subject, problem.found) for problem in error.value.problems} == {
+        (f"decoder.layers.{layers}.{part}.weight", "in the training layout: interleaved") for part in fused
+    }
+
+
+def test_blocks_of_ranks_are_named():
+    network, model = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "mha"), check(CHECKPOINTS / "mha")
+    layout = Layout(interleaved_qkv=False, interleaved_gate_up=False, tensor_parallel=2)
+    parameters = network.parameters_dict()
+    for target in model.plan(Dialect(layout)).targets:
+        parameters[target.name].set_data(ms.Tensor(target.make().astype(np.float32)))
+    with pytest.raises(BridgeError) as error:
+        mf_qwen3_bridge.verify_network(network, CHECKPOINTS / "mha")
+    assert {problem.found for problem in error.value.problems} == {"in the blocks of 2 tensor parallel ranks"}
+
+
+def test_a_network_of_another_model():
+    network = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "untied_fp32")
+    with pytest.raises((BridgeError, ValueError)):
+        mf_qwen3_bridge.verify_network(network, CHECKPOINTS / "moe_fp32")
+
+
+def test_the_command(tmp_path: Path):
+    picture = tmp_path / "picture.png"
+    command = ["verify", str(CHECKPOINTS / "untied_fp32"), "--logits", "--layers", "1", "--picture", str(picture)]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    assert "layers      1, in MindFormers' InferenceQwen3ForCausalLM on the CPU" in result.output
+    assert "errors up to" in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_names_a_wrong_layout(tmp_path: Path):
+    """Contiguous weights without a stamp are taken to lie as MindFormers trains by default."""
+    hf = CHECKPOINTS / "untied_fp32"
+    tensors = {target.name: target.make() for target in check(hf).plan(Dialect(Layout(False, False))).targets}
+    lying = write(tmp_path / "lying", tensors)
+    picture = str(tmp_path / "p.png")
+    result = CliRunner().invoke(cli, ["verify", str(lying), str(hf), "--logits", "--picture", picture])
+    assert isinstance(result.exception, BridgeError)
+    assert "begins at layers.0.self_attention.linear_qkv" in str(result.exception)
+    assert "the first is laid out qkv=contiguous" in str(result.exception)
+    assert " !" in result.output
+
+
+def test_what_the_command_needs(tmp_path: Path):
+    run(to_mindformers(check(CHECKPOINTS / "untied_fp32"), TRAIN, tmp_path / "mf"))
+    result = CliRunner().invoke(cli, ["verify", str(tmp_path / "mf"), "--logits"])
+    assert isinstance(result.exception, BridgeError) and "--hf_config" in str(result.exception)
+    command = ["verify", str(CHECKPOINTS / "untied_fp32"), str(CHECKPOINTS / "tied_bf16"), "--logits"]
+    result = CliRunner().invoke(cli, command)
+    assert isinstance(result.exception, BridgeError)

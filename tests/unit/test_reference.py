@@ -1,0 +1,128 @@
+"""The reference in numpy computes what transformers computes; the stages that go wrong are found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mf_qwen3_bridge import layer_errors as module
+from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.jobs import to_mindformers
+from mf_qwen3_bridge.layer_errors import TOLERANCE, LayerErrors, layer_errors, layers_that_fit
+from mf_qwen3_bridge.picture import draw
+from mf_qwen3_bridge.preflight import check, first_layers
+from mf_qwen3_bridge.reference import LAYER, LOGITS, MLP, PROJ, QKV, STAGES, Stage, forward
+from mf_qwen3_bridge.released import RELEASED
+from mf_qwen3_bridge.rules import INFER, TRAIN
+from tests import golden
+from tests.tiny import SPEC, hf_config, random_tensors, write, write_headers
+
+
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_the_logits_are_those_of_transformers(name: str):
+    model = check(golden.CHECKPOINTS / name)
+    for expected in golden.golden(name):
+        *_, (stage, logits) = forward(model, expected.prompt)
+        assert stage == LOGITS and logits.dtype == np.float32
+        assert np.abs(logits - expected.logits).max() < golden.TOLERANCE * np.abs(expected.logits).max()
+
+
+def test_weights_of_any_dialect(tmp_path: Path):
+    hf = golden.CHECKPOINTS / "moe_bf16"
+    expected = list(forward(check(hf), [1, 2, 3]))
+    for dialect in (TRAIN, INFER):
+        directory = tmp_path / str(dialect.stacked_experts)
+        run(to_mindformers(check(hf), dialect, directory))
+        for (stage, right), (other, found) in zip(expected, forward(check(hf, None, directory), [1, 2, 3])):
+            assert stage == other
+            np.testing.assert_array_equal(found, right)
+
+
+def test_the_output_layer_is_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch):
+    model = check(golden.CHECKPOINTS / "untied_fp32")
+    *_, (_, whole) = forward(model, [1, 2])
+    monkeypatch.setattr("mf_qwen3_bridge.reference._ROWS_OF_OUTPUT", 7)
+    *_, (_, parts) = forward(model, [1, 2])
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+def stages_of(model) -> dict[Stage, np.ndarray]:
+    return dict(forward(model, [1, 2, 3, 4]))
+
+
+@pytest.fixture
+def model(tmp_path: Path):
+    return check(write(tmp_path / "model", random_tensors(), hf_config()))
+
+
+def test_equal_stages_have_no_error(model):
+    found = layer_errors(stages_of(model), forward(model, [1, 2, 3, 4]))
+    assert found.begin is None and set(found.errors.values()) == {0.0}
+    assert list(found.errors)[-1] == LOGITS
+    assert found.num_layers == SPEC.num_layers
+    assert found.stages == [name for name in STAGES if name != "mlp.router"]
+    *layers, last = found.rows()
+    assert [row[0] for row in (*layers, last)] == ["0", "1", "logits"]
+    assert {len(row) for row in (*layers, last)} == {1 + len(found.stages)}
+
+
+@pytest.mark.parametrize("stage", [Stage(0, QKV), Stage(1, PROJ), Stage(1, MLP), LOGITS], ids=str)
+@pytest.mark.parametrize("value", [2 * TOLERANCE, np.nan, np.inf], ids=str)
+def test_the_first_wrong_stage_is_found(model, stage: Stage, value: float):
+    stages = stages_of(model)
+    for other in list(stages)[list(stages).index(stage) :]:
+        stages[other] = stages[other].copy()
+        stages[other][0, 0] += value * np.abs(stages[other]).max()
+    found = layer_errors(stages, forward(model, [1, 2, 3, 4]))
+    assert found.begin == stage
+    assert str(stage) in found.summary
+    assert any("!" in cell for row in found.rows() for cell in row)
+
+
+def test_half_of_the_tolerance_is_right(model):
+    stages = stages_of(model)
+    stages[Stage(0, LAYER)] = stages[Stage(0, LAYER)] * (1 + TOLERANCE / 2)
+    assert layer_errors(stages, forward(model, [1, 2, 3, 4])).begin is None
+
+
+def test_the_first_layers(model):
+    first = first_layers(model, 1)
+    expected, found = list(forward(model, [1, 2])), list(forward(first, [1, 2]))
+    assert [stage for stage, _ in found] == [stage for stage, _ in expected if stage.layer in (0, None)]
+    np.testing.assert_array_equal(dict(found)[Stage(0, LAYER)], dict(expected)[Stage(0, LAYER)])
+    with pytest.raises(BridgeError, match="has 2 layers"):
+        first_layers(model, 3)
+
+
+def test_as_many_layers_as_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    spec = RELEASED["Qwen3-8B"]
+    model = check(write_headers(tmp_path / "8B", spec, hf_config(spec), shards=4))
+    layer, table = 0.7188, 151936 * 4096 * 4 / 2**30  # GiB, in float32
+    for layers in (1, 5, 36):
+        for little, expected in ((-0.1, layers - 1), (0.1, layers)):
+            needed = 3 * table + layers * layer + little  # embedding, output layer, and one more to load the largest
+            monkeypatch.setattr(module, "_available_memory", lambda needed=needed: int(2 * needed * 2**30))
+            if expected:
+                assert layers_that_fit(model) == expected
+            else:
+                with pytest.raises(BridgeError, match="--layers 1 tries it"):
+                    layers_that_fit(model)
+
+
+def test_this_machine_has_memory():
+    assert module._available_memory() > 1 << 20
+
+
+@pytest.mark.parametrize("begin", [None, Stage(1, PROJ), LOGITS], ids=str)
+def test_a_picture(tmp_path: Path, begin: Stage | None):
+    errors = {Stage(number, name): 10.0 ** -(3 + number) for number in range(2) for name in (QKV, PROJ, LAYER)}
+    errors |= {LOGITS: 0.0} if begin is None else {begin: float("inf")}
+    draw(LayerErrors({LOGITS: 1e-6} | errors), "a model", tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(BridgeError, match="can't be written"):
+        draw(LayerErrors({LOGITS: 1e-6} | errors), "a model", tmp_path / "nowhere" / "errors.png")
+    with pytest.raises(BridgeError, match="xyz"):
+        draw(LayerErrors({LOGITS: 1e-6} | errors), "a model", tmp_path / "errors.xyz")
