@@ -305,8 +305,9 @@ def _open_indexed(directory: Path, index: Path) -> Checkpoint:
         checkpoint = open_files(directory, files)
     except BridgeError as error:
         raise BridgeError(error.headline, problems + error.problems) from error
+    opened = {file.name for file in files}
     for name, where in weight_map.items():
-        if where == HYPER_PARAMETERS or directory / where not in files:
+        if where not in opened:
             continue
         tensor = checkpoint.tensors.get(name)
         if tensor is None or tensor.file.name != where:

@@ -14,7 +14,7 @@ from mf_qwen3_bridge.checkpoint import Checkpoint, TensorInfo, open_checkpoint, 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.hf_config import normalise, read_json
 from mf_qwen3_bridge.layouts import TRAINING_DEFAULT
-from mf_qwen3_bridge.plan import make_plan
+from mf_qwen3_bridge.plan import take_stock
 from mf_qwen3_bridge.recognise import LAYOUT_STAMP, dialect_of, holds_experts, numbers_of, spec_of
 from mf_qwen3_bridge.released import RELEASED
 from mf_qwen3_bridge.rules import OUTPUT, Dialect, is_training_state, model_rules
@@ -52,7 +52,7 @@ class Inspection:
         model: ``Qwen3``, ``Qwen3-MoE``, or a released size.
         numbers: of the model, as far as the shapes show them.
         tied: whether the output layer is the embedding.
-        parameters: number of elements of all weights.
+        parameters: number of elements of all weights; those of several ranks are counted for each.
         nbytes: bytes of all tensors.
         dtypes: number of tensors of each dtype.
         files: number of files.
@@ -104,11 +104,13 @@ def inspect(path: Path) -> Inspection:
             claims = {place.tensor: rule.parameter for rule in model_rules(spec) for place in rule.places(dialect)}
             unusual += _problems(checkpoint, spec, dialect)
         unusual += _config_notes(path, numbers)
-    state = {name for name in checkpoint.tensors if name not in claims and is_training_state(name, claims)}
+    bare = {name: name.partition(" (")[0] for name in checkpoint.tensors}  # without the rank
+    weights = claims or set(bare.values())
+    state = {name for name in checkpoint.tensors if name not in claims and is_training_state(bare[name], weights)}
     base = path if path.is_dir() else path.parent
+    files = {file: str(file.relative_to(base)) for file in {t.file for t in checkpoint.tensors.values()}}
     rows = (
-        TensorRow(name, t.dtype, t.shape, str(t.file.relative_to(base)), claims.get(name))
-        for name, t in checkpoint.tensors.items()
+        TensorRow(name, t.dtype, t.shape, files[t.file], claims.get(name)) for name, t in checkpoint.tensors.items()
     )
     return Inspection(
         path=str(path),
@@ -121,7 +123,7 @@ def inspect(path: Path) -> Inspection:
         parameters=sum(prod(t.shape) for t in checkpoint.tensors.values() if t.name not in state),
         nbytes=checkpoint.nbytes,
         dtypes=dict(sorted(Counter(t.dtype for t in checkpoint.tensors.values()).items())),
-        files=len({t.file for t in checkpoint.tensors.values()}),
+        files=len(files),
         state=tuple(fold_names(state)),
         unusual=(*unusual, *(f"{file.name} is not part of it" for file in (() if ranks else stale_files(checkpoint)))),
         tensors=tuple(rows),
@@ -154,9 +156,8 @@ def _of_ranks(path: Path, ranks: list[Path]) -> Checkpoint:
 def _problems(checkpoint: Checkpoint, spec: ModelSpec, dialect: Dialect) -> Iterator[str]:
     """What keeps it from being a whole model."""
     try:
-        make_plan(model_rules(spec), checkpoint.tensors, dialect, dialect)
-    except BridgeError as error:
-        yield from (f"{problem.subject}: {_one_line(problem)}" for problem in error.problems)
+        found = take_stock(model_rules(spec), checkpoint.tensors, dialect).problems
+        yield from (f"{problem.subject}: {_one_line(problem)}" for problem in found)
     except ValueError as error:
         yield str(error)
 
@@ -198,7 +199,7 @@ def lines(inspection: Inspection) -> Iterator[str]:
     where = f"{inspection.files} {'file' if inspection.files == 1 else 'files'}"
     where += f" of {inspection.ranks} ranks" if inspection.ranks else ""
     yield f"tensors     {len(inspection.tensors)} ({dtypes}), {inspection.nbytes / 1e9:.2f} GB in {where}"
-    yield f"parameters  {inspection.parameters:,}"
+    yield f"parameters  {inspection.parameters:,}" + (" on all ranks, copies included" if inspection.ranks else "")
     if inspection.state:
         more = f" and {len(inspection.state) - 4} more" if len(inspection.state) > 4 else ""
         yield f"state       of a training run: {', '.join(inspection.state[:4])}{more}"

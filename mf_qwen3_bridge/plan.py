@@ -136,6 +136,37 @@ def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]]) -> None:
         raise BridgeError("weights that no trained model has", problems)
 
 
+@dataclass(frozen=True)
+class Stock:
+    """What a checkpoint has of what a model needs.
+
+    Attributes:
+        problems: tensors that are missing, left over, of a wrong shape or dtype.
+        duplicates: see :class:`Plan`.
+        ignored: see :class:`Plan`.
+    """
+
+    problems: tuple[Problem, ...]
+    duplicates: tuple[tuple[TensorInfo, TensorInfo], ...]
+    ignored: tuple[str, ...]
+
+
+def take_stock(rules: Iterable[Rule], tensors: Mapping[str, TensorInfo], source: Dialect) -> Stock:
+    """Holds the names, shapes and dtypes of ``tensors`` against the model's table."""
+    expected = {place.tensor: place.shape for rule in rules for place in rule.places(source)}
+    leftover = tensors.keys() - expected.keys()
+    ignored = {name for name in leftover if not source.is_hf and is_training_state(name, expected)}
+    duplicates = _duplicates(tensors, leftover, source)
+    leftover -= ignored | {dropped.name for _, dropped in duplicates}
+    problems = (
+        *(Problem(name, "missing", _remedy_for_missing(name)) for name in fold_names(expected.keys() - tensors.keys())),
+        *(Problem(name, "not a tensor of this model", _remedy_for_leftover(name)) for name in fold_names(leftover)),
+        *_shape_problems(tensors, expected),
+        *_dtype_problems(tensors[name] for name in expected if name in tensors),
+    )
+    return Stock(problems, tuple(duplicates), tuple(sorted(ignored)))
+
+
 def make_plan(
     rules: Iterable[Rule],
     tensors: Mapping[str, TensorInfo],
@@ -158,19 +189,9 @@ def make_plan(
         BridgeError: tensors that are missing, left over, of a wrong shape or dtype. Lists everything.
     """
     rules = list(rules)
-    expected = {place.tensor: place.shape for rule in rules for place in rule.places(source)}
-    leftover = tensors.keys() - expected.keys()
-    ignored = {name for name in leftover if not source.is_hf and is_training_state(name, expected)}
-    duplicates = _duplicates(tensors, leftover, source)
-    leftover -= ignored | {dropped.name for _, dropped in duplicates}
-    problems = [
-        *(Problem(name, "missing", _remedy_for_missing(name)) for name in fold_names(expected.keys() - tensors.keys())),
-        *(Problem(name, "not a tensor of this model", _remedy_for_leftover(name)) for name in fold_names(leftover)),
-        *_shape_problems(tensors, expected),
-        *_dtype_problems(tensors[name] for name in expected if name in tensors),
-    ]
-    if problems:
-        raise BridgeError("the checkpoint does not fit the model", problems)
+    stock = take_stock(rules, tensors, source)
+    if stock.problems:
+        raise BridgeError("the checkpoint does not fit the model", stock.problems)
     copies: dict[tuple[str, tuple[int, ...]], list[Copy]] = {}
     for rule in rules:
         for here, there in _merged(list(shares(rule, rank, source, target))):
@@ -179,7 +200,7 @@ def make_plan(
     targets = (
         Target(name, shape, dtype or _common_dtype(parts), tuple(parts)) for (name, shape), parts in copies.items()
     )
-    return Plan(source, target, tuple(targets), tuple(duplicates), tuple(sorted(ignored)), rank)
+    return Plan(source, target, tuple(targets), stock.duplicates, stock.ignored, rank)
 
 
 def _merged(pairs: list[tuple[Place, Place]]) -> list[tuple[Place, Place]]:

@@ -74,6 +74,14 @@ def test_a_directory_for_each_rank(tmp_path: Path):
     assert (found.ranks, found.model, found.layout) == (2, "Qwen3-MoE", str(TRAIN.layout))
     assert found.files == 2
     assert "2 files of 2 ranks" in "\n".join(lines(found))
+    for rank in (tmp_path / "ranks").iterdir():
+        (file,) = rank.glob("*.safetensors")
+        (norm,) = (row for row in found.tensors if row.name == "decoder.final_layernorm.weight")
+        write(rank, {f"adam_m.{norm.name}": np.ones(norm.shape, np.float32), "global_step": np.ones(1, np.float32)})
+        assert (rank / "model.safetensors").exists() and file.exists()
+    with_state = inspect(tmp_path / "ranks")
+    assert with_state.parameters == found.parameters
+    assert [name.partition(" (")[0] for name in with_state.state] == sorted([f"adam_m.{norm.name}", "global_step"] * 2)
 
 
 def test_what_is_unusual_is_told(tmp_path: Path):

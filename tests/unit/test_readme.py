@@ -8,12 +8,18 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mf_qwen3_bridge.comparison import compare, open_side
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.layer_errors import layer_errors
+from mf_qwen3_bridge.preflight import check
+from mf_qwen3_bridge.reference import forward
 from mf_qwen3_bridge.released import RELEASED
-from tests.tiny import hf_config, write_headers
+from tests.tiny import SPEC, hf_config, random_tensors, write, write_headers
 
 ROOT = Path(__file__).parents[2]
 NUMBER_FLAGS = {
@@ -74,6 +80,21 @@ def test_what_check_prints_for_another_models_config(tmp_path: Path):
     assert result.returncode == 2
     assert result.stderr in blocks(ENGLISH, "text")
     assert result.stderr in blocks(CHINESE, "text")
+
+
+def test_what_verify_prints_of_a_mutant(tmp_path: Path):
+    spec = replace(SPEC, num_layers=28)
+    tensors = random_tensors(spec)
+    right = write(tmp_path / "right", tensors, hf_config(spec))
+    k, v = (f"model.layers.12.self_attn.{name}_proj.weight" for name in "kv")
+    mutant = write(tmp_path / "mutant", tensors | {k: tensors[v], v: tensors[k]}, hf_config(spec))
+    found = layer_errors(dict(forward(check(mutant), [1, 2, 3])), forward(check(right), [1, 2, 3]))
+    problems = compare(open_side(mutant), open_side(right)).problems()
+    headline = f"Qwen3-0.6B-mutant does not compute the same: {found.summary}"
+    printed = f"Error: {BridgeError(headline, problems)}\n"
+    for readme in (ENGLISH, CHINESE):
+        shown = next(block for block in blocks(readme, "text") if "mutant" in block)
+        assert re.sub(r"error \d", "error N", shown) == re.sub(r"error \d", "error N", printed)
 
 
 @pytest.mark.parametrize(
