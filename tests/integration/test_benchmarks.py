@@ -13,6 +13,7 @@ from tests.unit.test_readme import ROOT, commands
 LINES = {  # the options to run each with, and the lines of its table
     "benchmarks/loading.py": (["--roads", "direct", "floor"], 2),
     "benchmarks/conversion.py": (["--roads", "cp", "floor", "bridge"], 6),
+    "benchmarks/verifying.py": ([], 3),
 }
 
 
