@@ -1,0 +1,214 @@
+"""The documents: links lead somewhere, pictures and text are what the rules say, commands and code run."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from mf_qwen3_bridge import layouts
+from tests.unit.test_readme import ROOT, anchor, blocks, commands
+
+DOCS = ROOT / "docs"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "demo").glob("*.md")])
+OURS = [DOCS / "layouts.md", DOCS / "architecture.md", DOCS / "verified.md", ROOT / "CONTRIBUTING.md"]
+LAYOUTS = (DOCS / "layouts.md").read_text(encoding="utf-8")
+
+
+def draw_layouts():
+    """docs/draw_layouts.py, which is in no package."""
+    spec = spec_from_file_location("draw_layouts", DOCS / "draw_layouts.py")
+    module = sys.modules["draw_layouts"] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DRAW = draw_layouts()
+FIGURES = DRAW.figures()
+
+
+def prose(document: Path) -> str:
+    """A document without its code."""
+    text = document.read_text(encoding="utf-8")
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def anchors(document: Path) -> Iterator[str]:
+    """GitHub's link targets; the second of one name gets a number."""
+    seen: dict[str, int] = {}
+    text = re.sub(r"^ *```.*?^ *```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        name = anchor(heading)
+        number = seen[name] = seen.get(name, -1) + 1
+        yield f"{name}-{number}" if number else name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_somewhere(document: Path):
+    for link in re.findall(r"\]\((.*?)\)", prose(document)):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, name = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        assert not name or name in anchors(target), link
+
+
+def test_no_document_is_hard_to_find():
+    """From the README, by links."""
+    found, new = set(), {ROOT / "README.md"}
+    while new:
+        found |= new
+        links = {
+            (document.parent / link.partition("#")[0]).resolve()
+            for document in new
+            for link in re.findall(r"\]\((.*?)\)", prose(document))
+        }
+        new = {link for link in links if link.suffix == ".md"} - found
+    assert found >= set(DOCUMENTS)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_tests_that_are_named_are_there(document: Path):
+    text = document.read_text(encoding="utf-8")
+    files = {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py")}
+    for file, function in re.findall(r"\b(test_\w+)::(test_\w+)", text):
+        assert f"def {function}(" in files[file]
+    for file in re.findall(r"(?<!::)\b(test_\w+)", text):
+        assert file in files or file in ("test_mode",)
+
+
+def test_sessions_that_are_named_are_there():
+    named = re.findall(r"nox -s \"?(\w+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    sessions = re.findall(r"^def (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(named) < set(sessions)
+
+
+def test_the_pictures_are_what_the_rules_say():
+    committed = {file.name: file.read_text(encoding="utf-8") for file in (DOCS / "pictures").iterdir()}
+    assert committed == {f"{name}.svg": DRAW.svg(figure) for name, figure in FIGURES.items()}
+
+
+def test_beside_each_picture_stands_what_it_shows():
+    beside = re.findall(
+        r"^!\[[^\]]+\]\(pictures/(\w+)\.svg\)\n\n```text\n(.*?)^```$", LAYOUTS, re.MULTILINE | re.DOTALL
+    )
+    assert sorted(name for name, _ in beside) == sorted(FIGURES)
+    for name, text in beside:
+        assert text == DRAW.text(FIGURES[name])
+
+
+def test_a_mistake_in_a_layout_would_be_drawn(monkeypatch: pytest.MonkeyPatch):
+    def swapped(*arguments):
+        first, *others = layouts_interleaved(*arguments)
+        return [first, *others[::-1]]
+
+    layouts_interleaved = layouts.interleaved
+    monkeypatch.setattr(layouts, "interleaved", swapped)
+    changed = {name for name, figure in DRAW.figures().items() if DRAW.svg(figure) != DRAW.svg(FIGURES[name])}
+    assert changed == {"qkv_interleaved", "ranks_train"}
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def checkout(directory: Path) -> Path:
+    """What commands and code find in their working directory."""
+    for name in ("demo", "mf_qwen3_bridge", "scripts", "tests", "noxfile.py", "pyproject.toml"):
+        (directory / name).symlink_to(ROOT / name)
+    (directory / "docs").mkdir()
+    (directory / "docs" / "draw_layouts.py").write_bytes((DOCS / "draw_layouts.py").read_bytes())
+    return directory
+
+
+@pytest.mark.parametrize("document", OURS, ids=lambda document: document.name)
+def test_commands(tmp_path: Path, document: Path):
+    """One after the other, in one directory."""
+    text = re.sub(r"^ +", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE)  # blocks within lists
+    for command in commands(text):
+        words = [{"python": sys.executable, "mf-qwen3": "mf_qwen3_bridge.cli"}.get(word, word) for word in command]
+        words = [sys.executable, "-m", *words] if command[0] == "mf-qwen3" else words
+        directory = tmp_path if (tmp_path / "docs").exists() else checkout(tmp_path)
+        result = subprocess.run(
+            words, capture_output=True, text=True, cwd=directory, env=environment(), check=False, timeout=600
+        )
+        assert result.returncode == 0, shlex.join(command) + result.stdout[-3000:] + result.stderr[-3000:]
+
+
+def test_the_example_of_the_layouts():
+    for code in blocks(LAYOUTS, "python"):
+        exec(code, {})
+
+
+ARCHITECTURE = (DOCS / "architecture.md").read_text(encoding="utf-8")
+
+
+def listed_modules() -> list[str]:
+    """Of the list in docs/architecture.md, in its order: ``errors``, ..., ``mindformers.load``, ..., ``cli``."""
+    (tree,) = (block for block in blocks(ARCHITECTURE, "text") if block.startswith("mf_qwen3_bridge/\n"))
+    found = re.findall(r"^( +)(\w+)\.py  ?", tree, re.MULTILINE)
+    return [name if len(indent) == 2 else f"mindformers.{name}" for indent, name in found]
+
+
+def imports(module: str) -> set[str]:
+    """The dotted names of all that a module imports, in functions too."""
+    file = ROOT / "mf_qwen3_bridge" / f"{module.replace('.', '/')}.py"
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_modules_import_what_stands_above_them():
+    """The list in docs/architecture.md names all of them."""
+    modules = listed_modules()
+    package = ROOT / "mf_qwen3_bridge"
+    files = {".".join(file.relative_to(package).with_suffix("").parts) for file in package.rglob("*.py")}
+    assert sorted(modules) == sorted(f for f in files if not f.endswith("__init__") and not f.startswith("register."))
+    for number, module in enumerate(modules):
+        imported = imports(module)
+        assert not imported & {f"mf_qwen3_bridge.{other}" for other in modules[number:]}, module
+        if not module.startswith("mindformers."):
+            assert not {name.partition(".")[0] for name in imported} & {"mindspore", "mindformers"}, module
+
+
+def patched(directory: Path, diff: str) -> None:
+    """A copy of the package, with a diff that says no line numbers."""
+    shutil.copytree(ROOT / "mf_qwen3_bridge", directory / "mf_qwen3_bridge")
+    for part in diff.split("--- ")[1:]:
+        name, *hunks = part.split("@@\n")
+        file = directory / name.strip()
+        for hunk in hunks:
+            lines = hunk.splitlines(keepends=True)
+            before, after = ("".join(line[1:] or "\n" for line in lines if line[0] != sign) for sign in "+-")
+            text = file.read_text(encoding="utf-8")
+            assert text.count(before) == 1, f"{name}{hunk}"
+            file.write_text(text.replace(before, after), encoding="utf-8")
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["a layout", "a model"])
+def test_what_the_walk_throughs_add_works(tmp_path: Path, number: int):
+    patched(tmp_path / "changed", blocks(ARCHITECTURE, "diff")[number])
+    code = blocks(ARCHITECTURE, "python")[number]
+    for root, works in ((tmp_path / "changed", True), (ROOT, False)):
+        directory = tmp_path / f"works {works}"
+        directory.mkdir()
+        (directory / "demo").symlink_to(ROOT / "demo")
+        changed = os.environ | {"PYTHONPATH": str(root)}
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=directory, env=changed, check=False)
+        assert (result.returncode == 0) == works, result.stderr[-3000:]
