@@ -56,8 +56,9 @@ def dialect_of(
     if layout is None:
         raise BridgeError(
             f"{checkpoint.path} holds MindFormers weights, but nothing says how QKV and gate/up lie in them, and the "
-            "wrong guess would load without an error and compute garbage: give the YAML they were trained with "
-            "(--config), whose use_contiguous_weight_layout_attention and use_interleaved_weight_layout_mlp say it"
+            "wrong guess would load without an error and compute garbage. The YAML they were trained with says it "
+            "(use_contiguous_weight_layout_attention, use_interleaved_weight_layout_mlp): mf-qwen3's commands take it "
+            "with --config; for run_mindformer.py, export them to Hugging Face with it (mf-qwen3 export --config)"
         )
     return Dialect(
         layout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from inspect import signature
 from pathlib import Path
@@ -15,7 +16,7 @@ from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.tools.logger import logger
 
-from mf_qwen3_bridge.checkpoint import HF_INDEX, HYPER_PARAMETERS, read_header
+from mf_qwen3_bridge.checkpoint import HF_INDEX, HYPER_PARAMETERS, TensorInfo, open_checkpoint, read_header
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers.configs import said_of_layout
 from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
@@ -143,6 +144,50 @@ def loading_hf(upstream: Callable[..., None]) -> Callable[..., None]:
     return load_checkpoint
 
 
+def recognising_hf(upstream: Callable[..., bool]) -> Callable[..., bool]:
+    """``is_hf_safetensors_dir``, which opens files of which none need be whole, and says nothing of where they lie.
+
+    Stands for that function of ``mindformers/utils/safetensors/utils.py`` (1.7 to 1.9). What the bridge's loader reads
+    is not opened before it: it names the file that is damaged.
+    """
+
+    @wraps(upstream)
+    def is_hf_safetensors_dir(safetensors_dir: str, model_cls_or_instance: Any) -> bool:
+        directory, network = Path(safetensors_dir), model_cls_or_instance
+        if not isinstance(network, ms.nn.Cell) or qwen3_network(network) is None or not is_known(directory):
+            return upstream(safetensors_dir, model_cls_or_instance)
+        return not bears_stamp(directory)
+
+    return is_hf_safetensors_dir
+
+
+def counting_parameters(upstream: Callable[..., None]) -> Callable[..., None]:
+    """``BaseTrainer.count_parameters``, which refuses to fine-tune from nothing.
+
+    Stands for that method of ``mindformers/trainer/base_trainer.py`` (1.7 to 1.9), which the trainer calls when the
+    network is built. MindFormers trains random weights where it finds none, whatever was asked for.
+    """
+
+    @wraps(upstream)
+    def count_parameters(trainer: Any) -> None:
+        upstream(trainer)
+        config = trainer.config
+        names_weights = config.load_checkpoint or (config.get("checkpoint") or {}).get("load_path")
+        if names_weights or trainer.network is None or qwen3_network(trainer.network) is None:
+            return
+        directory = Path(config.pretrained_model_dir or "")
+        if config.pretrained_model_dir and (directory / HF_INDEX).is_file():
+            open_checkpoint(directory)  # says which files are missing
+        if config.run_mode == "finetune":
+            raise BridgeError(
+                f"nothing to fine-tune: load_checkpoint names no weights, and pretrained_model_dir "
+                f"({config.pretrained_model_dir or 'empty'}) holds no *.safetensors. To begin with random weights, set "
+                "run_mode: train"
+            )
+
+    return count_parameters
+
+
 def qwen3_network(network: Any) -> Any:
     """The Qwen3 network within the cells that MindFormers wraps around it; None if there is none."""
     cells = (cell for _, cell in network.cells_and_names())
@@ -156,15 +201,26 @@ def is_known(path: Path) -> bool:
     """
     if (path / HF_INDEX).is_file():
         return True
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    for file in files:
-        try:
-            names, metadata = read_header(file)
-        except BridgeError:
-            continue  # if it belongs to a checkpoint that is known by another file, that is said later
+    header = _some_header(path)
+    if header is None:
+        return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    names, metadata = header
+    return LAYOUT_STAMP in metadata or any(map(is_hf_name, names))
+
+
+def bears_stamp(path: Path) -> bool:
+    """Whether these are MindFormers' weights, with the bridge's stamp."""
+    header = _some_header(path)
+    return header is not None and LAYOUT_STAMP in header[1]
+
+
+def _some_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]] | None:
+    """Of the first file of weights that can be read. Others may be damaged, which is said when they are loaded."""
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         if file.name != HYPER_PARAMETERS:
-            return LAYOUT_STAMP in metadata or any(map(is_hf_name, names))
-    return bool(files) and (path / "config.json").is_file()
+            with suppress(BridgeError):
+                return read_header(file)
+    return None
 
 
 def fill_network(network: Any, weights: Path) -> None:
@@ -191,7 +247,7 @@ def model_of(network: Any, weights: Path) -> Model:
     said = {key: value for key, value in vars(network.config).items() if key not in LAYOUT_FLAGS}
     if isinstance(network, INFERENCE_NETWORKS):  # a training network's flags are its own, not the weights'
         said |= said_of_layout(network.config)
-    model = check_weights(weights, said, "the network's model_config")
+    model = check_weights(weights, said, "the network (YAML, else config.json)")
     for note in model.notes:
         logger.info("%s: %s", weights, note)
     return model

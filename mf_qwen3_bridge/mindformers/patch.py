@@ -12,6 +12,8 @@ replaced                                     by
 ``Qwen3Config.__init__``, ``Qwen3MoeConfig`` upstream's, given a config.json in the form that it understands
 ``Inference*.generate``                      upstream's, but not from weights that were never loaded
 ``process_hf_checkpoint``                    Qwen3's files stay as they are: the loaders read them
+``is_hf_safetensors_dir``                    what it says of them, without opening files that may be damaged
+``BaseTrainer.count_parameters``             upstream's, but nothing is fine-tuned from random weights
 ``load_safetensors_checkpoint``              the bridge's loader, for Hugging Face's files and those with its stamp
 ``load_checkpoint``, ``load_hf_checkpoint``  likewise, in MindFormers' newer checkpoint format
 ============================================ ========================================================================
@@ -24,6 +26,7 @@ from functools import partial
 from typing import Any
 
 from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from mindformers.trainer.base_trainer import BaseTrainer
 from mindformers.utils import load_checkpoint_utils
 
 from mf_qwen3_bridge.mindformers import auto, compat, configs, conversion, hooks
@@ -53,6 +56,9 @@ def _entries() -> Iterator[tuple[Owner, str, Any]]:
     yield load_checkpoint_utils, "load_safetensors_checkpoint", loading
     passing_on = hooks.passing_on_hf(load_checkpoint_utils.process_hf_checkpoint)
     yield load_checkpoint_utils, "process_hf_checkpoint", passing_on
+    recognising = hooks.recognising_hf(load_checkpoint_utils.is_hf_safetensors_dir)
+    yield load_checkpoint_utils, "is_hf_safetensors_dir", recognising
+    yield BaseTrainer, "count_parameters", hooks.counting_parameters(BaseTrainer.count_parameters)
     for module, name in compat.loaders_of_new_format():
         yield module, name, hooks.loading_hf(vars(module)[name])
     for model in (AutoModel, AutoModelForCausalLM):

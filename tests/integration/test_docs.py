@@ -16,7 +16,7 @@ from tests.unit.test_readme import blocks, commands
 
 TEXT = (ROOT / "docs" / "mindformers.md").read_text(encoding="utf-8")
 INSIDE_MINDFORMERS = commands(TEXT)
-SENTENCE = "Weights move from Hugging Face to MindFormers"  # MindFormers stops at 20 tokens
+SENTENCE = "Weights move from Hugging Face to MindFormers, every row finds its place, and the model says the same words"
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ def generating(directory: Path) -> Path:
 def changed_yaml(name: str, scratch: Path, directory: Path, model_config: dict[str, Any], **entries: Any) -> Path:
     document = yaml.safe_load((ROOT / "yaml" / name).read_text()) | {"pretrained_model_dir": str(directory)} | entries
     document["model"]["model_config"] |= model_config
+    document["generation_config"]["max_new_tokens"] = NEW_TOKENS
     path = scratch / "predict.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
@@ -99,14 +100,19 @@ def test_weights_that_lie_elsewhere(tmp_path: Path):
     check_texts(tmp_path, name)
 
 
-def test_what_is_wrong_is_said(tmp_path: Path):
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_what_is_wrong_is_said(tmp_path: Path, damage: str):
     name = "split_shards"
     directory = generating(with_tokenizer(name, tmp_path))
-    sorted(directory.glob("*.safetensors"))[1].unlink()
+    shard = sorted(directory.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.unlink()
+    if damage == "truncated":
+        shard.write_bytes(whole[:-100])
     config = changed_yaml("cpu/predict_qwen3.yaml", tmp_path, directory, {"seq_length": 64})
     result = predict(tmp_path, config, name)
     assert result.returncode != 0
-    assert "model-00002" in result.stderr
+    assert "model-00002" in result.stderr and damage in result.stderr
     assert not (tmp_path / "text_generation_result.txt").exists()
 
 

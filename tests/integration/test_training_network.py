@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -122,27 +123,28 @@ def test_another_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cpu_training_ops._STAND_INS.upstream
 
 
-def train(name: str, scratch: Path, learning_rate: float) -> tuple[list[float], Path]:
-    """Upstream's trainer, straight from a fixture: the loss of each step, and what it saved, exported."""
-    document = yaml.safe_load((ROOT / "yaml" / "cpu" / "finetune_qwen3.yaml").read_text())
-    document["pretrained_model_dir"] = str(CHECKPOINTS / name)
+def run_trainer(directory: Path, scratch: Path, learning_rate: float = 1e-3, **entries: Any) -> tuple[int, str]:
+    """Upstream's trainer, straight from a Hugging Face directory: its exit code, and what it said."""
+    document = yaml.safe_load((ROOT / "yaml" / "cpu" / "finetune_qwen3.yaml").read_text()) | entries
+    document["pretrained_model_dir"] = str(directory)
     document["lr_schedule"]["learning_rate"] = learning_rate
     config = scratch / "finetune.yaml"
     config.write_text(yaml.safe_dump(document))
     inherited = {key: value for key, value in os.environ.items() if key not in ("RUN_MODE", "ENFORCE_EAGER")}
     environment = inherited | {"PYTHONPATH": str(ROOT), "CPU_AFFINITY": "False"}
+    data = [ROOT / "demo" / "make_training_data.py", "--model_dir", directory, "--output", "output/training.mindrecord"]
+    subprocess.run([sys.executable, *data], cwd=scratch, env=environment, capture_output=True, check=True)
+    command = [sys.executable, TRAINER, "--config", config, "--register_path", REGISTER_PATH]
+    result = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+    return result.returncode, result.stdout + result.stderr
 
-    def python(*command: object) -> str:
-        words = [sys.executable, *map(str, command)]
-        result = subprocess.run(words, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-        return result.stdout + result.stderr
 
-    data = ["--model_dir", CHECKPOINTS / name, "--output", "output/training.mindrecord"]
-    python(ROOT / "demo" / "make_training_data.py", *data)
-    said = python(TRAINER, "--config", config, "--register_path", REGISTER_PATH)
+def train(name: str, scratch: Path, learning_rate: float) -> tuple[list[float], Path]:
+    """The loss of each step, and what it saved, exported."""
+    code, said = run_trainer(CHECKPOINTS / name, scratch, learning_rate)
+    assert code == 0, said[-4000:]
     (saved,) = (scratch / "output" / "checkpoint" / "rank_0").glob("*-1_20.safetensors")
-    run(to_hf(check(CHECKPOINTS / name, config, saved), scratch / "exported", "fp32"))
+    run(to_hf(check(CHECKPOINTS / name, scratch / "finetune.yaml", saved), scratch / "exported", "fp32"))
     return [float(loss) for loss in re.findall(r"loss:\[([\d.]+)/", said)], scratch / "exported"
 
 
@@ -172,3 +174,37 @@ def test_weights_that_did_not_learn_come_back_bit_for_bit(tmp_path: Path) -> Non
     before, after = check(CHECKPOINTS / "tied_bf16").plan(HF, "F32"), check(exported).plan(HF)
     bits = {target.name: target.make().tobytes() for target in before.targets}
     assert bits == {target.name: target.make().tobytes() for target in after.targets}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no shards", "model-00002-of-0"),
+        ("neither shards nor index", "nothing to fine-tune"),
+        ("a truncated shard", "truncated: "),
+    ],
+)
+def test_nothing_is_fine_tuned_from_weights_that_are_not_there(tmp_path: Path, damage: str, message: str) -> None:
+    """MindFormers alone trains random weights, and says so in a line among thousands."""
+    directory = tmp_path / "hf"
+    shutil.copytree(CHECKPOINTS / "split_shards", directory)
+    shards = sorted(directory.glob("*.safetensors"))
+    if damage == "a truncated shard":
+        shards[0].write_bytes(shards[0].read_bytes()[:-100])
+    else:
+        for shard in shards:
+            shard.unlink()
+    if damage == "neither shards nor index":
+        (directory / "model.safetensors.index.json").unlink()
+    code, said = run_trainer(directory, tmp_path)
+    assert code != 0
+    assert message in said[-4000:], said[-4000:]
+    assert not list(tmp_path.rglob("*-1_20.safetensors"))
+
+
+def test_training_from_random_weights_can_be_asked_for(tmp_path: Path) -> None:
+    directory = tmp_path / "config alone"
+    directory.mkdir()
+    (directory / "config.json").write_bytes((CHECKPOINTS / DENSE / "config.json").read_bytes())
+    code, said = run_trainer(directory, tmp_path, run_mode="train")
+    assert code == 0, said[-4000:]
