@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mf_qwen3_bridge import training_slices
 from mf_qwen3_bridge.checkpoint import DTYPES, Checkpoint, Reader, TensorInfo, open_checkpoint
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.layouts import TRAINING_DEFAULT
 from mf_qwen3_bridge.mindformers_yaml import read_mindformers_yaml
 from mf_qwen3_bridge.plan import Plan, make_plan
 from mf_qwen3_bridge.progress import progress_bar
@@ -235,6 +236,8 @@ def _are_dealt_otherwise(here: np.ndarray, there: np.ndarray) -> bool:
     return not np.array_equal(here, there) and {row.tobytes() for row in here} == {row.tobytes() for row in there}
 
 
+_FUSED = re.compile(r"self_attn\.[qkv]_proj|mlp\.(gate|up)_proj")
+
 # Tensors of one shape that are easily mistaken for each other, within a layer.
 _TWINS = {
     "k_proj": "v_proj",
@@ -255,17 +258,32 @@ def _guesses(
     mine, theirs = _Samples(left, rules), _Samples(right, rules)
     layouts = {id(side): _other_layouts(side, rules) for side in (left, right)}
     parts_of = {rule.parameter: rule.tensors for rule in rules}
+    fused = {part: parts for parts in parts_of.values() for part in parts if _FUSED.search(part)}
     for name in different:
         for part in parts_of.get(name, (name,)):
-            guess = next(_guess(part, mine, theirs, layouts[id(left)], layouts[id(right)]), None)
+            guess = None
+            if part in fused and not _are_alike(mine, theirs, fused[part]):
+                guess = _laid_out("first", layouts[id(left)], theirs, fused[part])
+                guess = guess or _laid_out("second", layouts[id(right)], mine, fused[part])
+            guess = guess or next(_guess(part, mine, theirs), None)
             if guess:
                 yield name, guess
                 break
 
 
-def _guess(
-    name: str, mine: _Samples, theirs: _Samples, my_layouts: list[_Samples], their_layouts: list[_Samples]
-) -> Iterator[str]:
+def _laid_out(word: str, candidates: Iterable[_Samples], other: _Samples, parts: tuple[str, ...]) -> str | None:
+    """The layout in which one side's parts of a fused parameter would be the other's."""
+    for candidate in candidates:
+        if _are_alike(candidate, other, parts):
+            return f"the {word} is laid out {candidate.side.dialect.layout}"
+    return None
+
+
+def _are_alike(left: _Samples, right: _Samples, parts: Iterable[str]) -> bool:
+    return all(np.array_equal(left.of(part), right.of(part)) for part in parts)
+
+
+def _guess(name: str, mine: _Samples, theirs: _Samples) -> Iterator[str]:
     here, there = mine.of(name), theirs.of(name)
     if not (here.size and there.size):
         return
@@ -278,10 +296,6 @@ def _guess(
         yield "its heads are in another order: another number of KV groups?"
     if np.array_equal(here, there):
         return  # the first rows are alike: something is wrong further on
-    for word, candidates, other in (("first", my_layouts, there), ("second", their_layouts, here)):
-        for candidate in candidates:
-            if np.array_equal(candidate.of(name), other):
-                yield f"the {word} is laid out {candidate.side.dialect.layout}"
     kind = re.search(r"\.(\w+)\.weight$", name)
     twin = _TWINS.get(kind[1]) if kind else None
     if twin and kind:
@@ -306,8 +320,5 @@ def _other_layouts(side: Side, rules: tuple[Rule, ...]) -> list[_Samples]:
     layout = side.dialect.layout
     if layout is None:
         return []
-    others = {Layout(qkv, gate_up) for qkv in (True, False) for gate_up in (True, False)} - {layout}
-    return [
-        _Samples(replace(side, dialect=replace(side.dialect, layout=other)), rules)
-        for other in sorted(others, key=str, reverse=True)
-    ]
+    others = (other for other in training_slices.layouts(side.spec) if other != layout)
+    return [_Samples(replace(side, dialect=replace(side.dialect, layout=other)), rules) for other in others]

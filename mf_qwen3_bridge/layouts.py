@@ -188,6 +188,11 @@ class Layout:
     tensor_parallel: int = 1
 
     @classmethod
+    def kinds(cls) -> list[Layout]:
+        """All that flags can ask for, the default first."""
+        return [cls(qkv, gate_up) for qkv in (True, False) for gate_up in (True, False)]
+
+    @classmethod
     def of_training(cls, model_config: Mapping[str, Any], tensor_parallel: int = 1) -> Layout:
         """The layout of a training network, from the ``model.model_config`` section of its YAML.
 
@@ -231,7 +236,7 @@ class Layout:
             ValueError: there is none.
         """
         flags, _, blocks = text.partition(",tensor_parallel=")
-        for layout in (cls(qkv, gate_up) for qkv in (True, False) for gate_up in (True, False)):
+        for layout in cls.kinds():
             if str(layout) == flags and (blocks.isdigit() or not blocks):
                 return layout.on(int(blocks or 1))
         raise ValueError(f"unknown layout {text!r}")

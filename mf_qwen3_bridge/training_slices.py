@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from math import lcm
 
 from mf_qwen3_bridge.errors import Problem
+from mf_qwen3_bridge.layouts import Layout
 from mf_qwen3_bridge.parallel import ParallelConfig
 from mf_qwen3_bridge.plan import Plan
 from mf_qwen3_bridge.rules import ExpertsRule, Rule
@@ -31,6 +32,12 @@ def problems(spec: ModelSpec, parallel: ParallelConfig) -> Iterator[Problem]:
         yield Problem("expert parallel", str(expert), "the model has no experts: leave it out")
     elif spec.is_moe and spec.num_experts % expert:
         yield Problem("num_experts", f"{spec.num_experts}, expert parallel {expert}", "use a size that divides it")
+
+
+def layouts(spec: ModelSpec) -> Iterator[Layout]:
+    """Every layout that a training run of this model can leave, with up to 8 tensor parallel ranks."""
+    sizes = (size for size in (1, 2, 4, 8) if not any(problems(spec, ParallelConfig(size))))
+    yield from dict.fromkeys(kind.on(size) for size in sizes for kind in Layout.kinds())
 
 
 def boxes(rules: Iterable[Rule], plan: Plan, parallel: ParallelConfig, number: int) -> Iterator[tuple[str, Box]]:

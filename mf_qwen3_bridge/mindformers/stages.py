@@ -20,7 +20,7 @@ from mf_qwen3_bridge.mindformers.infer import build_network
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import InferenceNetwork, network_logits
 from mf_qwen3_bridge.mindformers.ranks import rank_of
-from mf_qwen3_bridge.parallel import SINGLE, WHOLE, ParallelConfig
+from mf_qwen3_bridge.parallel import SINGLE, WHOLE
 from mf_qwen3_bridge.preflight import Model, check, first_layers
 from mf_qwen3_bridge.quiet import upstream_kept_quiet
 from mf_qwen3_bridge.reference import LOGITS, Stage
@@ -157,11 +157,15 @@ def misplaced(network: InferenceNetwork, model: Model) -> Iterator[Problem]:
 
 def _other_layouts(model: Model) -> Iterator[tuple[str, Dialect]]:
     """How parameters may lie that somebody has converted for another reader."""
-    yield "in the training layout: interleaved", Dialect(TRAINING_DEFAULT, stacked_experts=True)
-    for size in (2, 4, 8):
-        if not any(training_slices.problems(model.spec, ParallelConfig(size))):
-            layout = Layout(interleaved_qkv=False, interleaved_gate_up=False, tensor_parallel=size)
-            yield f"in the blocks of {size} tensor parallel ranks", Dialect(layout, stacked_experts=True)
+    for layout in training_slices.layouts(model.spec):
+        if layout == TRAINING_DEFAULT:
+            yield "in the training layout: interleaved", _inference(layout)
+        elif layout.tensor_parallel > 1 and not (layout.interleaved_qkv or layout.interleaved_gate_up):
+            yield f"in the blocks of {layout.tensor_parallel} tensor parallel ranks", _inference(layout)
+
+
+def _inference(layout: Layout) -> Dialect:
+    return Dialect(layout, stacked_experts=True)
 
 
 def _holds(parameter: ms.Parameter, values: np.ndarray) -> bool:

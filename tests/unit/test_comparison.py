@@ -131,7 +131,9 @@ def test_mutations_are_found_and_named(tmp_path: Path, mutation: str):
         assert all(guess in report.guesses.get(name, "") for name in names), report.guesses
 
 
-@pytest.mark.parametrize("wrong", [Layout(False, True), Layout(True, False), Layout(False, False)], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [Layout(False, True), Layout(True, False), Layout(False, False), Layout(False, False, 2)], ids=str
+)
 def test_a_wrong_layout_is_recognised(tmp_path: Path, wrong: Layout):
     """Files that bear the wrong stamp: as if somebody had undone, or not undone, the interleaving."""
     hf = write(tmp_path / "hf", random_tensors(), hf_config())
@@ -142,7 +144,13 @@ def test_a_wrong_layout_is_recognised(tmp_path: Path, wrong: Layout):
     expected = set() if wrong.interleaved_qkv else {"q_proj", "k_proj", "v_proj"}
     expected |= set() if wrong.interleaved_gate_up else {"gate_proj", "up_proj"}
     assert kinds <= expected
-    assert any(str(wrong) in guess or "is laid out" in guess for guess in report.guesses.values())
+    assert report.guesses.keys() == report.counts.keys()
+    said = set(report.guesses.values())  # of QKV alone, or of gate and up alone, the flag of the other is not known
+    candidates = {wrong, *(kind.on(2) for kind in Layout.kinds() if wrong.tensor_parallel == 2)}
+    candidates |= set(Layout.kinds()) if wrong.tensor_parallel == 1 else set()
+    assert said <= {f"the second is laid out {layout}" for layout in candidates}
+    assert all("qkv=contiguous" in report.guesses[name] for name in report.counts if "self_attn" in name)
+    assert all("gate_up=contiguous" in report.guesses[name] for name in report.counts if "mlp" in name)
 
 
 def test_another_number_of_groups(tmp_path: Path):
