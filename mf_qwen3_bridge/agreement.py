@@ -29,6 +29,19 @@ def disagreements(
     yield from computed_rows(hf_config, ["config.json"], sides, trained_with)
 
 
+def config_rows(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    """A row for each thing that decides what is computed and on which normalised config.json do not agree.
+
+    Whether the output layer is tied is a matter of the tensors.
+    """
+    computed = ("rms_norm_eps", "rope_theta", "rope_scaling", "num_experts_per_tok", "norm_topk_prob")
+    for key in (*HF_NAME.values(), *computed):
+        values = [config.get(key) for config in configs.values()]
+        if key != HF_NAME["tie_word_embeddings"] and any(value != values[0] for value in values):
+            lines = (f"{origin}: {value}" for origin, value in zip(configs, values))
+            yield Problem(key, "\n".join(lines), "take the config.json that the weights were trained with")
+
+
 def number_rows(
     spec: ModelSpec,
     origins: Sequence[str],

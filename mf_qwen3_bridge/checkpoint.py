@@ -149,6 +149,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """
     try:
         size = file.stat().st_size
+        if not file.is_file():
+            raise _damaged(file, "no regular file")
         with open(file, "rb") as stream:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
@@ -161,7 +163,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         tensors = {name: _tensor_info(name, entry, file, 8 + length) for name, entry in header.items()}
     except OSError as error:
         raise _damaged(file, f"can't be read: {error.strerror}", "look at its permissions and its disk") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, "its header can't be understood") from error
     _check_extent(file, tensors.values(), 8 + length, size)
     # MindSpore names there what safetensors has no name for, such as int4, and reads the bytes as that.

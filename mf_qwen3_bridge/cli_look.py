@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from mf_qwen3_bridge.errors import BridgeError, table
 
 if TYPE_CHECKING:
     from mf_qwen3_bridge.layer_errors import LayerErrors
+    from mf_qwen3_bridge.preflight import Model
 
 
 @click.command()
@@ -49,7 +52,7 @@ def inspect(path: Path, tensors: bool, rules: bool, as_json: bool) -> None:
 @click.option("--layers", type=click.IntRange(1), metavar="N", help="With --logits  [default: what fits in memory].")
 @click.option("--hf_config", type=DIRECTORY, metavar="DIR", help="With --logits: config.json  [default: B's, or A's].")
 @click.option(
-    "--picture", type=DIRECTORY, metavar="FILE", default="verify.png", show_default=True, help="With --logits."
+    "--picture", type=DIRECTORY, metavar="FILE", help="With --logits  [default: verify.png, or verify1.png...]."
 )
 def verify(
     first: Path,
@@ -58,7 +61,7 @@ def verify(
     logits: bool,
     layers: int | None,
     hf_config: Path | None,
-    picture: Path,
+    picture: Path | None,
 ) -> None:
     """Are the weights sound? With two checkpoints, in any two dialects: do they hold the same, bit for bit?
 
@@ -71,7 +74,11 @@ def verify(
     """
     if logits:
         _verify_logits(first, second, config, hf_config, layers, picture)
-    elif second:
+        return
+    for name, value in (("--layers", layers), ("--hf_config", hf_config), ("--picture", picture)):
+        if value is not None:
+            raise click.UsageError(f"{name} needs --logits")
+    if second:
         _verify_two(first, second, config)
     else:
         _verify_one(first, config)
@@ -79,8 +86,12 @@ def verify(
 
 def _verify_one(path: Path, config: Path | None) -> None:
     from mf_qwen3_bridge import weight_statistics
+    from mf_qwen3_bridge.checkpoint import open_checkpoint
     from mf_qwen3_bridge.comparison import open_side
+    from mf_qwen3_bridge.trained import check_trained
 
+    if (path / "config.json").is_file():
+        check_trained(open_checkpoint(path), path, config)
     side = open_side(path, config)
     statistics = weight_statistics.measure(side)
     click.echo(f"checkpoint  {side.dialect}, {len(side.checkpoint.tensors)} tensors")
@@ -102,46 +113,74 @@ def _verify_two(first: Path, second: Path, config: Path | None) -> None:
 
 
 def _verify_logits(
-    first: Path, second: Path | None, config: Path | None, hf_config: Path | None, layers: int | None, picture: Path
+    first: Path,
+    second: Path | None,
+    config: Path | None,
+    hf_config: Path | None,
+    layers: int | None,
+    picture: Path | None,
 ) -> None:
-    from mf_qwen3_bridge.checkpoint import open_checkpoint
     from mf_qwen3_bridge.comparison import Side, compare
     from mf_qwen3_bridge.layer_errors import layers_that_fit
     from mf_qwen3_bridge.preflight import first_layers
     from mf_qwen3_bridge.quiet import upstream_kept_quiet
-    from mf_qwen3_bridge.trained import check_trained
 
+    if picture and not picture.parent.is_dir():
+        raise BridgeError(f"{picture.parent} does not exist: --picture needs a directory that does")
     paths = [path for path in (first, second) if path]
-    beside = next((path for path in reversed(paths) if (path / "config.json").is_file()), None)
-    models = [check_trained(open_checkpoint(path), hf_config or beside, config) for path in paths]
-    if not all(model.hf_config for model in models):
-        raise BridgeError(
-            f"no config.json beside {first}: name the Hugging Face directory of the model with --hf_config"
-        )
-    if models[0].spec != models[-1].spec:
-        raise BridgeError(f"{first} and {second} are not of one model")
-    count = layers or layers_that_fit(models[0])
-    models = [first_layers(model, count) for model in models]
+    models = _models(paths, config, hf_config)
+    num_layers = layers or layers_that_fit(models[0])
+    total = models[0].spec.num_layers
+    models = [first_layers(model, num_layers) for model in models]
 
     with upstream_kept_quiet():  # takes seconds
         from mf_qwen3_bridge.mindformers.stages import errors_of_checkpoint
     found = errors_of_checkpoint(models[0], models[-1])
-    click.echo(f"layers      {count}, in MindFormers' {_NETWORKS[models[0].spec.is_moe]} on the CPU, float32")
+    network = "InferenceQwen3MoeForCausalLM" if models[0].spec.is_moe else "InferenceQwen3ForCausalLM"
+    click.echo(f"layers      {num_layers} of {total}, in MindFormers' {network} on the CPU, float32")
     click.echo(table(["layer", *found.stages], found.rows(), "simple"))
     _draw(found, first, picture)
-    if found.begin is None:
-        click.echo(f"result      {found.summary}")
-        return
+    # What 16 tokens did not reach: rows of the embedding, experts.
     sides = [Side(model.checkpoint, model.dialect, model.spec) for model in models]
-    raise BridgeError(f"{first} does not compute the same: {found.summary}", compare(sides[0], sides[-1]).problems())
+    report = compare(sides[0], sides[-1]) if second else None
+    if found.begin or (report and report.counts):
+        what = "does not compute the same" if found.begin else "computes the same for some tokens, from other weights"
+        raise BridgeError(f"{first} {what}: {found.summary}", report.problems() if report else ())
+    click.echo(f"result      {found.summary}")
 
 
-_NETWORKS = {False: "InferenceQwen3ForCausalLM", True: "InferenceQwen3MoeForCausalLM"}
+def _models(paths: Sequence[Path], config: Path | None, hf_config: Path | None) -> list[Model]:
+    """The checkpoints, each with its own config.json if it has one; they have to be of one model."""
+    from mf_qwen3_bridge.agreement import config_rows
+    from mf_qwen3_bridge.checkpoint import open_checkpoint
+    from mf_qwen3_bridge.recognise import LAYOUT_STAMP
+    from mf_qwen3_bridge.trained import check_trained
+
+    own = [path for path in paths if (path / "config.json").is_file()]
+    models = []
+    for path in paths:
+        checkpoint = open_checkpoint(path)
+        hf_dir = path if path in own else hf_config or next(iter(own), None)
+        models.append(check_trained(checkpoint, hf_dir, None if LAYOUT_STAMP in checkpoint.metadata else config))
+    first = models[0]
+    if not first.hf_config:
+        raise BridgeError(f"no config.json beside {paths[0]}: name the model's Hugging Face directory with --hf_config")
+    if len(paths) == 1 and not first.dialect.is_hf and LAYOUT_STAMP not in first.checkpoint.metadata:
+        raise BridgeError(
+            f"nothing in {paths[0]} says how QKV and gate/up lie, and by themselves its weights can't show it: name "
+            "what they should be as well, such as the Hugging Face directory (mf-qwen3 verify A B --logits)"
+        )
+    if rows := list(config_rows({str(path): model.hf_config for path, model in zip(paths, models)})):
+        raise BridgeError("these do not compute the same: their config.json differ", rows)
+    return models
 
 
-def _draw(found: LayerErrors, first: Path, picture: Path) -> None:
+def _draw(found: LayerErrors, first: Path, picture: Path | None) -> None:
+    """To where it was asked for, else to the first name that nothing bears."""
     from mf_qwen3_bridge.picture import draw
 
+    names = (Path(f"verify{number or ''}.png") for number in count())
+    picture = picture or next(name for name in names if not name.exists())
     try:
         draw(found, first.name, picture)
     except ModuleNotFoundError:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ from mf_qwen3_bridge.checkpoint import DTYPES, Checkpoint, Reader, TensorInfo, o
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.layouts import TRAINING_DEFAULT
 from mf_qwen3_bridge.mindformers_yaml import read_mindformers_yaml
-from mf_qwen3_bridge.plan import Plan, make_plan
+from mf_qwen3_bridge.plan import TIED_TENSORS_DIFFER, Plan, make_plan
 from mf_qwen3_bridge.progress import progress_bar
-from mf_qwen3_bridge.recognise import dialect_of, holds_experts, saved_by_ranks, spec_of
+from mf_qwen3_bridge.recognise import LAYOUT_STAMP, dialect_of, holds_experts, saved_by_ranks, spec_of
 from mf_qwen3_bridge.rules import HF, Dialect, Rule, model_rules
 from mf_qwen3_bridge.slices import Box, write_slices
 from mf_qwen3_bridge.spec import ModelSpec
@@ -27,6 +28,8 @@ from mf_qwen3_bridge.transfer import Transfer, carve, copy_elements, read_nbytes
 
 # Rows of a tensor by which it is recognised: enough to tell tensors apart, few enough to look at many.
 _SAMPLE_ROWS = 4
+# Of so many tensors that differ; samples are kept in memory, and an expert is looked for among all others.
+_MAX_GUESSES = 500
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,15 @@ def open_side(path: Path, config: Path | None = None) -> Side:
 
     Args:
         path: where.
-        config: the YAML of the training run, which says how MindFormers weights without a stamp lie; else they are
-            taken to lie as MindFormers trains by default.
+        config: the YAML of the training run, which says how MindFormers weights without a stamp lie (what bears one is
+            not asked); else they are taken to lie as MindFormers trains by default.
 
     Raises:
         BridgeError: files are missing or damaged, or their tensors make no whole Qwen3.
     """
     checkpoint = open_checkpoint(path)
     layout, origin = None, "YAML"
-    if config is not None:
+    if config is not None and LAYOUT_STAMP not in checkpoint.metadata:
         yaml = read_mindformers_yaml(config)
         origin = yaml.origin
         layout = yaml.layout_of_weights(holds_experts(checkpoint), saved_by_ranks(checkpoint))
@@ -134,7 +137,7 @@ def compare(left: Side, right: Side) -> Report:
         paths = [side.checkpoint.path for side in (left, right)]
         problems = [
             Problem(name, "\n".join(f"{path}: {getattr(spec, name)}" for path, spec in zip(paths, specs)), "")
-            for name in specs[0].numbers
+            for name in specs[0].numbers | specs[1].numbers
             if getattr(specs[0], name) != getattr(specs[1], name)
         ]
         raise BridgeError("these are not of one model", problems)
@@ -142,7 +145,13 @@ def compare(left: Side, right: Side) -> Report:
     plan = left.plan(right.dialect, rules)
     theirs = right.checkpoint.tensors
     for side in (left, right):
-        side.plan(side.dialect, rules).check_duplicates()  # planning it shows that it is whole
+        try:
+            side.plan(side.dialect, rules).check_duplicates()  # planning it shows that it is whole
+        except BridgeError as error:
+            if error.headline != TIED_TENSORS_DIFFER:
+                raise
+            found = f"{side.checkpoint.path} has its own, which is not its embedding; the other has none"
+            raise BridgeError("these do not hold the same weights", [Problem("output layer", found, "")]) from error
     counts = _compare(plan, theirs, by_source=left.dialect.is_hf)
     dtypes: dict[tuple[str, str], list[str]] = defaultdict(list)
     for target in plan.targets:
@@ -219,7 +228,7 @@ class _Samples:
             if name not in self.plans:
                 return np.empty((0,), np.float32)
             (shape,) = (target.shape for target in self.plans[name].targets)
-            few = min(_SAMPLE_ROWS, shape[-1] if columns else shape[0])
+            few = min(_SAMPLE_ROWS if len(shape) > 1 else shape[0], shape[-1] if columns else shape[0])
             box = Box((0, shape[0]), (0, few)) if columns else Box((0, few))
             (target,) = write_slices(self.plans[name], {name: box}).targets
             array = target.make()
@@ -256,10 +265,10 @@ def _guesses(
 ) -> Iterator[tuple[str, str]]:
     """For tensors that differ, what may have happened, judged by their first rows."""
     mine, theirs = _Samples(left, rules), _Samples(right, rules)
-    layouts = {id(side): _other_layouts(side, rules) for side in (left, right)}
+    layouts = {id(left): _other_layouts(left, right, rules), id(right): _other_layouts(right, left, rules)}
     parts_of = {rule.parameter: rule.tensors for rule in rules}
     fused = {part: parts for parts in parts_of.values() for part in parts if _FUSED.search(part)}
-    for name in different:
+    for name in islice(different, _MAX_GUESSES):
         for part in parts_of.get(name, (name,)):
             guess = None
             if part in fused and not _are_alike(mine, theirs, fused[part]):
@@ -315,10 +324,11 @@ def _guess(name: str, mine: _Samples, theirs: _Samples) -> Iterator[str]:
                 yield f"rows are off by {shift}"
 
 
-def _other_layouts(side: Side, rules: tuple[Rule, ...]) -> list[_Samples]:
-    """The side read as if its QKV and gate/up lay otherwise."""
+def _other_layouts(side: Side, other: Side, rules: tuple[Rule, ...]) -> list[_Samples]:
+    """The side read as if its QKV and gate/up lay otherwise; not if it bears a stamp, and the other side does not."""
     layout = side.dialect.layout
-    if layout is None:
+    stamps = [LAYOUT_STAMP in one.checkpoint.metadata for one in (side, other)]
+    if layout is None or (stamps == [True, False] and not other.dialect.is_hf):
         return []
-    others = (other for other in training_slices.layouts(side.spec) if other != layout)
-    return [_Samples(replace(side, dialect=replace(side.dialect, layout=other)), rules) for other in others]
+    others = (one for one in training_slices.layouts(side.spec) if one != layout)
+    return [_Samples(replace(side, dialect=replace(side.dialect, layout=one)), rules) for one in others]

@@ -63,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BridgeError(f"can't read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BridgeError(f"{path} is not valid JSON ({error}): copy it again") from error
     if not isinstance(content, dict):
         raise BridgeError(f"{path} holds no JSON object: copy it again")

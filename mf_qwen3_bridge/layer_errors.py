@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.plan import Plan
 from mf_qwen3_bridge.preflight import Model
 from mf_qwen3_bridge.progress import steps
-from mf_qwen3_bridge.reference import LOGITS, STAGES, Stage
+from mf_qwen3_bridge.reference import EMBEDDED, LOGITS, STAGES, Stage, forward
 from mf_qwen3_bridge.rules import INFER
 
-# Relative to the largest value of a stage. Float32 leaves some 1e-6; a misplaced row makes 0.1 and more.
-TOLERANCE = 1e-4
+# What a network may be off that computes in this dtype, relative to the largest value of a stage. A misplaced row makes
+# 0.1 and more; in float32 1e-6 is left, in bfloat16 some roundings to 8 bits.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 NUM_TOKENS = 16
 _SHARE_OF_MEMORY = 0.5
 
@@ -27,20 +28,22 @@ class LayerErrors:
 
     Attributes:
         errors: by stage, in the order in which they are computed; infinity where a network made NaN.
+        tolerance: an error above is no rounding.
     """
 
     errors: Mapping[Stage, float]
+    tolerance: float = TOLERANCES["float32"]
 
     @property
     def begin(self) -> Stage | None:
         """The first stage that is wrong, if one is."""
-        return next((stage for stage, error in self.errors.items() if not error <= TOLERANCE), None)
+        return next((stage for stage, error in self.errors.items() if not error <= self.tolerance), None)
 
     @property
     def summary(self) -> str:
         """What was found, in a line."""
         if self.begin is None:
-            return f"errors up to {max(self.errors.values()):.1e}; of the logits {self.errors[LOGITS]:.1e}"
+            return f"errors up to {max(self.errors.values()):.1e}"
         return f"it begins at {self.begin}, error {self.errors[self.begin]:.1g}"
 
     @property
@@ -55,28 +58,40 @@ class LayerErrors:
 
     def rows(self) -> Iterator[list[str]]:
         """A row for each layer, a column for each of ``stages``; an exclamation mark where it is wrong."""
+        blank = [""] * (len(self.stages) - 1)
+        yield ["embedding", *blank, self._cell(EMBEDDED)]
         for number in range(self.num_layers):
             yield [str(number), *(self._cell(Stage(number, name)) for name in self.stages)]
-        yield ["logits", *[""] * (len(self.stages) - 1), self._cell(LOGITS)]
+        yield ["logits", *blank, self._cell(LOGITS)]
 
     def _cell(self, stage: Stage) -> str:
         error = self.errors[stage]
-        return f"{error:.1e}" + ("" if error <= TOLERANCE else " !")
+        return f"{error:.1e}" + ("" if error <= self.tolerance else " !")
 
 
-def layer_errors(found: Mapping[Stage, np.ndarray], expected: Iterable[tuple[Stage, np.ndarray]]) -> LayerErrors:
-    """Compares what a network makes of a sequence with what the reference makes of it."""
+def layer_errors(
+    found: Mapping[Stage, np.ndarray], model: Model, token_ids: Sequence[int], dtype: str = "float32"
+) -> LayerErrors:
+    """Compares what a network makes of a sequence with what the reference makes of it.
+
+    Args:
+        found: by stage what the network made, in float32.
+        model: what it should compute.
+        token_ids: the sequence.
+        dtype: the coarsest in which the network computes, as MindFormers calls it.
+    """
     errors = {}
-    for stage, right in steps("reference", expected, len(found)):
-        with np.errstate(invalid="ignore"):
+    for stage, right in steps("reference", forward(model, token_ids, found), len(found)):
+        with np.errstate(invalid="ignore", over="ignore"):
             error = float(np.abs(found[stage] - right).max() / np.abs(right).max())
         errors[stage] = error if np.isfinite(error) else float("inf")
-    return LayerErrors(errors)
+    return LayerErrors(errors, TOLERANCES[dtype])
 
 
-def tokens_for(model: Model) -> list[int]:
-    """A sequence to compute: any tokens will do."""
-    return np.random.default_rng(0).integers(model.spec.vocab_size, size=NUM_TOKENS).tolist()
+def tokens_for(model: Model, most: int = NUM_TOKENS) -> list[int]:
+    """A sequence to compute, as long as model and cache let it be: any tokens will do."""
+    count = min(NUM_TOKENS, most, model.max_length)
+    return np.random.default_rng(0).integers(model.spec.vocab_size, size=count).tolist()
 
 
 def layers_that_fit(model: Model) -> int:
@@ -106,8 +121,10 @@ def layers_that_fit(model: Model) -> int:
 
 
 def _available_memory() -> int:
-    """Bytes that processes can take without others being swapped out."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise OSError("/proc/meminfo does not say MemAvailable")
+    """Bytes that processes can take without others being swapped out, or this container being ended."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (available,) = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available

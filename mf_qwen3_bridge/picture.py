@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.layer_errors import TOLERANCE, LayerErrors
+from mf_qwen3_bridge.layer_errors import LayerErrors
 from mf_qwen3_bridge.reference import LOGITS, Stage
 
 _LEAST = 1e-9  # errors below are drawn there: a logarithmic axis knows no zero
@@ -29,8 +29,8 @@ def draw(found: LayerErrors, title: str, path: Path) -> None:
         errors = [min(max(found.errors[Stage(number, name)], _LEAST), _MOST) for number in layers]
         axes.plot(layers, errors, marker="o", markersize=4, linewidth=1.2, label=name)
     axes.plot([found.num_layers], [min(max(found.errors[LOGITS], _LEAST), _MOST)], "k*", markersize=9, label="logits")
-    axes.axhline(TOLERANCE, color="black", linestyle=":", linewidth=1)
-    axes.annotate("wrong above", (0, TOLERANCE), textcoords="offset points", xytext=(2, 3), fontsize=8)
+    axes.axhline(found.tolerance, color="black", linestyle=":", linewidth=1)
+    axes.annotate("wrong above", (0, found.tolerance), textcoords="offset points", xytext=(2, 3), fontsize=8)
     if found.begin and found.begin.layer is not None:
         axes.axvline(found.begin.layer, color="red", alpha=0.3, linewidth=6)
     axes.set(yscale="log", ylim=(_LEAST, _MOST), xlabel="layer", ylabel="error, relative to the largest value")

@@ -22,6 +22,7 @@ from mf_qwen3_bridge.tiles import Copy
 from mf_qwen3_bridge.transfer import Transfer, have_equal_bytes
 from mf_qwen3_bridge.values import fault_of
 
+TIED_TENSORS_DIFFER = "tied tensors differ"
 FLOATS = ("BF16", "F16", "F32")
 
 
@@ -106,7 +107,7 @@ class Plan:
             if not (are_equal or self._have_equal_bytes)(kept, dropped)
         ]
         if problems:
-            raise BridgeError("tied tensors differ", problems)
+            raise BridgeError(TIED_TENSORS_DIFFER, problems)
 
     def _have_equal_bytes(self, kept: TensorInfo, dropped: TensorInfo) -> bool:
         size, number = self.rank.tensor_parallel, self.rank.tensor_rank

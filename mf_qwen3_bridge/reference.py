@@ -7,7 +7,7 @@ read when they are used, so that it needs memory for one layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,7 +26,7 @@ class Stage:
     """A value that both a network and the reference compute.
 
     Attributes:
-        layer: the layer's number; None after the last layer.
+        layer: the layer's number; None before the first and after the last.
         name: MindFormers' name of the module that makes it.
     """
 
@@ -41,28 +41,36 @@ class Stage:
 QKV, ATTENTION, PROJ = "self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj"
 ROUTER, FC1, MLP, LAYER = "mlp.router", "mlp.linear_fc1", "mlp", "output"
 STAGES = (QKV, ATTENTION, PROJ, ROUTER, FC1, MLP, LAYER)
-LOGITS = Stage(None, "logits")
+EMBEDDED, LOGITS = Stage(None, "embedding"), Stage(None, "logits")
 
 
-def forward(model: Model, token_ids: Sequence[int]) -> Iterator[tuple[Stage, np.ndarray]]:
+def forward(
+    model: Model, token_ids: Sequence[int], given: Mapping[Stage, np.ndarray] | None = None
+) -> Iterator[tuple[Stage, np.ndarray]]:
     """Computes one sequence, and yields what each stage makes of it.
 
     Args:
         model: with a config.json (``hf_config``); its weights may be in any dialect.
         token_ids: the sequence.
+        given: what a network made of the stages. Each layer begins with what the network's layer began with, so that
+            rounding does not add up over layers, and a wrong layer does not make the next ones wrong.
 
     Yields:
-        Each stage of each layer and then the logits, float32 (len(token_ids), width). ``linear_qkv`` is [q k v],
-        ``linear_fc1`` [gate up]; the router's value is what each expert counts for each token.
+        The embedding, each stage of each layer, and then the logits, float32 (len(token_ids), width). ``linear_qkv`` is
+        [q k v], ``linear_fc1`` [gate up]; the router's value is what each expert counts for each token.
     """
     weights = _Weights(model)
     rope = _rope(model, len(token_ids))
+    given = given or {}
+    stage = EMBEDDED
     hidden = np.stack([weights.rows(EMBEDDING[0], token, token + 1)[0] for token in token_ids])
+    yield stage, hidden
     for number in range(model.spec.num_layers):
         layer = _Layer(model, weights, number)
-        for name, value in layer.forward(hidden, rope):
+        for name, value in layer.forward(given.get(stage, hidden), rope):
             yield Stage(number, name), value
-        hidden = value
+        stage, hidden = Stage(number, LAYER), value
+    hidden = given.get(stage, hidden)
     hidden = layer.norm(hidden, weights.whole("model.norm.weight"))
     output = EMBEDDING[0] if model.spec.tie_word_embeddings else OUTPUT[0]
     starts = range(0, model.spec.vocab_size, _ROWS_OF_OUTPUT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 from mindformers.trainer import base_trainer
 
@@ -17,3 +18,10 @@ def loaders_of_new_format() -> Iterator[tuple[ModuleType, str]]:
     for name in ("load_checkpoint", "load_hf_checkpoint"):
         if name in vars(base_trainer):
             yield base_trainer, name
+
+
+def weights_to_load(config: Any) -> str | None:
+    """What the trainer will load, of a run's config: from 1.9 on ``checkpoint.load_path``, else ``load_checkpoint``."""
+    if "load_hf_checkpoint" in vars(base_trainer):
+        return (config.get("checkpoint") or {}).get("load_path")
+    return config.load_checkpoint

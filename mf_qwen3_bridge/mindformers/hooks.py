@@ -18,6 +18,7 @@ from mindformers.tools.logger import logger
 
 from mf_qwen3_bridge.checkpoint import HF_INDEX, HYPER_PARAMETERS, TensorInfo, open_checkpoint, read_header
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.mindformers import compat
 from mf_qwen3_bridge.mindformers.configs import said_of_layout
 from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
 from mf_qwen3_bridge.mindformers.training import load_training_network
@@ -171,19 +172,18 @@ def counting_parameters(upstream: Callable[..., None]) -> Callable[..., None]:
     @wraps(upstream)
     def count_parameters(trainer: Any) -> None:
         upstream(trainer)
-        config = trainer.config
-        names_weights = config.load_checkpoint or (config.get("checkpoint") or {}).get("load_path")
-        if names_weights or trainer.network is None or qwen3_network(trainer.network) is None:
+        config, network = trainer.config, trainer.network
+        is_asked_for = config.run_mode == "finetune" and not config.only_save_strategy
+        if not is_asked_for or compat.weights_to_load(config) or network is None or qwen3_network(network) is None:
             return
         directory = Path(config.pretrained_model_dir or "")
         if config.pretrained_model_dir and (directory / HF_INDEX).is_file():
             open_checkpoint(directory)  # says which files are missing
-        if config.run_mode == "finetune":
-            raise BridgeError(
-                f"nothing to fine-tune: load_checkpoint names no weights, and pretrained_model_dir "
-                f"({config.pretrained_model_dir or 'empty'}) holds no *.safetensors. To begin with random weights, set "
-                "run_mode: train"
-            )
+        raise BridgeError(
+            "nothing to fine-tune: MindFormers would load no weights, and train random ones. Set load_checkpoint to a "
+            f"directory that holds *.safetensors (pretrained_model_dir is {config.pretrained_model_dir or 'empty'}), "
+            "and leave out checkpoint.load_path or set it too; or, to begin with random weights, set run_mode: train"
+        )
 
     return count_parameters
 

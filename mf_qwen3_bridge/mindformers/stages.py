@@ -23,7 +23,7 @@ from mf_qwen3_bridge.mindformers.ranks import rank_of
 from mf_qwen3_bridge.parallel import SINGLE, WHOLE
 from mf_qwen3_bridge.preflight import Model, check, first_layers
 from mf_qwen3_bridge.quiet import upstream_kept_quiet
-from mf_qwen3_bridge.reference import LOGITS, Stage
+from mf_qwen3_bridge.reference import EMBEDDED, LOGITS, Stage
 from mf_qwen3_bridge.rules import INFER, Dialect
 
 _LOAD = "load it with mf_qwen3_bridge.from_pretrained, or convert with network.convert_weight_dict of a patched class"
@@ -49,12 +49,17 @@ def verify_network(network: InferenceNetwork, model_dir: str | Path) -> LayerErr
     """
     model = check(Path(model_dir))
     num_layers = len(network.model.decoder.layers)
-    if num_layers > model.spec.num_layers:
-        raise BridgeError(f"the network has {num_layers} layers, {model_dir} {model.spec.num_layers}")
+    is_moe = hasattr(network.model.decoder.layers[0].mlp, "router")
+    if num_layers > model.spec.num_layers or is_moe != model.spec.is_moe:
+        kind = "with experts" if is_moe else "without experts"
+        raise BridgeError(f"{model_dir} is not the model of the network, which has {num_layers} layers {kind}")
     model = first_layers(model, num_layers)
+    problems = list(misplaced(network, model))
+    if any(problem.remedy == _OTHER_MODEL for problem in problems):
+        raise BridgeError(f"{model_dir} is not the model of the network", problems)
     found = errors_of(network, model)
-    if found.begin:
-        raise BridgeError(f"the network does not compute {model_dir}: {found.summary}", misplaced(network, model))
+    if found.begin or problems:
+        raise BridgeError(f"the network does not compute {model_dir}: {found.summary}", problems)
     return found
 
 
@@ -66,7 +71,7 @@ def errors_of_checkpoint(model: Model, right: Model) -> LayerErrors:
         right: what the reference computes: the same model, or another checkpoint of it.
 
     Raises:
-        BridgeError: the checkpoint can't be loaded.
+        BridgeError: the checkpoint can't be loaded; what was loaded is not what it holds.
     """
     cache = {"block_size": NUM_TOKENS, "num_blocks": 2, "seq_length": 4 * NUM_TOKENS}
     with upstream_kept_quiet():
@@ -82,9 +87,16 @@ def errors_of(network: InferenceNetwork, model: Model) -> LayerErrors:
         BridgeError: the network is one of several ranks', or is compiled.
     """
     if rank_of(network) != WHOLE or ms.get_context("mode") != ms.PYNATIVE_MODE:
-        raise BridgeError("only the network of a single process, in PyNative mode, can be looked into")
-    token_ids = tokens_for(model)
-    return layer_errors(_record(network, token_ids), reference.forward(model, token_ids))
+        raise BridgeError(
+            "only the network of a single process, in PyNative mode, can be looked into: build it with "
+            "device_target CPU, or in a process with ENFORCE_EAGER=true"
+        )
+    config = network.config
+    token_ids = tokens_for(model, config.num_blocks * config.block_size)
+    dtypes = {str(parameter.dtype).lower() for parameter in network.get_parameters()}
+    dtypes |= {str(config.compute_dtype).lower()}
+    coarsest = next((dtype for dtype in ("bfloat16", "float16") if dtype in dtypes), "float32")
+    return layer_errors(_record(network, token_ids), model, token_ids, coarsest)
 
 
 def _record(network: InferenceNetwork, token_ids: Sequence[int]) -> dict[Stage, np.ndarray]:
@@ -101,10 +113,14 @@ def _record(network: InferenceNetwork, token_ids: Sequence[int]) -> dict[Stage, 
     def made(_: Any, inputs: Any, output: ms.Tensor) -> np.ndarray:
         return _array(output)
 
+    def began(_: Any, inputs: Any, output: ms.Tensor) -> np.ndarray:
+        return _array(inputs[0])
+
+    listen(network.model.decoder.layers[0].input_layernorm, began, *vars(EMBEDDED).values())
     for number, layer in enumerate(network.model.decoder.layers):
         attention, mlp = layer.self_attention, layer.mlp
         listen(attention.linear_qkv, made, number, reference.QKV)
-        listen(attention.linear_proj, lambda _, inputs, output: _array(inputs[0]), number, reference.ATTENTION)
+        listen(attention.linear_proj, began, number, reference.ATTENTION)
         # Two hooks of one cell are called one after the other.
         listen(attention.linear_proj, made, number, reference.PROJ)
         if hasattr(mlp, "router"):
@@ -137,9 +153,9 @@ def _shares(router: Any, _: Any, output: tuple[ms.Tensor, ms.Tensor]) -> np.ndar
 def misplaced(network: InferenceNetwork, model: Model) -> Iterator[Problem]:
     """The parameters of a network that do not hold what they should, and what they look like, folded."""
     parameters = network.parameters_dict()
-    others = {name: {t.name: t for t in model.plan(dialect).targets} for name, dialect in _other_layouts(model)}
+    others = {name: {t.name: t for t in model.plan(dialect, "F32").targets} for name, dialect in _other_layouts(model)}
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for target in model.plan(INFER).targets:
+    for target in model.plan(INFER, "F32").targets:
         if target.name not in parameters:
             alike["the network has no such parameter", _OTHER_MODEL].append(target.name)
             continue

@@ -19,6 +19,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
+from mindformers.trainer import base_trainer
 
 import mf_qwen3_bridge
 import yaml
@@ -176,9 +177,14 @@ def test_weights_that_did_not_learn_come_back_bit_for_bit(tmp_path: Path) -> Non
     assert bits == {target.name: target.make().tobytes() for target in after.targets}
 
 
+# From 1.9 on it is checkpoint.load_path that the trainer reads, if the YAML has that section.
+READS_LOAD_PATH = "load_hf_checkpoint" in vars(base_trainer)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        *([("an empty load_path", "nothing to fine-tune")] if READS_LOAD_PATH else []),
         ("no shards", "model-00002-of-0"),
         ("neither shards nor index", "nothing to fine-tune"),
         ("a truncated shard", "truncated: "),
@@ -189,14 +195,17 @@ def test_nothing_is_fine_tuned_from_weights_that_are_not_there(tmp_path: Path, d
     directory = tmp_path / "hf"
     shutil.copytree(CHECKPOINTS / "split_shards", directory)
     shards = sorted(directory.glob("*.safetensors"))
-    if damage == "a truncated shard":
+    entries = {}
+    if damage == "an empty load_path":
+        entries = {"checkpoint": {"load_path": ""}}
+    elif damage == "a truncated shard":
         shards[0].write_bytes(shards[0].read_bytes()[:-100])
     else:
         for shard in shards:
             shard.unlink()
     if damage == "neither shards nor index":
         (directory / "model.safetensors.index.json").unlink()
-    code, said = run_trainer(directory, tmp_path)
+    code, said = run_trainer(directory, tmp_path, **entries)
     assert code != 0
     assert message in said[-4000:], said[-4000:]
     assert not list(tmp_path.rglob("*-1_20.safetensors"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import mindspore as ms
@@ -14,11 +16,12 @@ from mf_qwen3_bridge.cli import cli
 from mf_qwen3_bridge.convert import run
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.jobs import to_mindformers
+from mf_qwen3_bridge.layer_errors import tokens_for
 from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.mindformers.stages import errors_of_checkpoint
 from mf_qwen3_bridge.preflight import check, first_layers
 from mf_qwen3_bridge.reference import ATTENTION, FC1, LOGITS, MLP, PROJ, QKV, ROUTER, Stage
-from mf_qwen3_bridge.rules import INFER, TRAIN, Dialect
+from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect
 from tests.integration.conftest import CHECKPOINTS, NAMES, TOLERANCE
 from tests.integration.test_mutations import MOE_MUTATIONS, MUTATIONS
 from tests.tiny import write
@@ -118,10 +121,33 @@ def test_blocks_of_ranks_are_named():
     assert {problem.found for problem in error.value.problems} == {"in the blocks of 2 tensor parallel ranks"}
 
 
-def test_a_network_of_another_model():
+@pytest.mark.parametrize("other", ["moe_fp32", "mha", "tied_bf16"])
+def test_a_network_of_another_model(other: str):
     network = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "untied_fp32")
-    with pytest.raises((BridgeError, ValueError)):
-        mf_qwen3_bridge.verify_network(network, CHECKPOINTS / "moe_fp32")
+    with pytest.raises(BridgeError, match="is not the model of the network"):
+        mf_qwen3_bridge.verify_network(network, CHECKPOINTS / other)
+
+
+def test_what_few_tokens_do_not_reach():
+    """Rows of the embedding, in the order of other tokens."""
+    network = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "untied_fp32")
+    parameter = network.parameters_dict()["embedding.word_embeddings.weight"]
+    rows = parameter.asnumpy().copy()
+    used = set(tokens_for(check(CHECKPOINTS / "untied_fp32")))
+    unused = [row for row in range(len(rows)) if row not in used]
+    rows[unused] = rows[unused[::-1]]
+    parameter.set_data(ms.Tensor(rows))
+    with pytest.raises(BridgeError, match="errors up to") as error:
+        mf_qwen3_bridge.verify_network(network, CHECKPOINTS / "untied_fp32")
+    assert [problem.subject for problem in error.value.problems] == ["embedding.word_embeddings.weight"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_network_that_rounds_is_right(dtype: str):
+    options = {"params_dtype": dtype, "compute_dtype": dtype, "rotary_dtype": dtype}
+    network = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "tied_bf16", **options)
+    found = mf_qwen3_bridge.verify_network(network, CHECKPOINTS / "tied_bf16")
+    assert 1e-4 < max(found.errors.values()) < found.tolerance < 0.1
 
 
 def test_the_command(tmp_path: Path):
@@ -129,7 +155,7 @@ def test_the_command(tmp_path: Path):
     command = ["verify", str(CHECKPOINTS / "untied_fp32"), "--logits", "--layers", "1", "--picture", str(picture)]
     result = CliRunner().invoke(cli, command)
     assert result.exit_code == 0, result.output
-    assert "layers      1, in MindFormers' InferenceQwen3ForCausalLM on the CPU" in result.output
+    assert "layers      1 of 2, in MindFormers' InferenceQwen3ForCausalLM on the CPU" in result.output
     assert "errors up to" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -147,10 +173,45 @@ def test_the_command_names_a_wrong_layout(tmp_path: Path):
     assert " !" in result.output
 
 
+def said(*arguments: object) -> str:
+    """The error of a command."""
+    result = CliRunner().invoke(cli, ["verify", *map(str, arguments), "--logits"])
+    assert isinstance(result.exception, BridgeError), result.output
+    return str(result.exception)
+
+
+@pytest.mark.parametrize("layout", [Layout(True, True), Layout(False, False)], ids=str)
+def test_weights_of_unknown_layout_need_something_to_be_held_against(tmp_path: Path, layout: Layout):
+    """Taken for what they are not, and held against themselves, they would look right."""
+    hf = CHECKPOINTS / "untied_fp32"
+    tensors = {target.name: target.make() for target in check(hf).plan(Dialect(layout)).targets}
+    assert "verify A B --logits" in said(write(tmp_path / "mf", tensors), "--hf_config", hf)
+
+
+def test_each_has_its_own_config(tmp_path: Path):
+    hf = CHECKPOINTS / "untied_fp32"
+    other = tmp_path / "other"
+    shutil.copytree(hf, other)
+    config = json.loads((hf / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 2 * config["rope_theta"]}))
+    for pair in ((hf, other), (other, hf)):
+        assert "rope_theta" in said(*pair)
+
+
+def test_other_weights_that_few_tokens_do_not_reach(tmp_path: Path):
+    hf = CHECKPOINTS / "untied_fp32"
+    used = set(tokens_for(check(hf)))
+    tensors = {target.name: target.make() for target in check(hf).plan(HF).targets}
+    unused = [row for row in range(check(hf).spec.vocab_size) if row not in used]
+    embedding = tensors["model.embed_tokens.weight"].copy()
+    embedding[unused] = embedding[unused[::-1]]
+    tensors["model.embed_tokens.weight"] = embedding
+    other = write(tmp_path / "other", tensors, json.loads((hf / "config.json").read_text()))
+    assert "from other weights" in said(other, hf, "--picture", tmp_path / "p.png")
+
+
 def test_what_the_command_needs(tmp_path: Path):
     run(to_mindformers(check(CHECKPOINTS / "untied_fp32"), TRAIN, tmp_path / "mf"))
-    result = CliRunner().invoke(cli, ["verify", str(tmp_path / "mf"), "--logits"])
-    assert isinstance(result.exception, BridgeError) and "--hf_config" in str(result.exception)
-    command = ["verify", str(CHECKPOINTS / "untied_fp32"), str(CHECKPOINTS / "tied_bf16"), "--logits"]
-    result = CliRunner().invoke(cli, command)
-    assert isinstance(result.exception, BridgeError)
+    assert "--hf_config" in said(tmp_path / "mf")
+    assert "num_key_value_heads" in said(CHECKPOINTS / "untied_fp32", CHECKPOINTS / "mha")
+    assert "--picture" in said(CHECKPOINTS / "untied_fp32", "--picture", tmp_path / "nowhere" / "p.png")

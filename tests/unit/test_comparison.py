@@ -181,3 +181,31 @@ def test_the_command(tmp_path: Path):
     result = CliRunner().invoke(cli, ["verify", str(paths["hf"]), str(mutant)])
     assert isinstance(result.exception, BridgeError)
     assert "self_attn.k_proj" in str(result.exception) and "swapped" in str(result.exception)
+
+
+def test_one_ties_its_output_layer_and_the_other_does_not(tmp_path: Path):
+    tied = {name: t for name, t in random_tensors().items() if name != "lm_head.weight"}
+    with pytest.raises(BridgeError, match="has its own"):
+        compare(open_side(write(tmp_path / "untied", random_tensors())), open_side(write(tmp_path / "tied", tied)))
+
+
+def test_a_norm_is_not_taken_for_another_by_its_first_elements(tmp_path: Path):
+    tensors = random_tensors()
+    q, k = (f"model.layers.0.self_attn.{name}_norm.weight" for name in "qk")
+    tensors[k] = tensors[q].copy()
+    tensors[k][-1] += 1
+    wrong = tensors | {q: tensors[k]}
+    report = compare(open_side(write(tmp_path / "right", tensors)), open_side(write(tmp_path / "wrong", wrong)))
+    assert set(report.counts) == {q} and "swapped" in report.guesses[q]  # all elements are those of the other
+    wrong = tensors | {q: np.append(tensors[k][:-1], np.float32(7))}
+    report = compare(open_side(write(tmp_path / "right", tensors)), open_side(write(tmp_path / "other", wrong)))
+    assert set(report.counts) == {q} and not report.guesses
+
+
+def test_the_stamped_side_is_believed(tmp_path: Path):
+    hf = write(tmp_path / "hf", random_tensors(), hf_config())
+    run(to_mindformers(check(hf), INFER, tmp_path / "stamped"))
+    lying = {t.name: t.make() for t in check(hf).plan(Dialect(Layout(False, False))).targets}
+    stamped, unstamped = open_side(tmp_path / "stamped"), open_side(write(tmp_path / "lying", lying))
+    assert all("second is laid out" in guess for guess in compare(stamped, unstamped).guesses.values())
+    assert all("first is laid out" in guess for guess in compare(unstamped, stamped).guesses.values())

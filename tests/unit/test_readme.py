@@ -88,7 +88,7 @@ def test_what_verify_prints_of_a_mutant(tmp_path: Path):
     right = write(tmp_path / "right", tensors, hf_config(spec))
     k, v = (f"model.layers.12.self_attn.{name}_proj.weight" for name in "kv")
     mutant = write(tmp_path / "mutant", tensors | {k: tensors[v], v: tensors[k]}, hf_config(spec))
-    found = layer_errors(dict(forward(check(mutant), [1, 2, 3])), forward(check(right), [1, 2, 3]))
+    found = layer_errors(dict(forward(check(mutant), [1, 2, 3])), check(right), [1, 2, 3])
     problems = compare(open_side(mutant), open_side(right)).problems()
     headline = f"Qwen3-0.6B-mutant does not compute the same: {found.summary}"
     printed = f"Error: {BridgeError(headline, problems)}\n"

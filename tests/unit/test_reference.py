@@ -11,10 +11,10 @@ from mf_qwen3_bridge import layer_errors as module
 from mf_qwen3_bridge.convert import run
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.jobs import to_mindformers
-from mf_qwen3_bridge.layer_errors import TOLERANCE, LayerErrors, layer_errors, layers_that_fit
+from mf_qwen3_bridge.layer_errors import TOLERANCES, LayerErrors, layer_errors, layers_that_fit, tokens_for
 from mf_qwen3_bridge.picture import draw
 from mf_qwen3_bridge.preflight import check, first_layers
-from mf_qwen3_bridge.reference import LAYER, LOGITS, MLP, PROJ, QKV, STAGES, Stage, forward
+from mf_qwen3_bridge.reference import EMBEDDED, LAYER, LOGITS, MLP, PROJ, QKV, STAGES, Stage, forward
 from mf_qwen3_bridge.released import RELEASED
 from mf_qwen3_bridge.rules import INFER, TRAIN
 from tests import golden
@@ -49,8 +49,8 @@ def test_the_output_layer_is_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
 
 
-def stages_of(model) -> dict[Stage, np.ndarray]:
-    return dict(forward(model, [1, 2, 3, 4]))
+TOKENS = [1, 2, 3, 4]
+TOLERANCE = TOLERANCES["float32"]
 
 
 @pytest.fixture
@@ -59,33 +59,51 @@ def model(tmp_path: Path):
 
 
 def test_equal_stages_have_no_error(model):
-    found = layer_errors(stages_of(model), forward(model, [1, 2, 3, 4]))
+    found = layer_errors(dict(forward(model, TOKENS)), model, TOKENS)
     assert found.begin is None and set(found.errors.values()) == {0.0}
-    assert list(found.errors)[-1] == LOGITS
+    assert [*found.errors][:: len(found.errors) - 1] == [EMBEDDED, LOGITS]
     assert found.num_layers == SPEC.num_layers
     assert found.stages == [name for name in STAGES if name != "mlp.router"]
-    *layers, last = found.rows()
-    assert [row[0] for row in (*layers, last)] == ["0", "1", "logits"]
-    assert {len(row) for row in (*layers, last)} == {1 + len(found.stages)}
+    rows = list(found.rows())
+    assert [row[0] for row in rows] == ["embedding", "0", "1", "logits"]
+    assert {len(row) for row in rows} == {1 + len(found.stages)}
 
 
-@pytest.mark.parametrize("stage", [Stage(0, QKV), Stage(1, PROJ), Stage(1, MLP), LOGITS], ids=str)
+@pytest.mark.parametrize("stage", [EMBEDDED, Stage(0, QKV), Stage(1, PROJ), Stage(1, MLP), LOGITS], ids=str)
 @pytest.mark.parametrize("value", [2 * TOLERANCE, np.nan, np.inf], ids=str)
 def test_the_first_wrong_stage_is_found(model, stage: Stage, value: float):
-    stages = stages_of(model)
-    for other in list(stages)[list(stages).index(stage) :]:
-        stages[other] = stages[other].copy()
-        stages[other][0, 0] += value * np.abs(stages[other]).max()
-    found = layer_errors(stages, forward(model, [1, 2, 3, 4]))
+    stages = dict(forward(model, TOKENS))
+    stages[stage] = stages[stage].copy()
+    stages[stage][0, 0] += value * np.abs(stages[stage]).max()
+    found = layer_errors(stages, model, TOKENS)
     assert found.begin == stage
     assert str(stage) in found.summary
     assert any("!" in cell for row in found.rows() for cell in row)
 
 
+def test_a_wrong_layer_does_not_make_the_next_ones_wrong(model, tmp_path: Path):
+    """The reference goes on from what the network made."""
+    tensors = random_tensors()
+    wrong = tensors | {"model.layers.0.mlp.down_proj.weight": -tensors["model.layers.0.mlp.down_proj.weight"]}
+    network = dict(forward(check(write(tmp_path / "wrong", wrong, hf_config())), TOKENS))
+    found = layer_errors(network, model, TOKENS)
+    assert {stage for stage, error in found.errors.items() if error > TOLERANCE} == {Stage(0, MLP), Stage(0, LAYER)}
+
+
 def test_half_of_the_tolerance_is_right(model):
-    stages = stages_of(model)
-    stages[Stage(0, LAYER)] = stages[Stage(0, LAYER)] * (1 + TOLERANCE / 2)
-    assert layer_errors(stages, forward(model, [1, 2, 3, 4])).begin is None
+    stages = dict(forward(model, TOKENS))
+    stages[Stage(1, MLP)] = stages[Stage(1, MLP)] * (1 + TOLERANCE / 2)
+    assert layer_errors(stages, model, TOKENS).begin is None
+    stages[Stage(1, MLP)] = stages[Stage(1, MLP)] * (1 + 0.01)
+    assert layer_errors(stages, model, TOKENS).begin == Stage(1, MLP)
+    assert layer_errors(stages, model, TOKENS, "bfloat16").begin is None
+
+
+def test_no_more_tokens_than_positions(tmp_path: Path):
+    config = hf_config() | {"max_position_embeddings": 5}
+    model = check(write(tmp_path, random_tensors(), config))
+    assert len(tokens_for(model)) == 5
+    assert len(tokens_for(model, 3)) == 3
 
 
 def test_the_first_layers(model):

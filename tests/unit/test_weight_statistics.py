@@ -143,3 +143,22 @@ def test_the_command(tmp_path: Path):
 
 def test_nothing_has_no_statistics():
     assert Statistics() + Statistics() == Statistics()
+
+
+def test_the_config_is_looked_at(tmp_path: Path):
+    directory = write(tmp_path, sound(), hf_config(DEEP) | {"num_hidden_layers": 7})
+    result = CliRunner().invoke(cli, ["verify", str(directory)])
+    assert isinstance(result.exception, BridgeError) and "num_hidden_layers" in str(result.exception)
+
+
+def test_an_embedding_of_zeros(tmp_path: Path):
+    tensors = sound()
+    tensors["model.embed_tokens.weight"][3:] = 0
+    (line,) = outliers(measure(open_side(write(tmp_path, tensors))))
+    assert "0.812 of the elements are zero" in line
+
+
+@pytest.mark.parametrize("option", [["--layers", "1"], ["--hf_config", "."], ["--picture", "p.png"]])
+def test_options_of_another_mode(tmp_path: Path, option: list[str]):
+    result = CliRunner().invoke(cli, ["verify", str(write(tmp_path, sound())), *option])
+    assert result.exit_code == 2 and "needs --logits" in result.output
