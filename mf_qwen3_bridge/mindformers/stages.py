@@ -16,19 +16,18 @@ from mf_qwen3_bridge.checkpoint import DTYPES
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.layer_errors import NUM_TOKENS, LayerErrors, layer_errors, tokens_for
 from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.mindformers.hooks import model_of
 from mf_qwen3_bridge.mindformers.infer import build_network
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import InferenceNetwork, network_logits
 from mf_qwen3_bridge.mindformers.ranks import rank_of
 from mf_qwen3_bridge.parallel import SINGLE, WHOLE
-from mf_qwen3_bridge.preflight import Model, check, first_layers
+from mf_qwen3_bridge.preflight import Model
 from mf_qwen3_bridge.quiet import upstream_kept_quiet
 from mf_qwen3_bridge.reference import EMBEDDED, LOGITS, Stage
 from mf_qwen3_bridge.rules import INFER, Dialect
 
 _LOAD = "load it with mf_qwen3_bridge.from_pretrained, or convert with network.convert_weight_dict of a patched class"
-
-_OTHER_MODEL = "is config.json another model's?"
 
 
 def verify_network(network: InferenceNetwork, model_dir: str | Path) -> LayerErrors:
@@ -45,18 +44,11 @@ def verify_network(network: InferenceNetwork, model_dir: str | Path) -> LayerErr
         The error of each stage of each layer, and of the logits.
 
     Raises:
-        BridgeError: they differ, and where; network and directory are not of one model.
+        BridgeError: they differ, and where; network and directory are not of one model, by what the network was built
+            from.
     """
-    model = check(Path(model_dir))
-    num_layers = len(network.model.decoder.layers)
-    is_moe = hasattr(network.model.decoder.layers[0].mlp, "router")
-    if num_layers > model.spec.num_layers or is_moe != model.spec.is_moe:
-        kind = "with experts" if is_moe else "without experts"
-        raise BridgeError(f"{model_dir} is not the model of the network, which has {num_layers} layers {kind}")
-    model = first_layers(model, num_layers)
+    model = model_of(network, Path(model_dir))  # RoPE too, of which few tokens show little
     problems = list(misplaced(network, model))
-    if any(problem.remedy == _OTHER_MODEL for problem in problems):
-        raise BridgeError(f"{model_dir} is not the model of the network", problems)
     found = errors_of(network, model)
     if found.begin or problems:
         raise BridgeError(f"the network does not compute {model_dir}: {found.summary}", problems)
@@ -156,13 +148,8 @@ def misplaced(network: InferenceNetwork, model: Model) -> Iterator[Problem]:
     others = {name: {t.name: t for t in model.plan(dialect, "F32").targets} for name, dialect in _other_layouts(model)}
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     for target in model.plan(INFER, "F32").targets:
-        if target.name not in parameters:
-            alike["the network has no such parameter", _OTHER_MODEL].append(target.name)
-            continue
         there = parameters[target.name].float().asnumpy()
-        if there.shape != target.shape:
-            alike[f"shape {there.shape}, {target.shape} expected", _OTHER_MODEL].append(target.name)
-        elif not _holds(parameters[target.name], target.make()):
+        if not _holds(parameters[target.name], target.make()):
             look = (name for name in others if _holds(parameters[target.name], others[name][target.name].make()))
             appearance = "all zero: never loaded" if not there.any() else next(look, "other values")
             alike[appearance, _LOAD].append(target.name)

@@ -18,11 +18,13 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.jobs import to_mindformers
 from mf_qwen3_bridge.layer_errors import tokens_for
 from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.mindformers.load import load_network
+from mf_qwen3_bridge.mindformers.network import build_inference_network
 from mf_qwen3_bridge.mindformers.stages import errors_of_checkpoint
 from mf_qwen3_bridge.preflight import check, first_layers
 from mf_qwen3_bridge.reference import ATTENTION, FC1, LOGITS, MLP, PROJ, QKV, ROUTER, Stage
 from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect
-from tests.integration.conftest import CHECKPOINTS, NAMES, TOLERANCE
+from tests.integration.conftest import CHECKPOINTS, NAMES, SMALL_CACHE, TOLERANCE
 from tests.integration.test_mutations import MOE_MUTATIONS, MUTATIONS
 from tests.tiny import write
 
@@ -124,8 +126,18 @@ def test_blocks_of_ranks_are_named():
 @pytest.mark.parametrize("other", ["moe_fp32", "mha", "tied_bf16"])
 def test_a_network_of_another_model(other: str):
     network = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "untied_fp32")
-    with pytest.raises(BridgeError, match="is not the model of the network"):
+    with pytest.raises(BridgeError, match=r"don't fit|are of two models"):
         mf_qwen3_bridge.verify_network(network, CHECKPOINTS / other)
+
+
+def test_a_network_that_turns_otherwise():
+    """By so little that few tokens don't show it."""
+    model = check(CHECKPOINTS / "untied_fp32")
+    config = model.hf_config | SMALL_CACHE | {"rope_theta": model.hf_config["rope_theta"] * 1.0001}
+    network = build_inference_network(config, device_target="CPU")
+    load_network(network, model)
+    with pytest.raises(BridgeError, match="rope_theta"):
+        mf_qwen3_bridge.verify_network(network, CHECKPOINTS / "untied_fp32")
 
 
 def test_what_few_tokens_do_not_reach():
