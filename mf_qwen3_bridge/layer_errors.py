@@ -20,6 +20,7 @@ from mf_qwen3_bridge.rules import INFER
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 NUM_TOKENS = 16
 _SHARE_OF_MEMORY = 0.5
+_CGROUP = Path("/sys/fs/cgroup")  # of a container
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,10 @@ def _available_memory() -> int:
     """Bytes that processes can take without others being swapped out, or this container being ended."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     (available,) = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    limit = _CGROUP / "memory.max"
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        used = int((_CGROUP / "memory.current").read_text())
+        entries = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        cached = int(entries["file"])  # of files, which go when the memory is needed
+        available = min(available, int(limit.read_text()) - used + cached)
     return available

@@ -134,6 +134,19 @@ def test_this_machine_has_memory():
     assert module._available_memory() > 1 << 20
 
 
+@pytest.mark.parametrize(("limit", "expected"), [("4000", 4000 - 3000 + 2500), ("max", None), (None, None)])
+def test_a_container_may_have_less(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str | None, expected: int | None
+):
+    monkeypatch.setattr(module, "_CGROUP", tmp_path)
+    if limit:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("3000\n")
+    (tmp_path / "memory.stat").write_text("anon 500\nfile 2500\n")
+    available = module._available_memory()
+    assert available == expected if expected else available > 1 << 20
+
+
 @pytest.mark.parametrize("begin", [None, Stage(1, PROJ), LOGITS], ids=str)
 def test_a_picture(tmp_path: Path, begin: Stage | None):
     errors = {Stage(number, name): 10.0 ** -(3 + number) for number in range(2) for name in (QKV, PROJ, LAYER)}
