@@ -82,10 +82,10 @@ def layer_errors(
         dtype: the coarsest in which the network computes, as MindFormers calls it.
     """
     errors = {}
-    for stage, right in steps("reference", forward(model, token_ids, found), len(found)):
-        with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(all="ignore"):  # what a wrong network makes of a stage goes into the next
+        for stage, right in steps("reference", forward(model, token_ids, found), len(found)):
             error = float(np.abs(found[stage] - right).max() / np.abs(right).max())
-        errors[stage] = error if np.isfinite(error) else float("inf")
+            errors[stage] = error if np.isfinite(error) else float("inf")
     return LayerErrors(errors, TOLERANCES[dtype])
 
 
