@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mf_qwen3_bridge.cli_files import DIRECTORY, make
-from mf_qwen3_bridge.errors import BridgeError, table
+from mf_qwen3_bridge.errors import BridgeError, fold_names, table
 
 if TYPE_CHECKING:
     from mf_qwen3_bridge.layer_errors import LayerErrors
@@ -109,6 +109,9 @@ def _verify_two(first: Path, second: Path, config: Path | None) -> None:
     report = compare(open_side(first, config), open_side(second, config))
     if not report.is_equal:
         raise BridgeError(f"{first} and {second} do not hold the same weights", report.problems())
+    if report.ignored:
+        names = ", ".join(fold_names(report.ignored)[:4])
+        click.echo(f"note        {len(report.ignored)} tensors are state of a training run, and not compared: {names}")
     click.echo(f"equal       {report.num_tensors} tensors, {size_text(report.nbytes)}, bit for bit")
 
 

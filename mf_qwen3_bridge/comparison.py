@@ -94,6 +94,7 @@ class Report:
         dtypes: pairs of dtypes that differ, and the tensors.
         counts: for each tensor that differs what was seen.
         guesses: for some of them what may have happened.
+        ignored: tensors of either side that are no weights, but state of a training run.
     """
 
     num_tensors: int
@@ -101,6 +102,7 @@ class Report:
     dtypes: Mapping[tuple[str, str], list[str]]
     counts: Mapping[str, Count]
     guesses: Mapping[str, str]
+    ignored: tuple[str, ...] = ()
 
     @property
     def is_equal(self) -> bool:
@@ -136,7 +138,11 @@ def compare(left: Side, right: Side) -> Report:
     if specs[0] != specs[1]:
         paths = [side.checkpoint.path for side in (left, right)]
         problems = [
-            Problem(name, "\n".join(f"{path}: {getattr(spec, name)}" for path, spec in zip(paths, specs)), "")
+            Problem(
+                name,
+                "\n".join(f"{path}: {getattr(spec, name)}" for path, spec in zip(paths, specs)),
+                "name two of one model",
+            )
             for name in specs[0].numbers | specs[1].numbers
             if getattr(specs[0], name) != getattr(specs[1], name)
         ]
@@ -144,9 +150,12 @@ def compare(left: Side, right: Side) -> Report:
     rules = tuple(model_rules(specs[0]))
     plan = left.plan(right.dialect, rules)
     theirs = right.checkpoint.tensors
+    ignored: set[str] = set()
     for side in (left, right):
         try:
-            side.plan(side.dialect, rules).check_duplicates()  # planning it shows that it is whole
+            own = side.plan(side.dialect, rules)  # planning it shows that it is whole
+            own.check_duplicates()
+            ignored |= set(own.ignored)
         except BridgeError as error:
             if error.headline != TIED_TENSORS_DIFFER:
                 raise
@@ -159,7 +168,7 @@ def compare(left: Side, right: Side) -> Report:
             dtypes[target.dtype, theirs[target.name].dtype].append(target.name)
     different = {name: count for name, count in counts.items() if count.different}
     guesses = dict(_guesses(left, right, rules, different)) if different else {}
-    return Report(len(counts), plan.source_nbytes, dict(dtypes), different, guesses)
+    return Report(len(counts), plan.source_nbytes, dict(dtypes), different, guesses, tuple(sorted(ignored)))
 
 
 def _compare(plan: Plan, theirs: Mapping[str, TensorInfo], by_source: bool) -> dict[str, Count]:

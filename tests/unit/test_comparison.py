@@ -209,3 +209,13 @@ def test_the_stamped_side_is_believed(tmp_path: Path):
     stamped, unstamped = open_side(tmp_path / "stamped"), open_side(write(tmp_path / "lying", lying))
     assert all("second is laid out" in guess for guess in compare(stamped, unstamped).guesses.values())
     assert all("first is laid out" in guess for guess in compare(unstamped, stamped).guesses.values())
+
+
+def test_training_state_is_not_compared_and_that_is_said(tmp_path: Path):
+    hf = write(tmp_path / "hf", random_tensors(), hf_config())
+    trained = {target.name: target.make() for target in check(hf).plan(TRAIN).targets}
+    state = {"adam_m.decoder.final_layernorm.weight": np.ones(SPEC.hidden_size, np.float32)}
+    saved = write(tmp_path / "saved", trained | state)
+    result = CliRunner().invoke(cli, ["verify", str(hf), str(saved)])
+    assert result.exit_code == 0
+    assert "1 tensors are state of a training run, and not compared: adam_m" in result.output
