@@ -159,7 +159,7 @@ def compare(left: Side, right: Side) -> Report:
         except BridgeError as error:
             if error.headline != TIED_TENSORS_DIFFER:
                 raise
-            found = f"{side.checkpoint.path} has its own, which is not its embedding; the other has none"
+            found = f"{side.checkpoint.path}: its own, which is not its embedding\nthe other: none"
             raise BridgeError("these do not hold the same weights", [Problem("output layer", found, "")]) from error
     counts = _compare(plan, theirs, by_source=left.dialect.is_hf)
     dtypes: dict[tuple[str, str], list[str]] = defaultdict(list)

@@ -185,8 +185,11 @@ def test_the_command(tmp_path: Path):
 
 def test_one_ties_its_output_layer_and_the_other_does_not(tmp_path: Path):
     tied = {name: t for name, t in random_tensors().items() if name != "lm_head.weight"}
-    with pytest.raises(BridgeError, match="has its own"):
+    with pytest.raises(BridgeError) as error:
         compare(open_side(write(tmp_path / "untied", random_tensors())), open_side(write(tmp_path / "tied", tied)))
+    assert [(problem.subject, problem.found) for problem in error.value.problems] == [
+        ("output layer", f"{tmp_path / 'untied'}: its own, which is not its embedding\nthe other: none")
+    ]
 
 
 def test_a_norm_is_not_taken_for_another_by_its_first_elements(tmp_path: Path):
