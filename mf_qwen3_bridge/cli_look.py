@@ -87,12 +87,11 @@ def verify(
 def _verify_one(path: Path, config: Path | None) -> None:
     from mf_qwen3_bridge import weight_statistics
     from mf_qwen3_bridge.checkpoint import open_checkpoint
-    from mf_qwen3_bridge.comparison import open_side
+    from mf_qwen3_bridge.comparison import Side, open_side
     from mf_qwen3_bridge.trained import check_trained
 
-    if (path / "config.json").is_file():
-        check_trained(open_checkpoint(path), path, config)
-    side = open_side(path, config)
+    has_config = (path / "config.json").is_file()
+    side = Side.of(check_trained(open_checkpoint(path), path, config)) if has_config else open_side(path, config)
     statistics = weight_statistics.measure(side)
     click.echo(f"checkpoint  {side.dialect}, {len(side.checkpoint.tensors)} tensors")
     headers = ["tensors", "number", "RMS: least, median, greatest", "mean", "values"]
@@ -144,8 +143,7 @@ def _verify_logits(
     click.echo(table(["layer", *found.stages], found.rows(), "simple"))
     _draw(found, first, picture)
     # What 16 tokens did not reach: rows of the embedding, experts.
-    sides = [Side(model.checkpoint, model.dialect, model.spec) for model in models]
-    report = compare(sides[0], sides[-1]) if second else None
+    report = compare(*map(Side.of, models)) if second else None
     if found.begin or (report and report.counts):
         what = "does not compute the same" if found.begin else "computes the same for some tokens, from other weights"
         raise BridgeError(f"{first} {what}: {found.summary}", report.problems() if report else ())

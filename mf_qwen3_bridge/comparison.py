@@ -17,7 +17,8 @@ from mf_qwen3_bridge.checkpoint import DTYPES, Checkpoint, Reader, TensorInfo, o
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.layouts import TRAINING_DEFAULT
 from mf_qwen3_bridge.mindformers_yaml import read_mindformers_yaml
-from mf_qwen3_bridge.plan import TIED_TENSORS_DIFFER, Plan, make_plan
+from mf_qwen3_bridge.plan import Plan, make_plan
+from mf_qwen3_bridge.preflight import Model
 from mf_qwen3_bridge.progress import progress_bar
 from mf_qwen3_bridge.recognise import LAYOUT_STAMP, dialect_of, holds_experts, saved_by_ranks, spec_of
 from mf_qwen3_bridge.rules import HF, Dialect, Rule, model_rules
@@ -39,12 +40,17 @@ class Side:
     Attributes:
         checkpoint: its tensors.
         dialect: how they are named and laid out.
-        spec: what their shapes say of the model.
+        spec: the model, by their shapes or by a config.json.
     """
 
     checkpoint: Checkpoint
     dialect: Dialect
     spec: ModelSpec
+
+    @classmethod
+    def of(cls, model: Model) -> Side:
+        """A checkpoint that was held against its config.json."""
+        return cls(model.checkpoint, model.dialect, model.spec)
 
     def plan(self, target: Dialect, rules: Iterable[Rule]) -> Plan:
         """The plan that makes it ``target``."""
@@ -152,15 +158,11 @@ def compare(left: Side, right: Side) -> Report:
     theirs = right.checkpoint.tensors
     ignored: set[str] = set()
     for side in (left, right):
-        try:
-            own = side.plan(side.dialect, rules)  # planning it shows that it is whole
-            own.check_duplicates()
-            ignored |= set(own.ignored)
-        except BridgeError as error:
-            if error.headline != TIED_TENSORS_DIFFER:
-                raise
+        own = side.plan(side.dialect, rules)  # planning it shows that it is whole
+        if own.unequal_duplicates():
             found = f"{side.checkpoint.path}: its own, which is not its embedding\nthe other: none"
-            raise BridgeError("these do not hold the same weights", [Problem("output layer", found, "")]) from error
+            raise BridgeError("these do not hold the same weights", [Problem("output layer", found, "")])
+        ignored |= set(own.ignored)
     counts = _compare(plan, theirs, by_source=left.dialect.is_hf)
     dtypes: dict[tuple[str, str], list[str]] = defaultdict(list)
     for target in plan.targets:
@@ -231,7 +233,7 @@ class _Samples:
         return {target.name: replace(plan, targets=(target,)) for target in plan.targets}
 
     def of(self, name: str, columns: bool = False) -> np.ndarray:
-        """The first rows of a tensor, or its first columns, as rows; float32. None if there is no such tensor."""
+        """The first rows of a tensor, or its first columns, as rows; float32. Empty if there is no such tensor."""
         key = f"{name} columns" if columns else name
         if key not in self.rows:
             if name not in self.plans:
@@ -274,15 +276,15 @@ def _guesses(
 ) -> Iterator[tuple[str, str]]:
     """For tensors that differ, what may have happened, judged by their first rows."""
     mine, theirs = _Samples(left, rules), _Samples(right, rules)
-    layouts = {id(left): _other_layouts(left, right, rules), id(right): _other_layouts(right, left, rules)}
+    my_layouts, their_layouts = _other_layouts(left, right, rules), _other_layouts(right, left, rules)
     parts_of = {rule.parameter: rule.tensors for rule in rules}
     fused = {part: parts for parts in parts_of.values() for part in parts if _FUSED.search(part)}
     for name in islice(different, _MAX_GUESSES):
         for part in parts_of.get(name, (name,)):
             guess = None
             if part in fused and not _are_alike(mine, theirs, fused[part]):
-                guess = _laid_out("first", layouts[id(left)], theirs, fused[part])
-                guess = guess or _laid_out("second", layouts[id(right)], mine, fused[part])
+                guess = _laid_out("first", my_layouts, theirs, fused[part])
+                guess = guess or _laid_out("second", their_layouts, mine, fused[part])
             guess = guess or next(_guess(part, mine, theirs), None)
             if guess:
                 yield name, guess

@@ -22,7 +22,6 @@ from mf_qwen3_bridge.tiles import Copy
 from mf_qwen3_bridge.transfer import Transfer, have_equal_bytes
 from mf_qwen3_bridge.values import fault_of
 
-TIED_TENSORS_DIFFER = "tied tensors differ"
 FLOATS = ("BF16", "F16", "F32")
 
 
@@ -103,11 +102,16 @@ class Plan:
                 "set tie_word_embeddings to false in config.json if the model was trained untied; otherwise "
                 f"remove {dropped.name}",
             )
-            for kept, dropped in self.duplicates
-            if not (are_equal or self._have_equal_bytes)(kept, dropped)
+            for kept, dropped in self.unequal_duplicates(are_equal)
         ]
         if problems:
-            raise BridgeError(TIED_TENSORS_DIFFER, problems)
+            raise BridgeError("tied tensors differ", problems)
+
+    def unequal_duplicates(
+        self, are_equal: Callable[[TensorInfo, TensorInfo], bool] | None = None
+    ) -> list[tuple[TensorInfo, TensorInfo]]:
+        """The duplicates whose bytes differ; see :meth:`check_duplicates`."""
+        return [pair for pair in self.duplicates if not (are_equal or self._have_equal_bytes)(*pair)]
 
     def _have_equal_bytes(self, kept: TensorInfo, dropped: TensorInfo) -> bool:
         size, number = self.rank.tensor_parallel, self.rank.tensor_rank

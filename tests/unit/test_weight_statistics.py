@@ -162,3 +162,11 @@ def test_an_embedding_of_zeros(tmp_path: Path):
 def test_options_of_another_mode(tmp_path: Path, option: list[str]):
     result = CliRunner().invoke(cli, ["verify", str(write(tmp_path, sound())), *option])
     assert result.exit_code == 2 and "needs --logits" in result.output
+
+
+def test_an_output_layer_that_is_not_the_embedding_it_is_tied_to(tmp_path: Path):
+    """By config.json; the tensors alone would be those of an untied model."""
+    config = hf_config(DEEP) | {"tie_word_embeddings": True}
+    directory = write(tmp_path, sound(), config)
+    result = CliRunner().invoke(cli, ["verify", str(directory)])
+    assert isinstance(result.exception, BridgeError) and "tied tensors differ" in str(result.exception)
