@@ -9,8 +9,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mf_qwen3_bridge.checkpoint import read_header
-from mf_qwen3_bridge.spec import ModelSpec
+from mf_qwen3_bridge.model.spec import ModelSpec
+from mf_qwen3_bridge.transfer.safetensors import read_header
 from tests.tiny import hf_config, write_headers
 
 MIB = 1 << 20

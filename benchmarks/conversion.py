@@ -30,8 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mf_qwen3_bridge.checkpoint import Reader, TensorInfo, open_checkpoint
 from mf_qwen3_bridge.errors import table
+from mf_qwen3_bridge.transfer.safetensors import Reader, TensorInfo, open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -35,9 +35,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mf_qwen3_bridge.checkpoint import DTYPES, Reader, TensorInfo, open_checkpoint
 from mf_qwen3_bridge.errors import table
-from mf_qwen3_bridge.tiles import TILE_BYTES
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, TensorInfo, open_checkpoint
+from mf_qwen3_bridge.transfer.tiles import TILE_BYTES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -111,9 +111,9 @@ def measure(road: str, directory: Path, params_dtype: str) -> dict[str, float]:
     """
     from mindformers.parallel_core.inference.model_utils import InferModelMixin
 
+    from mf_qwen3_bridge.inputs.preflight import check
     from mf_qwen3_bridge.mindformers.infer import build_network
     from mf_qwen3_bridge.mindformers.load import load_network
-    from mf_qwen3_bridge.preflight import check
 
     model = check(directory, overrides={"params_dtype": params_dtype, "num_blocks": 16})
     before = private_bytes()

@@ -22,8 +22,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from mf_qwen3_bridge.checkpoint import open_checkpoint
 from mf_qwen3_bridge.errors import table
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from mindspore.mindrecord import FileWriter
 
-from mf_qwen3_bridge.hf_config import read_hf_config
+from mf_qwen3_bridge.inputs.hf_config import read_hf_config
 
 
 def main() -> None:

@@ -15,14 +15,14 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from mf_qwen3_bridge import training_slices
-from mf_qwen3_bridge.checkpoint import TensorInfo
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.parallel import SINGLE, ParallelConfig
-from mf_qwen3_bridge.plan import Plan, make_plan
-from mf_qwen3_bridge.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
-from mf_qwen3_bridge.slices import write_slices
-from mf_qwen3_bridge.spec import ModelSpec
+from mf_qwen3_bridge.model import training_ranks
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.parallel import SINGLE, ParallelConfig
+from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
+from mf_qwen3_bridge.model.spec import ModelSpec
+from mf_qwen3_bridge.transfer.blocks import write_slices
+from mf_qwen3_bridge.transfer.plan import Plan, make_plan
+from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
 # 8 query heads and 4 KV heads of 2 rows each; gate and up of 8 rows.
 SPEC = ModelSpec(
@@ -111,7 +111,7 @@ class Tiny:
         whole = make_plan(self.rules, infos, HF, target)
         if parallel == SINGLE:
             return whole
-        return write_slices(whole, dict(training_slices.boxes(self.rules, whole, parallel, number)))
+        return write_slices(whole, dict(training_ranks.boxes(self.rules, whole.target, parallel, number)))
 
     def made(self, target: Dialect, parallel: ParallelConfig = SINGLE, number: int = 0) -> dict[str, np.ndarray]:
         """The tensors that the plan makes: which number lies where."""

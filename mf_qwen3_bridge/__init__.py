@@ -12,8 +12,8 @@ from mf_qwen3_bridge.errors import BridgeError, Problem
 if TYPE_CHECKING:
     from mf_qwen3_bridge.mindformers.infer import from_pretrained
     from mf_qwen3_bridge.mindformers.load import load_checkpoint
-    from mf_qwen3_bridge.mindformers.patch import patch, unpatch
-    from mf_qwen3_bridge.mindformers.stages import verify_network
+    from mf_qwen3_bridge.mindformers.patching.patch import patch, unpatch
+    from mf_qwen3_bridge.mindformers.verify_network import verify_network
 
 __version__ = "0.1.0"
 __all__ = ["BridgeError", "Problem", "from_pretrained", "load_checkpoint", "patch", "unpatch", "verify_network"]
@@ -21,9 +21,9 @@ __all__ = ["BridgeError", "Problem", "from_pretrained", "load_checkpoint", "patc
 _LAZY = {
     "from_pretrained": "infer",
     "load_checkpoint": "load",
-    "patch": "patch",
-    "unpatch": "patch",
-    "verify_network": "stages",
+    "patch": "patching.patch",
+    "unpatch": "patching.patch",
+    "verify_network": "verify_network",
 }
 
 

@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo, read_bytes
-from mf_qwen3_bridge.rules import HF, Dialect, model_rules
-from mf_qwen3_bridge.spec import HF_NAME, ModelSpec
+from mf_qwen3_bridge.model.rules import HF, Dialect, model_rules
+from mf_qwen3_bridge.model.spec import HF_NAME, ModelSpec
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo, read_bytes
 
 SPEC = ModelSpec(
     num_layers=2,

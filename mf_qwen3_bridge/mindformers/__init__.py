@@ -1,1 +1,1 @@
-"""The only part of the bridge that imports MindSpore and MindFormers."""
+"""The only room that imports MindSpore or MindFormers: loading, networks, and what the other rooms need of them."""

@@ -18,15 +18,15 @@ from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausal
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.parallel_core.utils.model_mixin import TrainModelMixin
 
-from mf_qwen3_bridge.checkpoint import DTYPES, TensorInfo
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.layouts import INFERENCE, TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.mindformers.ranks import rank_of
-from mf_qwen3_bridge.parallel import WHOLE, Rank
-from mf_qwen3_bridge.plan import make_plan
-from mf_qwen3_bridge.rules import HF_STACKED, INFER, Place, hf_dialect, model_rules, shares
-from mf_qwen3_bridge.spec import ModelSpec
-from mf_qwen3_bridge.transfer import copy_elements
+from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.model.parallel import WHOLE, Rank
+from mf_qwen3_bridge.model.rules import HF_STACKED, INFER, Place, hf_dialect, model_rules, shares
+from mf_qwen3_bridge.model.spec import ModelSpec
+from mf_qwen3_bridge.transfer.copying import copy_elements
+from mf_qwen3_bridge.transfer.plan import make_plan
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo
 
 # MindFormers 1.7 to 1.9 wait for ever for a tensor that another process should deliver; 2.0 waits this long.
 _PATIENCE_SECONDS = 600

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.hf_config import read_json
+from mf_qwen3_bridge.inputs.hf_config import read_json
+from mf_qwen3_bridge.inputs.preflight import Model, check
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
-from mf_qwen3_bridge.parallel import num_processes
-from mf_qwen3_bridge.preflight import Model, check
+from mf_qwen3_bridge.model.parallel import num_processes
 
 # An id that no prompt holds: upstream takes the pad tokens that end a prompt away.
 NO_TOKEN = -1

@@ -11,16 +11,16 @@ from weakref import WeakSet
 import mindspore as ms
 import numpy as np
 
-from mf_qwen3_bridge.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint, open_files
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.inputs.preflight import Model
 from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.ranks import rank_of
-from mf_qwen3_bridge.plan import Plan, Target, check_values
-from mf_qwen3_bridge.preflight import Model
-from mf_qwen3_bridge.progress import progress_bar
-from mf_qwen3_bridge.rules import INFER
-from mf_qwen3_bridge.transfer import Transfer
-from mf_qwen3_bridge.values import largest_magnitude
+from mf_qwen3_bridge.model.rules import INFER
+from mf_qwen3_bridge.transfer.copying import Transfer
+from mf_qwen3_bridge.transfer.plan import Plan, Target, check_values
+from mf_qwen3_bridge.transfer.progress import progress_bar
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, Checkpoint, TensorInfo, open_checkpoint, open_files
+from mf_qwen3_bridge.transfer.values import largest_magnitude
 
 # Networks that the functions below have filled.
 FILLED: WeakSet[Any] = WeakSet()

@@ -18,9 +18,9 @@ from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3
 from mindspore.communication import get_rank
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.mindformers.device import forget_earlier_networks, prepare_device, set_cpu_environment
+from mf_qwen3_bridge.mindformers.cpu.device import forget_earlier_networks, prepare_device, set_cpu_environment
 from mf_qwen3_bridge.mindformers.ranks import rank_of
-from mf_qwen3_bridge.parallel import SINGLE, ParallelConfig
+from mf_qwen3_bridge.model.parallel import SINGLE, ParallelConfig
 
 InferenceNetwork: TypeAlias = InferenceQwen3ForCausalLM | InferenceQwen3MoeForCausalLM
 

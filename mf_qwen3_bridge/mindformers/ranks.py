@@ -6,7 +6,7 @@ from typing import Any
 
 from mindformers.parallel_core.inference import parallel_state
 
-from mf_qwen3_bridge.parallel import Rank
+from mf_qwen3_bridge.model.parallel import Rank
 
 
 def rank_of(network: Any) -> Rank:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mf_qwen3_bridge.convert import run
-from mf_qwen3_bridge.jobs import to_mindformers
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rules import TRAIN
+from mf_qwen3_bridge.convert.jobs import to_mindformers
+from mf_qwen3_bridge.convert.run import run
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.model.rules import TRAIN
 from tests.distributed.test_msrun import ROOT, free_port, msrun
 from tests.tiny import MOE_SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import assert_same, contents
@@ -15,8 +15,8 @@ from tests.unit.test_convert import assert_same, contents
 # Stands in for a machine that goes down while its worker writes.
 DIES = """
 import os, signal, sys
-from mf_qwen3_bridge.cli import main
-from mf_qwen3_bridge.cli_files import convert_weight
+from mf_qwen3_bridge.cli.main import main
+from mf_qwen3_bridge.cli.files import convert_weight
 
 writes, original = [], os.pwrite
 def pwrite(*arguments):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import mf_qwen3_bridge
+from mf_qwen3_bridge.inputs.preflight import Model, check
 from mf_qwen3_bridge.mindformers.infer import NO_TOKEN, build_network
 from mf_qwen3_bridge.mindformers.network import network_logits
-from mf_qwen3_bridge.preflight import Model, check
 from tests.golden import CHECKPOINTS, FIXTURES, NAMES, TOLERANCE, Golden, golden
 
 __all__ = ["CHECKPOINTS", "FIXTURES", "NAMES", "TOLERANCE", "Golden", "golden"]

@@ -13,7 +13,7 @@ from mindformers.tools.register import MindFormerConfig
 
 import mf_qwen3_bridge
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.mindformers import auto, configs
+from mf_qwen3_bridge.mindformers.patching import auto, configs
 from tests.integration.conftest import CHECKPOINTS, NAMES, SMALL_CACHE, TOLERANCE, empty_network, golden, logits_error
 
 

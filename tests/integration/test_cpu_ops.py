@@ -18,8 +18,8 @@ from mindspore.ops.auto_generate import GroupedMatmulV4, MoeInitRoutingV2, MoeTo
 
 import mf_qwen3_bridge
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.hf_config import normalise
-from mf_qwen3_bridge.mindformers import cpu_ops
+from mf_qwen3_bridge.inputs.hf_config import normalise
+from mf_qwen3_bridge.mindformers.cpu import inference_ops as cpu_ops
 from mf_qwen3_bridge.mindformers.network import build_inference_network, network_logits
 from tests.integration.conftest import CHECKPOINTS, SMALL_CACHE, golden, greedy_tokens, logits_error
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from mindformers.parallel_core.inference.model_utils import InferModelMixin
 
-from mf_qwen3_bridge.checkpoint import open_checkpoint
-from mf_qwen3_bridge.convert import run
-from mf_qwen3_bridge.jobs import to_hf, to_mindformers, to_ranks
-from mf_qwen3_bridge.layouts import Layout
+from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers, to_ranks
+from mf_qwen3_bridge.convert.run import run
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.trained import check_trained
 from mf_qwen3_bridge.mindformers.conversion import TrainingConversion, as_parameter
 from mf_qwen3_bridge.mindformers.load import load_checkpoint, load_network
-from mf_qwen3_bridge.parallel import ParallelConfig
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect
-from mf_qwen3_bridge.trained import check_trained
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.parallel import ParallelConfig
+from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.integration.conftest import CHECKPOINTS, NAMES, TOLERANCE, bits, empty_network, golden, logits_error
 from tests.integration.test_parallel_slices import DENSE, MOE, playing
 from tests.tiny import hf_config, random_tensors, write

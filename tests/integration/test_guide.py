@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import yaml
-from mf_qwen3_bridge.mindformers_yaml import read_mindformers_yaml
+from mf_qwen3_bridge.inputs.mindformers_yaml import read_mindformers_yaml
 from tests.distributed.test_msrun import free_port, with_tokenizer
 from tests.integration.conftest import CHECKPOINTS
 from tests.integration.test_readme import save_as_ranks

@@ -20,14 +20,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import mf_qwen3_bridge
-from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.convert.jobs import to_mindformers
+from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.jobs import to_mindformers
-from mf_qwen3_bridge.layouts import INFERENCE, TRAINING_DEFAULT
+from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers.network import build_inference_network
-from mf_qwen3_bridge.parallel import ParallelConfig
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rules import INFER, TRAIN, Dialect
+from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT
+from mf_qwen3_bridge.model.parallel import ParallelConfig
+from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
 from tests.integration.conftest import (
     CHECKPOINTS,
     NAMES,

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import mf_qwen3_bridge
-from mf_qwen3_bridge import layouts, preflight
-from mf_qwen3_bridge.layouts import by_expert, contiguous, interleaved
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.recognise import LAYOUT_STAMP
-from mf_qwen3_bridge.rules import HF, TRAIN, Rule, model_rules
-from mf_qwen3_bridge.spec import ModelSpec
+from mf_qwen3_bridge.inputs import preflight
+from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.model import layouts
+from mf_qwen3_bridge.model.layouts import by_expert, contiguous, interleaved
+from mf_qwen3_bridge.model.rules import HF, TRAIN, Rule, model_rules
+from mf_qwen3_bridge.model.spec import ModelSpec
 from tests.integration.conftest import CHECKPOINTS, TOLERANCE, bits, golden, logits_error
 from tests.tiny import write
 

@@ -24,16 +24,17 @@ from mindspore import nn
 from safetensors.numpy import load_file, save_file
 
 import mf_qwen3_bridge
-from mf_qwen3_bridge.checkpoint import DTYPES
-from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.convert.jobs import to_mindformers
+from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.jobs import to_mindformers
-from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
-from mf_qwen3_bridge.mindformers import compat, hooks, training
+from mf_qwen3_bridge.inputs.preflight import Model, check
+from mf_qwen3_bridge.mindformers import load_training as training
 from mf_qwen3_bridge.mindformers.network import _enter_predict_mode
-from mf_qwen3_bridge.parallel import SINGLE
-from mf_qwen3_bridge.preflight import Model, check
-from mf_qwen3_bridge.rules import Dialect
+from mf_qwen3_bridge.mindformers.patching import compat, hooks
+from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.model.parallel import SINGLE
+from mf_qwen3_bridge.model.rules import Dialect
+from mf_qwen3_bridge.transfer.safetensors import DTYPES
 from tests.integration.conftest import CHECKPOINTS, NAMES
 from tests.integration.rank_runs import make_ranks
 from tests.integration.test_rank_files import RUNS, cut

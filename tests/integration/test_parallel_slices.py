@@ -15,12 +15,12 @@ import pytest
 from mindformers.parallel_core.inference import parallel_state
 from mindformers.parallel_core.inference.model_utils import InferModelMixin
 
+from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
 from mf_qwen3_bridge.mindformers.ranks import rank_of
-from mf_qwen3_bridge.parallel import ParallelConfig
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.spec import ModelSpec
+from mf_qwen3_bridge.model.parallel import ParallelConfig
+from mf_qwen3_bridge.model.spec import ModelSpec
 from tests.integration.conftest import bits, empty_network
 from tests.tiny import hf_config, random_tensors, write
 

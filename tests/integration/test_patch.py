@@ -17,9 +17,10 @@ from safetensors.numpy import load_file
 
 import mf_qwen3_bridge
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.mindformers import conversion, patch
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rules import INFER, TRAIN
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.mindformers import conversion
+from mf_qwen3_bridge.mindformers.patching import patch
+from mf_qwen3_bridge.model.rules import INFER, TRAIN
 from tests.integration.conftest import CHECKPOINTS, NAMES, bits, empty_network
 from tests.tiny import hf_config, random_tensors, write
 

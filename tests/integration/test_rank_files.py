@@ -13,20 +13,20 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from mf_qwen3_bridge.checkpoint import open_checkpoint
-from mf_qwen3_bridge.cli import cli
-from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.cli.main import cli
+from mf_qwen3_bridge.convert.jobs import from_ranks, to_hf, to_mindformers, to_ranks, unify
+from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.jobs import from_ranks, to_hf, to_mindformers, to_ranks, unify
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.parallel import ParallelConfig
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rank_files import open_rank_files
-from mf_qwen3_bridge.rules import TRAIN, Dialect
-from mf_qwen3_bridge.spec import ModelSpec
-from mf_qwen3_bridge.strategies import read_strategies
-from mf_qwen3_bridge.trained import check_trained
-from mf_qwen3_bridge.training_slices import boxes
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.rank_files import open_rank_files
+from mf_qwen3_bridge.inputs.strategies import read_strategies
+from mf_qwen3_bridge.inputs.trained import check_trained
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.parallel import ParallelConfig
+from mf_qwen3_bridge.model.rules import TRAIN, Dialect
+from mf_qwen3_bridge.model.spec import ModelSpec
+from mf_qwen3_bridge.model.training_ranks import boxes
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.integration.rank_runs import SUFFIX, Cut, make_ranks
 from tests.tiny import hf_config, random_tensors, write
 from tests.unit.test_convert import assert_same, contents
@@ -158,7 +158,7 @@ def test_each_rank_gets_what_the_compiler_gave_it(tmp_path: Path, files, spec, p
     plan = model.plan(TRAIN)
     shapes = {target.name: target.shape for target in plan.targets}
     for number in range(8):
-        held = dict(boxes(model.rules, plan, parallel, number))
+        held = dict(boxes(model.rules, plan.target, parallel, number))
         for stage in stages:
             for name in stage.keys() & shapes.keys():
                 bounds = [

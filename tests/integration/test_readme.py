@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import yaml
-from mf_qwen3_bridge.checkpoint import open_checkpoint
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.recognise import LAYOUT_STAMP
-from mf_qwen3_bridge.rules import TRAIN
+from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.rules import TRAIN
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.integration.conftest import CHECKPOINTS
 from tests.integration.rank_runs import Cut, make_ranks
 from tests.integration.test_docs import INSIDE_MINDFORMERS

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import mf_qwen3_bridge
-from mf_qwen3_bridge.checkpoint import open_checkpoint
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
+from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers.load import load_network
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.recognise import LAYOUT_STAMP
-from mf_qwen3_bridge.rules import INFER
+from mf_qwen3_bridge.model.rules import INFER
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.integration.conftest import CHECKPOINTS, empty_network
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 

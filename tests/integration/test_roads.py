@@ -11,12 +11,12 @@ from mindformers.parallel_core.inference.model_utils import InferModelMixin
 
 import mf_qwen3_bridge
 import yaml
-from mf_qwen3_bridge.checkpoint import Reader, open_checkpoint
-from mf_qwen3_bridge.layouts import Layout
+from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
+from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers.load import load_network
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.recognise import LAYOUT_STAMP
-from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
+from mf_qwen3_bridge.transfer.safetensors import Reader, open_checkpoint
 from tests.integration.conftest import (
     CHECKPOINTS,
     NAMES,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.recognise import LAYOUT_STAMP
-from mf_qwen3_bridge.rules import INFER, Dialect
+from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.rules import INFER, Dialect
 from tests.tiny import write
 
 ROOT = Path(__file__).parents[2]

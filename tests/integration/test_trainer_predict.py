@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import yaml
-from mf_qwen3_bridge.convert import run
-from mf_qwen3_bridge.jobs import to_mindformers
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rules import TRAIN
+from mf_qwen3_bridge.convert.jobs import to_mindformers
+from mf_qwen3_bridge.convert.run import run
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.model.rules import TRAIN
 from tests.distributed.test_msrun import msrun, with_tokenizer, words
 from tests.integration.conftest import golden
 

@@ -23,13 +23,13 @@ from mindformers.trainer import base_trainer
 
 import mf_qwen3_bridge
 import yaml
-from mf_qwen3_bridge.convert import run
-from mf_qwen3_bridge.jobs import to_hf, to_mindformers
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.mindformers import cpu_training_ops
+from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers
+from mf_qwen3_bridge.convert.run import run
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.mindformers.cpu import training_ops as cpu_training_ops
 from mf_qwen3_bridge.mindformers.network import network_logits
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rules import HF, Dialect
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.rules import HF, Dialect
 from tests.integration.conftest import CHECKPOINTS, SMALL_CACHE, TOLERANCE, golden
 from tests.integration.test_trainer_predict import REGISTER_PATH, ROOT, TRAINER
 

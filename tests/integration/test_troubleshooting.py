@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import yaml
-from mf_qwen3_bridge.parallel import ParallelConfig
-from mf_qwen3_bridge.released import RELEASED
+from mf_qwen3_bridge.model.parallel import ParallelConfig
+from mf_qwen3_bridge.model.released import RELEASED
 from tests.integration.conftest import CHECKPOINTS
 from tests.integration.test_guide import environment
 from tests.integration.test_trainer_predict import ROOT

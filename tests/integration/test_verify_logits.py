@@ -12,18 +12,18 @@ import pytest
 from click.testing import CliRunner
 
 import mf_qwen3_bridge
-from mf_qwen3_bridge.cli import cli
-from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.cli.main import cli
+from mf_qwen3_bridge.convert.jobs import to_mindformers
+from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.jobs import to_mindformers
-from mf_qwen3_bridge.layer_errors import tokens_for
-from mf_qwen3_bridge.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.inputs.preflight import check, first_layers
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
-from mf_qwen3_bridge.mindformers.stages import errors_of_checkpoint
-from mf_qwen3_bridge.preflight import check, first_layers
-from mf_qwen3_bridge.reference import ATTENTION, FC1, LOGITS, MLP, PROJ, QKV, ROUTER, Stage
-from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect
+from mf_qwen3_bridge.mindformers.verify_network import errors_of_checkpoint
+from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
+from mf_qwen3_bridge.verify.layer_errors import tokens_for
+from mf_qwen3_bridge.verify.reference import ATTENTION, FC1, LOGITS, MLP, PROJ, QKV, ROUTER, Stage
 from tests.integration.conftest import CHECKPOINTS, NAMES, SMALL_CACHE, TOLERANCE
 from tests.integration.test_mutations import MOE_MUTATIONS, MUTATIONS
 from tests.tiny import write

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mf_qwen3_bridge.rules import TRAIN
+from mf_qwen3_bridge.model.rules import TRAIN
 from tests.tiny import hf_config, random_tensors, write
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +134,7 @@ def test_refused_before_mindspore_is_imported(tmp_path: Path, case):
     break_it, named = BAD[case]
     break_it(directory)
     script = (
-        "import sys; from mf_qwen3_bridge.cli import infer, main\n"
+        "import sys; from mf_qwen3_bridge.cli.main import infer, main\n"
         "try: main(['--model_dir', sys.argv[1]], infer)\n"
         "finally: assert 'mindspore' not in sys.modules"
     )

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from mf_qwen3_bridge.checkpoint import HYPER_PARAMETERS, open_checkpoint, open_files, read_header, stale_files
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.transfer.safetensors import HYPER_PARAMETERS, open_checkpoint, open_files, read_header, stale_files
 from tests.tiny import NUMPY, random_tensors, read, write
 
 

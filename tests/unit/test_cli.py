@@ -45,7 +45,7 @@ def test_neither_importing_nor_checking_imports_mindspore(tmp_path: Path, argume
     write(tmp_path, random_tensors(), hf_config())
     arguments = ["--help"] if argument == "--help" else ["check", "--model_dir", str(tmp_path)]
     script = (
-        "import sys, mf_qwen3_bridge; from mf_qwen3_bridge.cli import main\n"
+        "import sys, mf_qwen3_bridge; from mf_qwen3_bridge.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as exit: assert exit.code == 0, exit\n"
         "loaded = {'mindspore', 'mindformers', 'transformers', 'torch'} & sys.modules.keys(); assert not loaded, loaded"
@@ -64,7 +64,7 @@ def test_sampling_options_are_checked_first(tmp_path: Path, option):
 
 
 def test_what_is_unexpected_is_exit_code_1():
-    script = "import click; from mf_qwen3_bridge.cli import main\n@click.command()\ndef f(): 1 / 0\nmain([], f)"
+    script = "import click; from mf_qwen3_bridge.cli.main import main\n@click.command()\ndef f(): 1 / 0\nmain([], f)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 1
     assert "ZeroDivisionError" in result.stderr
@@ -73,7 +73,7 @@ def test_what_is_unexpected_is_exit_code_1():
 def test_without_mindformers_infer_says_how_to_get_it(tmp_path: Path):
     script = (
         "import sys; sys.modules['mindspore'] = sys.modules['mindformers'] = None\n"
-        "from mf_qwen3_bridge.cli import infer, main; main(['--model_dir', sys.argv[1]], infer)"
+        "from mf_qwen3_bridge.cli.main import infer, main; main(['--model_dir', sys.argv[1]], infer)"
     )
     write(tmp_path, random_tensors(), hf_config())
     command = [sys.executable, "-c", script, str(tmp_path)]

@@ -21,19 +21,20 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import yaml
-from mf_qwen3_bridge import jobs, strategies
-from mf_qwen3_bridge.checkpoint import open_checkpoint
-from mf_qwen3_bridge.cli import cli, main
-from mf_qwen3_bridge.cli_files import convert_weight
-from mf_qwen3_bridge.cli_files import unify as unify_command
-from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.cli.files import convert_weight
+from mf_qwen3_bridge.cli.files import unify as unify_command
+from mf_qwen3_bridge.cli.main import cli, main
+from mf_qwen3_bridge.convert import jobs
+from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rank_files import RankFiles, Sharding, open_rank_files
-from mf_qwen3_bridge.rules import HF_STACKED
-from mf_qwen3_bridge.spec import ModelSpec
-from mf_qwen3_bridge.trained import check_trained
-from mf_qwen3_bridge.transfer import BUFFER_BYTES
+from mf_qwen3_bridge.inputs import strategies
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.rank_files import RankFiles, Sharding, open_rank_files
+from mf_qwen3_bridge.inputs.trained import check_trained
+from mf_qwen3_bridge.model.rules import HF_STACKED
+from mf_qwen3_bridge.model.spec import ModelSpec
+from mf_qwen3_bridge.transfer.copying import BUFFER_BYTES
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, NUMPY, SPEC, Tensors, hf_config, random_tensors, write, write_headers
 from tests.unit.test_bad_input import words
 from tests.unit.test_convert import assert_same, contents

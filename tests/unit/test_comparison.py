@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mf_qwen3_bridge.checkpoint import Reader
-from mf_qwen3_bridge.cli import cli
-from mf_qwen3_bridge.comparison import compare, open_side
-from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.cli.main import cli
+from mf_qwen3_bridge.convert.jobs import to_mindformers
+from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.jobs import to_mindformers
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rules import INFER, TRAIN, Dialect
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
+from mf_qwen3_bridge.transfer.safetensors import Reader
+from mf_qwen3_bridge.verify.comparison import compare, open_side
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 
 TIED = replace(SPEC, tie_word_embeddings=True)

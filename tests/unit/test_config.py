@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.hf_config import normalise, read_hf_config
-from mf_qwen3_bridge.mindformers_yaml import read_mindformers_yaml
+from mf_qwen3_bridge.inputs.hf_config import normalise, read_hf_config
+from mf_qwen3_bridge.inputs.mindformers_yaml import read_mindformers_yaml
 
 # The numbers of Qwen3-14B's config.json, as the Hub has it.
 QWEN3_14B = {

@@ -13,18 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from mf_qwen3_bridge import files as files_module
-from mf_qwen3_bridge import tiles
-from mf_qwen3_bridge.checkpoint import open_checkpoint
-from mf_qwen3_bridge.convert import Job, Part, describe, run
+from mf_qwen3_bridge.convert import file_layout as files_module
+from mf_qwen3_bridge.convert.file_layout import hf_files, mindformers_files, output_file, parse_size
+from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers
+from mf_qwen3_bridge.convert.run import Job, Part, describe, run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.files import hf_files, mindformers_files, output_file, parse_size
-from mf_qwen3_bridge.jobs import to_hf, to_mindformers
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.plan import Target, make_plan
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, hf_dialect, model_rules
-from mf_qwen3_bridge.trained import check_trained
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.trained import check_trained
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, hf_dialect, model_rules
+from mf_qwen3_bridge.transfer import tiles
+from mf_qwen3_bridge.transfer.plan import Target, make_plan
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, NUMPY, SPEC, hf_config, random_tensors, read, write
 
 LAYOUTS = [Layout(*flags) for flags in itertools.product([True, False], repeat=2)]
@@ -288,7 +288,7 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path, monkeypatch):
     spec = replace(SPEC, num_layers=1, hidden_size=512, ffn_hidden_size=30000)
     directory = write(tmp_path / "hf", random_tensors(spec, dtype="BF16"), hf_config(spec))
     lent = []
-    from mf_qwen3_bridge.transfer import Buffers
+    from mf_qwen3_bridge.transfer.copying import Buffers
 
     original = Buffers.lend
     monkeypatch.setattr(Buffers, "lend", lambda self, nbytes: (lent.append(nbytes), original(self, nbytes))[1])

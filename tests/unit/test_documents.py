@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mf_qwen3_bridge import layouts
+from mf_qwen3_bridge.model import layouts
 from tests.unit.test_readme import ROOT, anchor, blocks, commands
 
 DOCS = ROOT / "docs"
@@ -154,16 +154,19 @@ def test_the_example_of_the_layouts():
 ARCHITECTURE = (DOCS / "architecture.md").read_text(encoding="utf-8")
 
 
-def listed_modules() -> list[str]:
-    """Of the list in docs/architecture.md, in its order: ``errors``, ..., ``mindformers.load``, ..., ``cli``."""
-    (tree,) = (block for block in blocks(ARCHITECTURE, "text") if block.startswith("mf_qwen3_bridge/\n"))
-    found = re.findall(r"^( +)(\w+)\.py  ?", tree, re.MULTILINE)
-    return [name if len(indent) == 2 else f"mindformers.{name}" for indent, name in found]
+PACKAGE = ROOT / "mf_qwen3_bridge"
+# A room imports from the rooms before it. The two in one tuple know nothing of each other.
+ROOMS = (("errors",), ("model",), ("transfer",), ("inputs",), ("convert", "verify"), ("mindformers",), ("cli",))
+MODULES = sorted(
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+    for file in PACKAGE.rglob("*.py")
+    if file.name != "__init__.py" and file.parent.name != "register_path"
+)
 
 
 def imports(module: str) -> set[str]:
     """The dotted names of all that a module imports, in functions too."""
-    file = ROOT / "mf_qwen3_bridge" / f"{module.replace('.', '/')}.py"
+    file = PACKAGE / f"{module.replace('.', '/')}.py"
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -173,17 +176,27 @@ def imports(module: str) -> set[str]:
     return found
 
 
-def test_modules_import_what_stands_above_them():
-    """The list in docs/architecture.md names all of them."""
-    modules = listed_modules()
-    package = ROOT / "mf_qwen3_bridge"
-    files = {".".join(file.relative_to(package).with_suffix("").parts) for file in package.rglob("*.py")}
-    assert sorted(modules) == sorted(f for f in files if not f.endswith("__init__") and not f.startswith("register."))
-    for number, module in enumerate(modules):
-        imported = imports(module)
-        assert not imported & {f"mf_qwen3_bridge.{other}" for other in modules[number:]}, module
-        if not module.startswith("mindformers."):
-            assert not {name.partition(".")[0] for name in imported} & {"mindspore", "mindformers"}, module
+def imported_modules(module: str) -> set[str]:
+    """The package's own modules among them."""
+    return {name.partition(".")[2] for name in imports(module)} & set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_import_from_the_rooms_before_them(module: str):
+    floor = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
+    room = module.partition(".")[0]
+    for other in {imported.partition(".")[0] for imported in imported_modules(module)} - {room}:
+        assert floor[other] < floor[room], f"{module} imports {other}"
+    if room != "mindformers":
+        assert not {name.partition(".")[0] for name in imports(module)} & {"mindspore", "mindformers"}
+
+
+def test_no_modules_import_each_other():
+    """Inside a room as well: what is left after taking away, again and again, the modules that import no other."""
+    left = {module: imported_modules(module) - {module} for module in MODULES}
+    while free := {module for module, imported in left.items() if not imported}:
+        left = {module: imported - free for module, imported in left.items() if module not in free}
+    assert not left
 
 
 def patched(directory: Path, diff: str) -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mf_qwen3_bridge.checkpoint import open_checkpoint
-from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.convert.jobs import to_mindformers
+from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.evidence import check_layout
-from mf_qwen3_bridge.jobs import to_mindformers
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rules import TRAIN, Dialect
-from mf_qwen3_bridge.trained import check_trained
+from mf_qwen3_bridge.inputs.layout_evidence import check_layout
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.trained import check_trained
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.rules import TRAIN, Dialect
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import contents
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mf_qwen3_bridge.layouts import INFERENCE, TRAINING_DEFAULT, Layout, View, contiguous, interleaved
+from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT, Layout, View, contiguous, interleaved
 
 ARRANGEMENTS = pytest.mark.parametrize("arrange", [contiguous, interleaved])
 

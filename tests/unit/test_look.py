@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mf_qwen3_bridge import doctor
-from mf_qwen3_bridge.checkpoint import open_checkpoint
-from mf_qwen3_bridge.cli import cli
-from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.cli import doctor
+from mf_qwen3_bridge.cli.main import cli
+from mf_qwen3_bridge.convert.jobs import to_mindformers, to_ranks, truncate
+from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inspection import inspect, lines
-from mf_qwen3_bridge.jobs import to_mindformers, to_ranks, truncate
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.parallel import ParallelConfig
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.released import RELEASED
-from mf_qwen3_bridge.rules import INFER, TRAIN, Dialect
+from mf_qwen3_bridge.inputs.inspection import inspect, lines
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.parallel import ParallelConfig
+from mf_qwen3_bridge.model.released import RELEASED
+from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, read, write, write_headers
 
 

@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from mf_qwen3_bridge import workers
-from mf_qwen3_bridge.checkpoint import open_checkpoint
-from mf_qwen3_bridge.convert import Job, run
+from mf_qwen3_bridge.convert import workers
+from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers
+from mf_qwen3_bridge.convert.output_directory import OutputDirectory
+from mf_qwen3_bridge.convert.run import Job, run
+from mf_qwen3_bridge.convert.workers import ALONE, Worker, this_worker
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.jobs import to_hf, to_mindformers
-from mf_qwen3_bridge.output import OutputDirectory
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rules import TRAIN
-from mf_qwen3_bridge.trained import check_trained
-from mf_qwen3_bridge.workers import ALONE, Worker, this_worker
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.trained import check_trained
+from mf_qwen3_bridge.model.rules import TRAIN
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import assert_same, contents
 
@@ -291,7 +291,7 @@ def test_each_worker_writes_its_share(dirs, tmp_path):
     for number in range(3):
         job = job_of(dirs, tmp_path / f"out{number}")
         with counted_steps(None) as steps, job.directory(Worker(number, 3)).opened():
-            from mf_qwen3_bridge.convert import _write
+            from mf_qwen3_bridge.convert.run import _write
 
             directory = job.directory(Worker(number, 3))
             _write(job, directory)

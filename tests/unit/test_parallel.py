@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mf_qwen3_bridge import tiles
-from mf_qwen3_bridge.checkpoint import Reader, open_checkpoint
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.parallel import ParallelConfig, num_processes
-from mf_qwen3_bridge.plan import Plan, make_plan
-from mf_qwen3_bridge.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
-from mf_qwen3_bridge.spec import ModelSpec
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.parallel import ParallelConfig, num_processes
+from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
+from mf_qwen3_bridge.model.spec import ModelSpec
+from mf_qwen3_bridge.transfer import tiles
+from mf_qwen3_bridge.transfer.plan import Plan, make_plan
+from mf_qwen3_bridge.transfer.safetensors import Reader, open_checkpoint
 from tests.tiny import MOE_SPEC, SPEC, Tensors, random_tensors, write
 
 SOURCES = [HF, HF_STACKED, TRAIN, INFER, Dialect(Layout(interleaved_qkv=False, interleaved_gate_up=True))]

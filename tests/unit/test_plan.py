@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mf_qwen3_bridge import layouts
-from mf_qwen3_bridge.checkpoint import open_checkpoint
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.plan import make_plan
-from mf_qwen3_bridge.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, is_training_state, model_rules
-from mf_qwen3_bridge.spec import ModelSpec
+from mf_qwen3_bridge.model import layouts
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, is_training_state, model_rules
+from mf_qwen3_bridge.model.spec import ModelSpec
+from mf_qwen3_bridge.transfer.plan import make_plan
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, NUMPY, SPEC, random_tensors, write
 
 MINDFORMERS = [

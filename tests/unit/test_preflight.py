@@ -10,11 +10,11 @@ import pytest
 
 import yaml
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.parallel import ParallelConfig
-from mf_qwen3_bridge.preflight import check, summary
-from mf_qwen3_bridge.recognise import LAYOUT_STAMP
-from mf_qwen3_bridge.rules import HF, INFER, TRAIN, Dialect
+from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
+from mf_qwen3_bridge.inputs.preflight import check, summary
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.parallel import ParallelConfig
+from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from mf_qwen3_bridge.comparison import compare, open_side
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.layer_errors import layer_errors
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.reference import forward
-from mf_qwen3_bridge.released import RELEASED
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.model.released import RELEASED
+from mf_qwen3_bridge.verify.comparison import compare, open_side
+from mf_qwen3_bridge.verify.layer_errors import layer_errors
+from mf_qwen3_bridge.verify.reference import forward
 from tests.tiny import SPEC, hf_config, random_tensors, write, write_headers
 
 ROOT = Path(__file__).parents[2]

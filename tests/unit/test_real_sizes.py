@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.preflight import check, summary
-from mf_qwen3_bridge.released import RELEASED
+from mf_qwen3_bridge.inputs.preflight import check, summary
+from mf_qwen3_bridge.model.released import RELEASED
 from tests.tiny import hf_config, write_headers
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mf_qwen3_bridge import layer_errors as module
-from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.convert.jobs import to_mindformers
+from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.jobs import to_mindformers
-from mf_qwen3_bridge.layer_errors import TOLERANCES, LayerErrors, layer_errors, layers_that_fit, tokens_for
-from mf_qwen3_bridge.picture import draw
-from mf_qwen3_bridge.preflight import check, first_layers
-from mf_qwen3_bridge.reference import EMBEDDED, LAYER, LOGITS, MLP, PROJ, QKV, STAGES, Stage, forward
-from mf_qwen3_bridge.released import RELEASED
-from mf_qwen3_bridge.rules import INFER, TRAIN
+from mf_qwen3_bridge.inputs.preflight import check, first_layers
+from mf_qwen3_bridge.model.released import RELEASED
+from mf_qwen3_bridge.model.rules import INFER, TRAIN
+from mf_qwen3_bridge.verify import layer_errors as module
+from mf_qwen3_bridge.verify.layer_errors import TOLERANCES, LayerErrors, layer_errors, layers_that_fit, tokens_for
+from mf_qwen3_bridge.verify.picture import draw
+from mf_qwen3_bridge.verify.reference import EMBEDDED, LAYER, LOGITS, MLP, PROJ, QKV, STAGES, Stage, forward
 from tests import golden
 from tests.tiny import SPEC, hf_config, random_tensors, write, write_headers
 
@@ -44,7 +44,7 @@ def test_weights_of_any_dialect(tmp_path: Path):
 def test_the_output_layer_is_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch):
     model = check(golden.CHECKPOINTS / "untied_fp32")
     *_, (_, whole) = forward(model, [1, 2])
-    monkeypatch.setattr("mf_qwen3_bridge.reference._ROWS_OF_OUTPUT", 7)
+    monkeypatch.setattr("mf_qwen3_bridge.verify.reference._ROWS_OF_OUTPUT", 7)
     *_, (_, parts) = forward(model, [1, 2])
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
 

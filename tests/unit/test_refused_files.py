@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 import yaml
-from mf_qwen3_bridge.cli import main
-from mf_qwen3_bridge.cli_files import convert_weight
-from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.cli.files import convert_weight
+from mf_qwen3_bridge.cli.main import main
+from mf_qwen3_bridge.convert.jobs import from_ranks, to_hf, to_mindformers, to_ranks, unify
+from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.jobs import from_ranks, to_hf, to_mindformers, to_ranks, unify
-from mf_qwen3_bridge.layouts import Layout
-from mf_qwen3_bridge.parallel import ParallelConfig
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rank_files import Sharding, open_rank_files
-from mf_qwen3_bridge.rules import INFER, TRAIN, Dialect
-from mf_qwen3_bridge.trained import check_trained
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.rank_files import Sharding, open_rank_files
+from mf_qwen3_bridge.inputs.trained import check_trained
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.parallel import ParallelConfig
+from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import contents
 

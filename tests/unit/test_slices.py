@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mf_qwen3_bridge.checkpoint import open_checkpoint
-from mf_qwen3_bridge.layouts import Layout, View
-from mf_qwen3_bridge.plan import make_plan
-from mf_qwen3_bridge.rules import HF, TRAIN, Dialect, model_rules
-from mf_qwen3_bridge.slices import Box, Slice, read_from_slices, within, write_slices
+from mf_qwen3_bridge.model.layouts import Box, Layout, View
+from mf_qwen3_bridge.model.rules import HF, TRAIN, Dialect, model_rules
+from mf_qwen3_bridge.transfer.blocks import Slice, read_from_slices, within, write_slices
+from mf_qwen3_bridge.transfer.plan import make_plan
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, SPEC, random_tensors, write
 
 DIALECTS = [Dialect(Layout(qkv, gate_up)) for qkv in (True, False) for gate_up in (True, False)]

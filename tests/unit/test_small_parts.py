@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.values import fault_of, largest_magnitude
+from mf_qwen3_bridge.transfer.values import fault_of, largest_magnitude
 from tests.tiny import NUMPY
 
 

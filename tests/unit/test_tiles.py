@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mf_qwen3_bridge import tiles as tiles_module
-from mf_qwen3_bridge.checkpoint import TensorInfo
-from mf_qwen3_bridge.layouts import Layout, View, contiguous, interleaved
-from mf_qwen3_bridge.plan import make_plan
-from mf_qwen3_bridge.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
-from mf_qwen3_bridge.tiles import Copy, reads, tiles, writes
+from mf_qwen3_bridge.model.layouts import Layout, View, contiguous, interleaved
+from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
+from mf_qwen3_bridge.transfer import tiles as tiles_module
+from mf_qwen3_bridge.transfer.plan import make_plan
+from mf_qwen3_bridge.transfer.safetensors import TensorInfo
+from mf_qwen3_bridge.transfer.tiles import Copy, reads, tiles, writes
 from tests.tiny import MOE_SPEC, SPEC
 
 DIALECTS = [HF, HF_STACKED, INFER, TRAIN, *(Dialect(Layout(a, b)) for a, b in [(True, False), (False, True)])]

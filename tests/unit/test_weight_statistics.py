@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mf_qwen3_bridge.checkpoint import DTYPES, Reader
-from mf_qwen3_bridge.cli import cli
-from mf_qwen3_bridge.comparison import open_side
-from mf_qwen3_bridge.convert import run
+from mf_qwen3_bridge.cli.main import cli
+from mf_qwen3_bridge.convert.jobs import to_mindformers
+from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.jobs import to_mindformers
-from mf_qwen3_bridge.preflight import check
-from mf_qwen3_bridge.rules import INFER, TRAIN
-from mf_qwen3_bridge.weight_statistics import Statistics, measure, outliers, rows, statistics_of
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.model.rules import INFER, TRAIN
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader
+from mf_qwen3_bridge.verify.comparison import open_side
+from mf_qwen3_bridge.verify.statistics import Statistics, measure, outliers, rows, statistics_of
 from tests.tiny import MOE_SPEC, SPEC, Tensors, hf_config, random_tensors, write
 
 DEEP = replace(SPEC, num_layers=6)

@@ -1,0 +1,108 @@
+"""What a machine has of what Qwen3 in MindFormers needs; to be pasted into a bug report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mf_qwen3_bridge import __version__
+
+# MindFormers' releases that the tests run, and the MindSpore and transformers that each of them pins.
+KNOWN = {"1.7.0": ("2.7.2", "4.51.3"), "1.8.0": ("2.7.2", "4.57.1"), "1.9.0": ("2.9.0", "4.57.1")}
+# Environment variables that change what MindFormers does: what for, and what to do if it is set by accident.
+VARIABLES = {
+    "RUN_MODE": "MindFormers takes its inference classes where it is predict; unset it, run_mindformer.py sets it",
+    "ENFORCE_EAGER": "true is PyNative mode: slow on an NPU; needed on a CPU, where the bridge sets it",
+    "REGISTER_PATH": "where auto_register looks for files; mf-qwen3 register-path prints the bridge's",
+    "OM_MODULES_CACHE": "where auto_register copies files to, instead of ./modules",
+    "LOG_MF_PATH": "where MindFormers logs to, instead of ./output/log",
+    "MS_ROLE": "msrun sets it: outside of msrun, unset it",
+    "MS_WORKER_NUM": "msrun sets it: outside of msrun, unset it",
+    "ASCEND_RT_VISIBLE_DEVICES": "the NPUs that processes see",
+    "MS_SIMULATION_LEVEL": "above 0 MindSpore only pretends to compute; unset it",
+    "PYTHONPATH": "a MindFormers checkout on it goes before the installed package",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the report.
+
+    Attributes:
+        subject: what was looked at.
+        found: what was found.
+        advice: what to do; empty if all is well.
+    """
+
+    subject: str
+    found: str
+    advice: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Looks at this machine and this process, without importing MindSpore."""
+    yield Finding("mf-qwen3-bridge", __version__)
+    known_python = (3, 10) <= sys.version_info[:2] <= (3, 11)
+    advice = "" if known_python else "MindFormers' wheels are for Python 3.10 and 3.11"
+    yield Finding("Python", f"{platform.python_version()}, {platform.machine()}", advice)
+    yield from _packages()
+    yield from _ascend()
+    yield from _process()
+    for name, meaning in VARIABLES.items():
+        if value := os.environ.get(name):
+            yield Finding(name, value, meaning)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _packages() -> Iterator[Finding]:
+    mindformers = _installed("mindformers")
+    known = ", ".join(KNOWN)
+    if mindformers is None:
+        yield Finding("mindformers", "not installed", "pip install 'mf-qwen3-bridge[mindformers]'")
+    elif mindformers not in KNOWN:
+        yield Finding("mindformers", mindformers, f"the bridge is tested with {known}")
+    else:
+        yield Finding("mindformers", mindformers)
+    for package, pinned in zip(("mindspore", "transformers"), KNOWN.get(mindformers or "", (None, None))):
+        found = _installed(package)
+        if found is None:
+            yield Finding(package, "not installed", f"MindFormers needs it{f': {pinned}' if pinned else ''}")
+        elif pinned and found != pinned:
+            yield Finding(package, found, f"MindFormers {mindformers} pins {pinned}")
+        else:
+            yield Finding(package, found)
+    for package in ("numpy", "ml_dtypes", "safetensors"):
+        yield Finding(package, _installed(package) or "not installed")
+
+
+def _ascend() -> Iterator[Finding]:
+    toolkit = os.environ.get("ASCEND_TOOLKIT_HOME") or os.environ.get("ASCEND_HOME_PATH")
+    devices = sorted(path.name for path in Path("/dev").glob("davinci[0-9]*"))
+    if not devices:
+        advice = (
+            "" if toolkit is None else "CANN is there but no NPU: is the driver loaded, is the container given them?"
+        )
+        yield Finding("NPU", "none: MindFormers' networks run on the CPU, with the bridge's stand-ins", advice)
+    else:
+        yield Finding("NPU", f"{len(devices)} ({', '.join(devices)})")
+    if toolkit:
+        yield Finding("CANN", toolkit)
+    elif devices:
+        yield Finding("CANN", "ASCEND_TOOLKIT_HOME is not set", "source CANN's set_env.sh")
+
+
+def _process() -> Iterator[Finding]:
+    patch = sys.modules.get("mf_qwen3_bridge.mindformers.patching.patch")
+    if patch is not None:
+        yield Finding("MindFormers in this process", "patched" if patch.is_patched() else "not patched")

@@ -1,0 +1,217 @@
+"""The commands that look, ``mf-qwen3 inspect`` and ``doctor``; and ``truncate``, which makes a small model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mf_qwen3_bridge.cli.files import DIRECTORY, make
+from mf_qwen3_bridge.errors import BridgeError, fold_names, table
+
+if TYPE_CHECKING:
+    from mf_qwen3_bridge.inputs.preflight import Model
+    from mf_qwen3_bridge.verify.layer_errors import LayerErrors
+
+
+@click.command()
+@click.argument("path", type=DIRECTORY, metavar="DIR")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--rules", is_flag=True, help="List every tensor, and the MindFormers parameter that it is part of.")
+@click.option("--json", "as_json", is_flag=True, help="All of it as JSON.")
+def inspect(path: Path, tensors: bool, rules: bool, as_json: bool) -> None:
+    """Say what is in a checkpoint, by its headers: model, dialect, layout, dtypes, anything unusual.
+
+    DIR holds Hugging Face or MindFormers weights, or a directory for each rank; it may be a single file.
+    """
+    from mf_qwen3_bridge.inputs import inspection
+
+    found = inspection.inspect(path)
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=2))
+        return
+    for line in inspection.lines(found):
+        click.echo(line)
+    if tensors or rules:
+        columns = ("name", "dtype", "shape", "file", "parameter") if rules else ("name", "dtype", "shape", "file")
+        click.echo("\n" + "\t".join(columns))
+        for row in found.tensors:
+            click.echo("\t".join(str(getattr(row, column)) for column in columns))
+
+
+@click.command()
+@click.argument("first", type=DIRECTORY, metavar="A")
+@click.argument("second", type=DIRECTORY, metavar="[B]", required=False)
+@click.option("--config", type=DIRECTORY, metavar="YAML", help="Of the training run of MindFormers weights.")
+@click.option("--logits", is_flag=True, help="Run A in MindFormers on the CPU, against a reference of B, or of itself.")
+@click.option("--layers", type=click.IntRange(1), metavar="N", help="With --logits  [default: what fits in memory].")
+@click.option("--hf_config", type=DIRECTORY, metavar="DIR", help="With --logits: config.json  [default: B's, or A's].")
+@click.option(
+    "--picture", type=DIRECTORY, metavar="FILE", help="With --logits  [default: verify.png, or verify1.png...]."
+)
+def verify(
+    first: Path,
+    second: Path | None,
+    config: Path | None,
+    logits: bool,
+    layers: int | None,
+    hf_config: Path | None,
+    picture: Path | None,
+) -> None:
+    """Are the weights sound? With two checkpoints, in any two dialects: do they hold the same, bit for bit?
+
+    Of one: no NaN, no infinity, no tensor all zero; what its values look like, and which stand out.
+
+    With --logits: does MindFormers' inference network compute what it should, layer by layer, and where does it go
+    wrong? A table, and a picture of it.
+
+    Exit code 0: they are, they do, it does. 2: not so; a table says where, and what may have happened.
+    """
+    if logits:
+        _verify_logits(first, second, config, hf_config, layers, picture)
+        return
+    for name, value in (("--layers", layers), ("--hf_config", hf_config), ("--picture", picture)):
+        if value is not None:
+            raise click.UsageError(f"{name} needs --logits")
+    if second:
+        _verify_two(first, second, config)
+    else:
+        _verify_one(first, config)
+
+
+def _verify_one(path: Path, config: Path | None) -> None:
+    from mf_qwen3_bridge.inputs.trained import check_trained
+    from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
+    from mf_qwen3_bridge.verify import statistics as weight_statistics
+    from mf_qwen3_bridge.verify.comparison import Side, open_side
+
+    has_config = (path / "config.json").is_file()
+    side = Side.of(check_trained(open_checkpoint(path), path, config)) if has_config else open_side(path, config)
+    statistics = weight_statistics.measure(side)
+    click.echo(f"checkpoint  {side.dialect}, {len(side.checkpoint.tensors)} tensors")
+    headers = ["tensors", "number", "RMS: least, median, greatest", "mean", "values"]
+    click.echo(table(headers, weight_statistics.rows(statistics), "simple"))
+    for line in weight_statistics.outliers(statistics):
+        click.echo(f"unusual     {line}")
+    click.echo("result      no NaN, no infinity, no tensor all zero")
+
+
+def _verify_two(first: Path, second: Path, config: Path | None) -> None:
+    from mf_qwen3_bridge.transfer.progress import size_text
+    from mf_qwen3_bridge.verify.comparison import compare, open_side
+
+    report = compare(open_side(first, config), open_side(second, config))
+    if not report.is_equal:
+        raise BridgeError(f"{first} and {second} do not hold the same weights", report.problems())
+    if report.ignored:
+        names = ", ".join(fold_names(report.ignored)[:4])
+        click.echo(f"note        {len(report.ignored)} tensors are state of a training run, and not compared: {names}")
+    click.echo(f"equal       {report.num_tensors} tensors, {size_text(report.nbytes)}, bit for bit")
+
+
+def _verify_logits(
+    first: Path,
+    second: Path | None,
+    config: Path | None,
+    hf_config: Path | None,
+    layers: int | None,
+    picture: Path | None,
+) -> None:
+    from mf_qwen3_bridge.inputs.preflight import first_layers
+    from mf_qwen3_bridge.mindformers.quiet import upstream_kept_quiet
+    from mf_qwen3_bridge.verify.comparison import Side, compare
+    from mf_qwen3_bridge.verify.layer_errors import layers_that_fit
+
+    if picture and not picture.parent.is_dir():
+        raise BridgeError(f"{picture.parent} does not exist: --picture needs a directory that does")
+    paths = [path for path in (first, second) if path]
+    models = _models(paths, config, hf_config)
+    num_layers = layers or layers_that_fit(models[0])
+    total = models[0].spec.num_layers
+    models = [first_layers(model, num_layers) for model in models]
+
+    with upstream_kept_quiet():  # takes seconds
+        from mf_qwen3_bridge.mindformers.verify_network import errors_of_checkpoint
+    found = errors_of_checkpoint(models[0], models[-1])
+    network = "InferenceQwen3MoeForCausalLM" if models[0].spec.is_moe else "InferenceQwen3ForCausalLM"
+    click.echo(f"layers      {num_layers} of {total}, in MindFormers' {network} on the CPU, float32")
+    click.echo(table(["layer", *found.stages], found.rows(), "simple"))
+    _draw(found, first, picture)
+    # What 16 tokens did not reach: rows of the embedding, experts.
+    report = compare(*map(Side.of, models)) if second else None
+    if found.begin or (report and report.counts):
+        what = "does not compute the same" if found.begin else "computes the same for some tokens, from other weights"
+        raise BridgeError(f"{first} {what}: {found.summary}", report.problems() if report else ())
+    click.echo(f"result      {found.summary}")
+
+
+def _models(paths: Sequence[Path], config: Path | None, hf_config: Path | None) -> list[Model]:
+    """The checkpoints, each with its own config.json if it has one; they have to be of one model."""
+    from mf_qwen3_bridge.inputs.disagreements import config_rows
+    from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
+    from mf_qwen3_bridge.inputs.trained import check_trained
+    from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
+
+    own = [path for path in paths if (path / "config.json").is_file()]
+    models = []
+    for path in paths:
+        checkpoint = open_checkpoint(path)
+        hf_dir = path if path in own else hf_config or next(iter(own), None)
+        models.append(check_trained(checkpoint, hf_dir, None if LAYOUT_STAMP in checkpoint.metadata else config))
+    first = models[0]
+    if not first.hf_config:
+        raise BridgeError(f"no config.json beside {paths[0]}: name the model's Hugging Face directory with --hf_config")
+    if len(paths) == 1 and not first.dialect.is_hf and LAYOUT_STAMP not in first.checkpoint.metadata:
+        raise BridgeError(
+            f"nothing in {paths[0]} says how QKV and gate/up lie, and by themselves its weights can't show it: name "
+            "what they should be as well, such as the Hugging Face directory (mf-qwen3 verify A B --logits)"
+        )
+    if rows := list(config_rows({str(path): model.hf_config for path, model in zip(paths, models)})):
+        raise BridgeError("these do not compute the same: their config.json differ", rows)
+    return models
+
+
+def _draw(found: LayerErrors, first: Path, picture: Path | None) -> None:
+    """To where it was asked for, else to the first name that nothing bears."""
+    from mf_qwen3_bridge.verify.picture import draw
+
+    names = (Path(f"verify{number or ''}.png") for number in count())
+    picture = picture or next(name for name in names if not name.exists())
+    try:
+        draw(found, first.name, picture)
+    except ModuleNotFoundError:
+        click.echo("picture     none: pip install 'mf-qwen3-bridge[picture]'")
+    except BridgeError as error:
+        click.echo(f"picture     none: {error}")
+    else:
+        click.echo(f"picture     {picture}")
+
+
+@click.command()
+@click.argument("model_dir", type=DIRECTORY, metavar="DIR")
+@click.option("--layers", type=click.IntRange(1), required=True, metavar="N", help="How many to keep.")
+@click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
+@click.option("--dry_run", is_flag=True, help="Say what would be done; write nothing.")
+def truncate(model_dir: Path, layers: int, output_dir: Path, dry_run: bool) -> None:
+    """Keep the first layers of a model, byte for byte, to try a whole road with a model of 235B in a minute.
+
+    It computes what those layers compute, which is no text.
+    """
+    from mf_qwen3_bridge.convert import jobs
+    from mf_qwen3_bridge.inputs import preflight
+
+    make(jobs.truncate(preflight.check(model_dir), layers, output_dir), dry_run)
+
+
+@click.command()
+def doctor() -> None:
+    """Say what this machine has of what MindFormers needs; made to be pasted into a bug report."""
+    from mf_qwen3_bridge.cli.doctor import examine
+
+    findings = list(examine())
+    click.echo(table(["what", "found", "what to do"], [(f.subject, f.found, f.advice) for f in findings]))

@@ -1,0 +1,137 @@
+"""Which file each tensor of a plan goes to, and what stands in the file before the tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP, RANKS_STAMP
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.transfer.plan import Plan, Target
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, HF_INDEX, MINDFORMERS_INDEX, TensorInfo
+
+# As Hugging Face's and MindSpore's own writers do.
+HF_SHARD_BYTES = 5 * 10**9
+MINDFORMERS_FILE_BYTES = 3 * 1024**3
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A safetensors file that is to be written.
+
+    Attributes:
+        name: its path in the output directory.
+        header: its first bytes.
+        tensors: where each tensor goes; their ``file`` is the path in the output directory.
+        nbytes: its size.
+    """
+
+    name: str
+    header: bytes
+    tensors: Mapping[str, TensorInfo]
+    nbytes: int
+
+
+def output_file(name: str, targets: Iterable[Target], metadata: Mapping[str, str]) -> OutputFile:
+    """A safetensors file that holds ``targets``, those of the widest dtype first: then each is aligned."""
+    ordered = sorted(targets, key=lambda target: -DTYPES[target.dtype].itemsize)
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for target in ordered:
+        begin, end = end, end + target.nbytes
+        header[target.name] = {"dtype": target.dtype, "shape": target.shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % _ALIGNMENT)
+    data_start = 8 + len(encoded)
+    tensors, position = {}, data_start
+    for target in ordered:
+        tensors[target.name] = TensorInfo(target.name, target.shape, target.dtype, Path(name), position, target.nbytes)
+        position += target.nbytes
+    return OutputFile(name, struct.pack("<Q", len(encoded)) + encoded, tensors, data_start + end)
+
+
+def hf_files(plan: Plan, max_bytes: int = HF_SHARD_BYTES) -> tuple[list[OutputFile], dict[str, bytes]]:
+    """The files of a Hugging Face checkpoint, and its index where there are several.
+
+    Mirrors ``save_pretrained`` of transformers: a tensor goes to a new file when the last has no room for it.
+    """
+    dealt = list(_deal(plan.targets, max_bytes))
+    names = [f"model-{number:05d}-of-{len(dealt):05d}.safetensors" for number in range(1, len(dealt) + 1)]
+    if len(dealt) == 1:
+        names = ["model.safetensors"]
+    files = [output_file(name, targets, {"format": "pt"}) for name, targets in zip(names, dealt)]
+    return files, {HF_INDEX: _index(files)} if len(files) > 1 else {}
+
+
+def mindformers_metadata(layout: Layout | None, saved_by: int | None = None) -> dict[str, str]:
+    """What every file of a MindFormers checkpoint says of itself: its layout, or how many ranks saved it."""
+    stamp = {LAYOUT_STAMP: str(layout)} if layout else {}
+    if saved_by:
+        stamp[RANKS_STAMP] = str(saved_by)
+    return {"format": "ms", "remove_redundancy": "False", **stamp}
+
+
+def mindformers_files(
+    plan: Plan, max_bytes: int = MINDFORMERS_FILE_BYTES, saved_by: int | None = None
+) -> tuple[list[OutputFile], dict[str, bytes]]:
+    """The files of a MindFormers checkpoint, each stamped, and ``param_name_map.json``.
+
+    Mirrors what ``mindspore.unified_safetensors`` (2.7 to 2.9) writes.
+    """
+    metadata = mindformers_metadata(plan.target.layout, saved_by)
+    files = [
+        output_file(f"part{number}.safetensors", targets, metadata)
+        for number, targets in enumerate(_deal(plan.targets, max_bytes))
+    ]
+    return files, {MINDFORMERS_INDEX: _index(files)}
+
+
+def rank_file(plan: Plan, rank: int, model: str) -> OutputFile:
+    """The file of one rank; MindFormers reads the newest of a rank's directory, so there is one.
+
+    Mirrors the names that ``CheckpointMonitor`` of ``mindformers/core/callback`` (1.7 to 1.9) gives.
+    """
+    name = f"rank_{rank}/{model}_rank_{rank}-0_0.safetensors"
+    return output_file(name, plan.targets, mindformers_metadata(plan.target.layout))
+
+
+def _deal(targets: Sequence[Target], max_bytes: int) -> Iterator[list[Target]]:
+    """The targets in their order, in lists of at most ``max_bytes``, or of one."""
+    taken: list[Target] = []
+    total = 0
+    for target in targets:
+        if taken and total + target.nbytes > max_bytes:
+            yield taken
+            taken, total = [], 0
+        taken.append(target)
+        total += target.nbytes
+    yield taken
+
+
+def _index(files: Iterable[OutputFile]) -> bytes:
+    weight_map = {name: Path(file.name).name for file in files for name in file.tensors}
+    total = sum(tensor.nbytes for file in files for tensor in file.tensors.values())
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
+
+
+_UNITS = {"": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}}
+_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as Hugging Face writes it: ``5GB`` (10^9), ``300MiB`` (2^20), ``5000000``.
+
+    Raises:
+        BridgeError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    units = {unit.upper(): factor for unit, factor in _UNITS.items()}
+    if match is None or match[2].upper() not in units or not (size := int(float(match[1]) * units[match[2].upper()])):
+        raise BridgeError(f"{text!r} is no size: give a number and a unit, such as 5GB or 300MiB")
+    return size

@@ -1,0 +1,256 @@
+"""From a checked model to the directory that is to be made of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mf_qwen3_bridge.convert.file_layout import HF_SHARD_BYTES, hf_files, mindformers_files, output_file, rank_file
+from mf_qwen3_bridge.convert.run import Job, Part
+from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
+from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
+from mf_qwen3_bridge.inputs.preflight import Model, first_layers
+from mf_qwen3_bridge.inputs.rank_files import RankFiles
+from mf_qwen3_bridge.model import training_ranks
+from mf_qwen3_bridge.model.layouts import Layout, View
+from mf_qwen3_bridge.model.parallel import ParallelConfig
+from mf_qwen3_bridge.model.rules import EMBEDDING, HF, INFER, OUTPUT, Dialect
+from mf_qwen3_bridge.transfer.blocks import read_from_slices, write_slices
+from mf_qwen3_bridge.transfer.plan import Plan, Target
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, HYPER_PARAMETERS, TensorInfo, read_bytes
+from mf_qwen3_bridge.transfer.tiles import Copy
+
+# What belongs to a model beside its weights and config.json, as transformers and the Hub name it.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# The names of dtypes on the command line, in safetensors and in a config.json.
+DTYPE_NAMES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
+
+
+def to_mindformers(model: Model, target: Dialect, output: Path, dtype: str | None = None) -> Job:
+    """A MindFormers checkpoint.
+
+    Args:
+        model: the checkpoint it is made of, of any dialect.
+        target: the dialect to make.
+        output: the directory.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; as in the checkpoint when left out.
+
+    Raises:
+        BridgeError: the training run's tensor parallel size, on which a contiguous layout depends, doesn't divide it.
+    """
+    blocks = ParallelConfig(target.layout.tensor_parallel if target.layout else 1)
+    _refuse(training_ranks.problems(model.spec, blocks))
+    plan = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
+    files, index = mindformers_files(plan)
+    return _job(model, plan, target, output, [Part.of(plan, files)], index, model.notes)
+
+
+def to_hf(
+    model: Model,
+    output: Path,
+    dtype: str | None = None,
+    max_shard_bytes: int = HF_SHARD_BYTES,
+    write_tied_output: bool = False,
+    layout_is_shown: bool = False,
+) -> Job:
+    """A Hugging Face checkpoint, with its config.json and tokenizer as far as they are known.
+
+    Args:
+        model: the MindFormers checkpoint it is made of.
+        output: the directory.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; as in the checkpoint when left out.
+        max_shard_bytes: a file is larger only if a single tensor is.
+        write_tied_output: store ``lm_head`` although it is tied to the embedding.
+        layout_is_shown: whether something else than files and YAML shows that the layout is right.
+
+    Raises:
+        BridgeError: the checkpoint is Hugging Face's already.
+    """
+    if model.dialect.is_hf:
+        raise BridgeError(f"{model.checkpoint.path} holds Hugging Face weights already")
+    plan = model.plan(HF, DTYPE_NAMES[dtype][0] if dtype else None)
+    if write_tied_output and model.spec.tie_word_embeddings:
+        plan = _with_output_layer(plan)
+    files, index = hf_files(plan, max_shard_bytes)
+    config = _config_json(model, dtype)
+    others = {file.name: file.read_bytes() for file in _companions(model)}
+    if config:
+        others["config.json"] = json.dumps(config, indent=2).encode()
+    said = _export_notes(model, others, layout_is_shown)
+    return _job(model, plan, HF, output, [Part.of(plan, files)], others | index, (*model.notes, *said))
+
+
+def _job(
+    model: Model,
+    plan: Plan,
+    target: Dialect,
+    output: Path,
+    parts: Iterable[Part],
+    others: Mapping[str, bytes],
+    notes: tuple[str, ...],
+) -> Job:
+    """The job whose parts together make what ``plan`` does."""
+    count = plan.num_source_tensors
+    return Job(str(model.dialect), count, str(target), output, tuple(parts), others, plan.ignored, notes=notes)
+
+
+def _with_output_layer(plan: Plan) -> Plan:
+    embedding = next(target for target in plan.targets if target.name == EMBEDDING[0])
+    copies = tuple(replace(copy, target=OUTPUT[0]) for copy in embedding.copies)
+    return replace(plan, targets=(*plan.targets, replace(embedding, name=OUTPUT[0], copies=copies)))
+
+
+def _companions(model: Model) -> Iterator[Path]:
+    return (file for name in _COMPANIONS if (file := model.hf_dir / name).is_file())
+
+
+def _config_json(model: Model, dtype: str | None) -> dict[str, Any]:
+    """The model's own config.json, or one made of what the YAML says; with the dtype that is written."""
+    own = model.hf_dir / "config.json"
+    config = read_json(own) if own.is_file() else dict(model.hf_config)
+    if own.is_file() and normalise(config)["rope_scaling"] != model.hf_config["rope_scaling"]:  # YaRN by the YAML
+        config.pop("rope_parameters", None)
+        config |= {key: model.hf_config[key] for key in ("rope_theta", "rope_scaling")}
+    if config and dtype:
+        keys = config.keys() & {"dtype", "torch_dtype"} or {"torch_dtype"}
+        config |= dict.fromkeys(keys, DTYPE_NAMES[dtype][1])
+    return config
+
+
+def _export_notes(model: Model, others: dict[str, bytes], layout_is_shown: bool) -> Iterator[str]:
+    if layout_is_shown:
+        yield f"the weights in {model.hf_dir} are alike: {model.dialect.layout} is the right layout"
+    elif model.training_layout is None and LAYOUT_STAMP not in model.checkpoint.metadata:
+        yield (
+            f"the layout of QKV and gate/up is taken to be MindFormers' default ({model.dialect.layout}), because "
+            "nothing says it. If the training YAML sets use_contiguous_weight_layout_attention or "
+            "use_interleaved_weight_layout_mlp, give it with --config: the wrong layout computes garbage"
+        )
+    if "config.json" not in others:
+        yield (
+            "no config.json is written: rope_theta and the like are not known. Name the Hugging Face directory of the "
+            "model with --hf_config, or copy its config.json and tokenizer"
+        )
+    elif "tokenizer_config.json" not in others:
+        yield f"no tokenizer is written: there is none in {model.hf_dir}"
+
+
+def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConfig, dtype: str | None = None) -> Job:
+    """A directory ``rank_N/`` for each rank, with that rank's part of every parameter.
+
+    Args:
+        model: the checkpoint it is made of, of any dialect.
+        target: the dialect to make; the inference network's, or one of the training network's.
+        output: the directory.
+        parallel: tensor and expert parallel sizes. In training, ranks beyond these hold the same again.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; as in the checkpoint when left out.
+
+    Raises:
+        BridgeError: the sizes don't divide the model.
+    """
+    is_for_inference = target == INFER
+    _refuse(parallel.problems(model.spec) if is_for_inference else training_ranks.problems(model.spec, parallel))
+    whole = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
+
+    def plan_of(number: int) -> Plan:
+        if is_for_inference:
+            return model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None, parallel.rank(number))
+        return write_slices(whole, dict(training_ranks.boxes(model.rules, target, parallel, number)))
+
+    kind = "qwen3_moe" if model.spec.is_moe else "qwen3"
+    count = parallel.world_size if is_for_inference else training_ranks.world_size(parallel)
+    parts = []
+    for number in range(count):
+        plan = plan_of(number)
+        parts.append(Part.of(plan, [rank_file(plan, number, kind)], partial(plan_of, number)))
+    return _job(model, whole, target, output, parts, {}, model.notes)
+
+
+def truncate(model: Model, num_layers: int, output: Path) -> Job:
+    """The first layers of a model, as they are: byte for byte, with a config.json that says so.
+
+    Args:
+        model: the checkpoint, of any dialect.
+        num_layers: how many layers to keep.
+        output: the directory.
+
+    Raises:
+        BridgeError: it has not so many layers.
+    """
+    smaller = first_layers(model, num_layers)
+    plan = smaller.plan(model.dialect)
+    if plan.duplicates:
+        plan = _with_output_layer(plan)  # stored although it is tied, as it was
+    files, others = hf_files(plan, HF_SHARD_BYTES) if model.dialect.is_hf else mindformers_files(plan)
+    others |= {file.name: file.read_bytes() for file in _companions(model)}
+    config = _config_json(model, None)
+    config |= {"num_hidden_layers": num_layers}
+    config |= {key: config[key][:num_layers] for key in ("layer_types",) if config.get(key)}
+    others["config.json"] = json.dumps(config, indent=2).encode()
+    return _job(smaller, plan, model.dialect, output, [Part.of(plan, files)], others, model.notes)
+
+
+def _refuse(problems: Iterable[Problem]) -> None:
+    if found := list(problems):
+        raise BridgeError("the model can't be divided so", found)
+
+
+def from_ranks(job: Job, ranks: RankFiles) -> Job:
+    """A job that was made as if the ranks' tensors were whole, reading them where they are."""
+    (part,) = job.parts
+    plan = read_from_slices(part.make_plan(), ranks.slices)
+    return replace(job, parts=(Part.of(plan, part.files),), ignored=ranks.left_out)
+
+
+def unify(ranks: RankFiles, output: Path) -> Job:
+    """The merged checkpoint of a training run, as ``mindspore.unified_safetensors`` writes it.
+
+    Args:
+        ranks: what the run left.
+        output: the directory.
+
+    Raises:
+        BridgeError: nothing is left to merge, or not all are tensors that safetensors knows.
+    """
+    tensors = ranks.checkpoint.tensors
+    if not tensors:
+        raise BridgeError("nothing is left to merge: does every parameter begin with --filter_out_param_prefix?")
+    if odd := [t for t in (*tensors.values(), *ranks.unlisted.values()) if t.dtype not in DTYPES]:
+        problems = [Problem(tensor.name, f"dtype {tensor.dtype}", "no weights are stored so") for tensor in odd]
+        raise BridgeError(f"{odd[0].file} can't be merged", problems)
+    wholes = {name: (tensor, View.whole(tensor.shape)) for name, tensor in tensors.items()}
+    targets = tuple(
+        Target(name, tensor.shape, tensor.dtype, (Copy(tensor, whole, name, whole),))
+        for name, (tensor, whole) in wholes.items()
+    )
+    stamp = ranks.checkpoint.metadata.get(LAYOUT_STAMP)
+    dialect = Dialect(Layout.parse(stamp) if stamp else None)
+    plan = read_from_slices(Plan(dialect, dialect, targets), ranks.slices)
+    files, index = mindformers_files(plan, saved_by=ranks.tensor_parallel)
+    others = {HYPER_PARAMETERS: _hyper_parameters(ranks.unlisted)} if ranks.unlisted else {}
+    parts = (Part.of(plan, files),)
+    count = len(targets) + len(ranks.unlisted)
+    return Job("ranks' files", count, "MindFormers, merged", output, parts, others | index, checks_values=False)
+
+
+def _hyper_parameters(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """A safetensors file with what no strategy lists: counters."""
+    small = [Target(tensor.name, tensor.shape, tensor.dtype, ()) for tensor in tensors.values()]
+    file = output_file(HYPER_PARAMETERS, small, {"format": "ms"})
+    return file.header + b"".join(read_bytes(tensors[name]) for name in file.tensors)

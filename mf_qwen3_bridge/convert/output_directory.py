@@ -1,0 +1,245 @@
+"""A directory that is seen under its name when everything in it is on disk, and not before.
+
+Until then it is ``NAME.incomplete`` beside it. Its safetensors files bear other names and have no header, so that
+nothing takes them for weights. Several workers, on one machine or on several that share the disk, may write to it.
+
+Who is killed, or finds the disk full, leaves it; the same command goes on with it. There is no record of what was
+written: whoever goes on compares, and writes what differs.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from mf_qwen3_bridge.convert.file_layout import OutputFile
+from mf_qwen3_bridge.convert.workers import ALONE, Worker, write_whole
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.transfer.progress import size_text
+from mf_qwen3_bridge.transfer.safetensors import UNFINISHED_SUFFIX
+
+# Holds what the bridge itself needs until all is done.
+_STATE = ".mf-qwen3"
+_COMPARED_BYTES = 1 << 20
+
+
+class OutputDirectory:
+    """The directory and its files.
+
+    Args:
+        path: where it is to be; does not exist, or is empty.
+        files: the safetensors files.
+        job: all that decides what the bytes will be; an interrupted run is only continued by the same job.
+        worker: which of the workers this is.
+    """
+
+    def __init__(self, path: Path, files: Iterable[OutputFile], job: Mapping[str, Any], worker: Worker = ALONE) -> None:
+        self.path = path.parent.resolve() / path.name
+        self.incomplete = self.path.parent / f"{self.path.name}{UNFINISHED_SUFFIX}"
+        self.files = {file.name: file for file in files}
+        self.state = self.incomplete / _STATE
+        self.worker = worker
+        self._job = json.dumps(job, indent=2, sort_keys=True)
+        self._descriptors: dict[str, int] = {}
+        self._present: dict[str, int] = {}  # bytes that a file had when it was opened
+        self._lock = Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all safetensors files."""
+        return sum(file.nbytes for file in self.files.values())
+
+    def check(self) -> None:
+        """Whether it can be made, without making anything.
+
+        Raises:
+            BridgeError: the place is taken, or the disk is too small.
+        """
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
+            raise BridgeError(f"{self.path} is there already, and is no directory: choose another output")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise BridgeError(f"{self.path} is not empty, and nothing is overwritten: choose another output")
+        if not self.path.name or self.path.name.endswith(UNFINISHED_SUFFIX):
+            raise BridgeError(f"{self.path} can't be the output's name: choose another")
+        if self.path == Path.cwd() or self.path in Path.cwd().parents:
+            raise BridgeError(f"{self.path} is where you are, and would be replaced: name a directory inside it")
+        if os.path.ismount(self.path):
+            raise BridgeError(f"{self.path} is where a disk is mounted: name a directory inside it")
+        self._check_interrupted()
+        existing = next(parent for parent in self.path.parents if parent.exists())
+        if not existing.is_dir():
+            raise BridgeError(f"{existing} is no directory, so {self.path} can't be made in it: choose another output")
+        if not os.access(existing, os.W_OK):
+            raise BridgeError(f"{existing} can't be written to: choose another output, or look at its permissions")
+        partials = (self._partial(name) for name in self.files)
+        there = sum(file.stat().st_blocks * 512 for file in partials if file.is_file())
+        free, needed = shutil.disk_usage(existing).free, self.nbytes - there
+        if free < needed:
+            raise BridgeError(
+                f"{size_text(needed)} are needed for {self.path}, {size_text(free)} are free: "
+                "make room, or choose another disk"
+            )
+
+    def _check_interrupted(self) -> None:
+        """Refuses to touch an unfinished directory that another job left."""
+        if self.incomplete.is_symlink():
+            raise BridgeError(f"{self.incomplete} is in the way, and a link: remove it, or choose another output")
+        if not self.incomplete.exists():
+            return
+        job = self.state / "job.json"
+        remedy = "remove it, or choose another output"
+        if not job.is_file():
+            if any(path.name != _STATE for path in self.incomplete.iterdir()):
+                raise BridgeError(f"{self.incomplete} is in the way, and the bridge did not make it: {remedy}")
+        elif job.read_text() != self._job:
+            ours = json.loads(self._job)
+            try:
+                theirs = json.loads(job.read_text())
+            except json.JSONDecodeError:
+                theirs = {}
+            differs = ", ".join(key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key))
+            raise BridgeError(
+                f"{self.incomplete} was left by another job, interrupted (not the same: {differs}): {remedy}"
+            )
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Makes the unfinished directory, or takes up the one that is there.
+
+        Raises:
+            BridgeError: see :meth:`check`; another process is writing to it; the disk is full.
+        """
+        self.check()
+        _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+        with _said_to_the_user(self.path):
+            self.state.mkdir(parents=True, exist_ok=True)
+            write_whole(self.state / "job.json", self._job.encode(), f"job.{self.worker.number}")
+            lock = os.open(self.state / f"lock.{self.worker.number}", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                self._claim(lock)
+                yield
+            finally:
+                for descriptor in self._descriptors.values():
+                    os.close(descriptor)
+                self._descriptors.clear()
+                os.close(lock)
+
+    def _claim(self, lock: int) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BridgeError(f"another process is writing to {self.incomplete}: wait for it, or end it") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def put(self, file: str, start: int, elements: np.ndarray) -> None:
+        """Writes elements to a file unless they are there already. Several threads may do so.
+
+        Args:
+            file: its name.
+            start: offset in bytes.
+            elements: a C-contiguous array.
+        """
+        data = elements.reshape(-1).view(np.uint8)
+        descriptor = self._descriptor(file)
+        if start + data.size <= self._present[file] and _holds(descriptor, start, data):
+            return
+        _write_all(descriptor, start, memoryview(data))  # type: ignore[arg-type]
+
+    def _descriptor(self, name: str) -> int:
+        with self._lock:
+            if name not in self._descriptors:
+                partial = self._partial(name)
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                finished = self.incomplete / name
+                with suppress(FileNotFoundError):
+                    finished.rename(partial)  # the last run was killed at its very end
+                self._descriptors[name] = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+                self._present[name] = os.fstat(self._descriptors[name]).st_size
+            return self._descriptors[name]
+
+    def _partial(self, name: str) -> Path:
+        return self.incomplete / f"{name}.partial"
+
+    def sync(self, run: Callable[[Callable[[int], None], Iterable[int]], Iterable[None]] = map) -> None:
+        """Waits until what this worker wrote is on disk.
+
+        Args:
+            run: applies a function to each descriptor, as ``map`` does.
+        """
+        for _ in run(os.fsync, list(self._descriptors.values())):
+            pass
+
+    def complete(self, others: Mapping[str, bytes]) -> None:
+        """Makes the directory appear, with all its safetensors files written.
+
+        Args:
+            others: the remaining files: config, tokenizer; the index last.
+        """
+        for name, file in self.files.items():
+            descriptor = self._descriptor(name)
+            _write_all(descriptor, 0, memoryview(file.header))
+            os.ftruncate(descriptor, file.nbytes)
+            os.fsync(descriptor)
+            self._partial(name).rename(self.incomplete / name)
+        for name, content in others.items():
+            write_whole(self.incomplete / name, content)
+        for directory in {(self.incomplete / name).parent for name in (*self.files, *others)} | {self.incomplete}:
+            _sync_directory(directory)
+        self.incomplete.rename(self.path)
+        _sync_directory(self.path.parent)
+        shutil.rmtree(self.path / _STATE)
+
+    def discard(self) -> None:
+        """Removes the unfinished directory."""
+        shutil.rmtree(self.incomplete)
+
+
+def _write_all(descriptor: int, start: int, data: memoryview) -> None:
+    """A full disk may take a part only, and say nothing."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], start + done)
+
+
+def _holds(descriptor: int, start: int, data: np.ndarray) -> bool:
+    """Whether a file holds these bytes at ``start``."""
+    for begin in range(0, data.size, _COMPARED_BYTES):
+        expected = data[begin : begin + _COMPARED_BYTES]
+        found = np.frombuffer(os.pread(descriptor, expected.size, start + begin), np.uint8)
+        if not np.array_equal(found, expected):
+            return False
+    return True
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _said_to_the_user(path: Path) -> Iterator[None]:
+    """What the operating system refuses, as the user's affair."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room" if full else "look at the disk and its permissions"
+        raise BridgeError(
+            f"{path} can't be written: {error.strerror}; {remedy}, and give the same command again: it goes on"
+        ) from error

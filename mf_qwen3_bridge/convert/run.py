@@ -1,0 +1,317 @@
+"""Plans carried out into files: the same for every direction."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mf_qwen3_bridge import __version__
+from mf_qwen3_bridge.convert.file_layout import OutputFile
+from mf_qwen3_bridge.convert.output_directory import OutputDirectory
+from mf_qwen3_bridge.convert.workers import ALONE, Worker, Workers
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.transfer.copying import BUFFER_BYTES, Transfer, carve, copy_elements, read_nbytes, room
+from mf_qwen3_bridge.transfer.plan import Plan, check_values
+from mf_qwen3_bridge.transfer.progress import progress_bar, size_text
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo
+from mf_qwen3_bridge.transfer.tiles import Tile, tiles, writes
+from mf_qwen3_bridge.transfer.values import Casts, casts_of, is_exact, largest_magnitude
+
+
+@dataclass(frozen=True)
+class Part:
+    """A plan, and the files that hold what it makes.
+
+    Attributes:
+        make_plan: gives the plan; of many parts not all are held at a time.
+        files: the files.
+        source_nbytes: bytes that the plan reads.
+        sources: the files that it reads from.
+    """
+
+    make_plan: Callable[[], Plan]
+    files: Sequence[OutputFile]
+    source_nbytes: int
+    sources: frozenset[Path]
+
+    @classmethod
+    def of(cls, plan: Plan, files: Sequence[OutputFile], make_plan: Callable[[], Plan] | None = None) -> Part:
+        """The part that ``plan`` makes in ``files``; it is not kept if ``make_plan`` gives it again."""
+        sources = frozenset(copy.source.file for target in plan.targets for copy in target.copies)
+        return cls(make_plan or (lambda: plan), files, plan.source_nbytes, sources)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A directory to be made.
+
+    Attributes:
+        source: what it is made of, for a person.
+        num_source_tensors: of how many tensors.
+        target: what it is, for a person.
+        output: where.
+        parts: what its safetensors files are made of; one, or one for each rank.
+        others: its other files, the index last.
+        ignored: tensors that are left out, because they are no weights.
+        checks_values: whether what is moved are weights, which are never NaN or all zero.
+        notes: what the user should know.
+    """
+
+    source: str
+    num_source_tensors: int
+    target: str
+    output: Path
+    parts: tuple[Part, ...]
+    others: Mapping[str, bytes]
+    ignored: tuple[str, ...] = ()
+    checks_values: bool = True
+    notes: tuple[str, ...] = ()
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(part.source_nbytes for part in self.parts)
+
+    @property
+    def num_tensors(self) -> int:
+        """Number of tensors that are written."""
+        return sum(len(file.tensors) for part in self.parts for file in part.files)
+
+    def directory(self, worker: Worker = ALONE) -> OutputDirectory:
+        """The directory that this job makes."""
+        sources = frozenset.union(*(part.sources for part in self.parts))
+        files = [file for part in self.parts for file in part.files]
+        identity = {
+            "bridge": __version__,
+            "from": self.source,
+            "to": self.target,
+            "sources": {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in sources},
+            "tensors": {file.name: hashlib.sha256(file.header).hexdigest() for file in files},
+            "other files": {name: hashlib.sha256(content).hexdigest() for name, content in self.others.items()},
+        }
+        return OutputDirectory(self.output, files, identity, worker)
+
+
+@dataclass
+class Findings:
+    """What was seen of the values on their way.
+
+    Attributes:
+        magnitudes: for each target and source tensor the largest magnitude.
+        casts: for each pair of dtypes what casting did.
+    """
+
+    magnitudes: dict[tuple[str, TensorInfo], float] = field(default_factory=lambda: defaultdict(float))
+    casts: dict[tuple[str, str], Casts] = field(default_factory=lambda: defaultdict(Casts))
+
+    def add(self, other: Findings) -> None:
+        """Takes in what another has seen."""
+        for place, magnitude in other.magnitudes.items():
+            self.magnitudes[place] = max(self.magnitudes[place], magnitude)
+        for dtypes, casts in other.casts.items():
+            self.casts[dtypes] += casts
+
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        casts = [[*dtypes, asdict(c) | {"overflowed": sorted(c.overflowed)}] for dtypes, c in self.casts.items()]
+        magnitudes = [
+            [target, [source.name, source.shape, source.dtype, str(source.file), source.start, source.nbytes], value]
+            for (target, source), value in self.magnitudes.items()
+        ]
+        return {"magnitudes": magnitudes, "casts": casts}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Findings:
+        """What another worker has seen."""
+        found = cls()
+        for target, (name, shape, dtype, file, *place), value in content["magnitudes"]:
+            found.magnitudes[target, TensorInfo(name, tuple(shape), dtype, Path(file), *place)] = value
+        for source, target, casts in content["casts"]:
+            found.casts[source, target] = Casts(**casts | {"overflowed": set(casts["overflowed"])})
+        return found
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job did: tensors and bytes written, seconds, what casting did."""
+
+    num_tensors: int
+    nbytes: int
+    seconds: float
+    casts: Mapping[tuple[str, str], Casts]
+
+    def lines(self) -> Iterator[str]:
+        """For a person."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        yield from cast_lines(self.casts)
+        yield (
+            f"written     {self.num_tensors} tensors, {size_text(self.nbytes)} in {self.seconds:.1f} s, "
+            f"{self.nbytes / self.seconds / 1e9:.2f} GB/s, peak memory {size_text(peak)}"
+        )
+
+
+def cast_lines(casts: Mapping[tuple[str, str], Casts]) -> Iterator[str]:
+    """What casting to narrower dtypes did, for a person."""
+    for (source, target), cast in sorted(casts.items()):
+        yield (
+            f"cast        {source} to {target}: {cast.rounded} of {cast.values} values rounded, "
+            f"{cast.vanished} of them to zero"
+        )
+
+
+def run(job: Job, worker: Worker = ALONE) -> Summary | None:
+    """Makes a job's directory, or this worker's share of it; continues one that was interrupted.
+
+    Args:
+        job: what to make. All workers have to be given the same.
+        worker: which of the workers this is. The first waits for the others and finishes the directory.
+
+    Returns:
+        What was done, from the first worker; None from the others.
+
+    Raises:
+        BridgeError: no room, the place is taken, weights that no trained model has, values that don't fit their new
+            dtype, another worker failed.
+    """
+    started = time.monotonic()
+    directory = job.directory(worker)
+    with directory.opened():
+        workers = Workers(directory.state, worker)
+        with workers.alive():
+            if worker.number == 0:
+                _check_duplicates(job, directory)
+            findings = _write(job, directory)
+            if worker.number > 0:
+                workers.report(findings.to_json())
+                workers.wait_for_the_end()
+                return None
+            for content in workers.wait_for_reports():
+                findings.add(Findings.from_json(content))
+            try:
+                if job.checks_values:
+                    _check_values(findings)
+            except BridgeError:
+                if worker.count == 1:  # others are still looking at it
+                    directory.discard()
+                raise
+            directory.complete(job.others)
+    return Summary(job.num_tensors, directory.nbytes, time.monotonic() - started, dict(findings.casts))
+
+
+def _share(job: Job, worker: Worker) -> Iterator[tuple[Tile, Mapping[str, TensorInfo]]]:
+    """This worker's tiles, and where each target goes. Each worker gets as many bytes."""
+    done, total = 0, max(job.source_nbytes, 1)
+    for part in job.parts:
+        places = {name: tensor for file in part.files for name, tensor in file.tensors.items()}
+        for tile in tiles((copy for target in part.make_plan().targets for copy in target.copies), to_files=True):
+            if done * worker.count // total == worker.number:
+                yield tile, places
+            done += sum(copy.nbytes for copy in tile)
+
+
+def _write(job: Job, directory: OutputDirectory) -> Findings:
+    findings = Findings()
+    nbytes = job.source_nbytes // directory.worker.count
+    with progress_bar("writing", nbytes) as advance, Transfer(advance) as transfer:
+
+        def carry_out(share: tuple[Tile, Mapping[str, TensorInfo]]) -> tuple[Tile, Findings]:
+            tile, places = share
+            seen = _carry_out(tile, places, transfer, directory)
+            return tile, seen if job.checks_values else Findings()
+
+        for tile, seen in transfer.map(carry_out, _share(job, directory.worker)):
+            findings.add(seen)
+            transfer.advance(tile)
+        directory.sync(transfer.map)
+    return findings
+
+
+def _carry_out(
+    tile: Tile, places: Mapping[str, TensorInfo], transfer: Transfer, directory: OutputDirectory
+) -> Findings:
+    """Reads a tile, permutes it, and writes it."""
+    findings = Findings()
+
+    def put(target: TensorInfo, start: int, elements: np.ndarray) -> None:
+        directory.put(str(target.file), target.start + start * elements.itemsize, elements)
+
+    stretches = [(copies, stretch, places[copies[0].target]) for copies, stretch in writes(tile)]
+    is_copied = len(tile) == 1 and tile[0].lies_alike and tile[0].source.dtype == places[tile[0].target].dtype
+    nbytes_read = read_nbytes(tile)
+    nbytes_made = 0 if is_copied else sum(room(stretch.size, DTYPES[target.dtype]) for _, stretch, target in stretches)
+    with transfer.buffers.lend(nbytes_read + nbytes_made) as memory:
+        gathered = dict(zip(tile, transfer.gather(tile, memory)))
+        free = memory[nbytes_read:]
+        for copies, stretch, target in stretches:
+            if is_copied:
+                made = gathered[copies[0]]
+            else:
+                made, free = carve(free, stretch.size, DTYPES[target.dtype])
+            for copy, view in zip(copies, stretch.views):
+                elements = gathered[copy]
+                place = copy.target, copy.source
+                findings.magnitudes[place] = max(findings.magnitudes[place], largest_magnitude(elements))
+                if not is_copied:
+                    copy_elements(elements, view.of(made))
+                if not is_exact(elements.dtype, made.dtype):
+                    cast = casts_of(copy.target, elements, view.of(made))
+                    findings.casts[copy.source.dtype, target.dtype] += cast
+            for start, run_elements in zip(stretch.starts.tolist(), made.reshape(len(stretch.starts), -1)):
+                put(target, start, run_elements)
+    return findings
+
+
+def _check_duplicates(job: Job, directory: OutputDirectory) -> None:
+    """Before anything is written."""
+    try:
+        job.parts[0].make_plan().check_duplicates()
+    except BridgeError:
+        if directory.worker.count == 1:
+            directory.discard()
+        raise
+
+
+def _check_values(findings: Findings) -> None:
+    """Looks at the values, now that all have been seen."""
+    magnitudes: dict[str, dict[TensorInfo, float]] = defaultdict(dict)
+    for (target, source), magnitude in findings.magnitudes.items():
+        magnitudes[target][source] = magnitude
+    check_values(magnitudes)
+    problems = []
+    for (dtype, narrower), casts in findings.casts.items():
+        remedy = "use fp32" if narrower == "BF16" else "use bf16, which has float32's range, or fp32"
+        problems += [
+            Problem(name, f"{dtype} values too large for {narrower}", remedy) for name in fold_names(casts.overflowed)
+        ]
+    if problems:
+        raise BridgeError("not all values fit the new dtype", problems)
+
+
+def describe(job: Job) -> Iterator[str]:
+    """The plan of a job, for a person: what will be made, what it takes."""
+    directory = job.directory()
+    largest = max((t for file in directory.files.values() for t in file.tensors.values()), key=lambda t: t.nbytes)
+    ranks = f" for {len(job.parts)} ranks" if len(job.parts) > 1 else ""
+    yield f"from        {job.source}, {job.num_source_tensors} tensors"
+    yield (
+        f"to          {job.target}, {job.num_tensors} tensors{ranks}, {size_text(directory.nbytes)} in "
+        f"{len(directory.files)} {'file' if len(directory.files) == 1 else 'files'}"
+    )
+    names = fold_names([*directory.files, *job.others])
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    yield f"            {directory.path}: {', '.join(names[:8])}{more}"
+    yield f"largest     {largest.name} {largest.shape} {largest.dtype}, {size_text(largest.nbytes)}"
+    yield f"memory      at most {size_text(BUFFER_BYTES)} of buffers"
+    if job.ignored:
+        yield f"left out    {len(job.ignored)} tensors that are state of a training run: " + ", ".join(
+            fold_names(job.ignored)[:8]
+        )
+    yield from (f"note        {note}" for note in job.notes)

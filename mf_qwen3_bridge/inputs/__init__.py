@@ -1,0 +1,1 @@
+"""What the user points at (config.json, YAML, checkpoint, ranks' files): identified, then checked."""

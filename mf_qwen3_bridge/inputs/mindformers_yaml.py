@@ -1,0 +1,273 @@
+"""What a MindFormers YAML, for training or for inference, says about a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.model.spec import HF_NAME, ModelSpec
+
+# What model.model_config may hold is of four kinds.
+# 1. The model's numbers (spec.NAMES) and what it computes with: have to be what config.json says, and what MindFormers'
+#    Qwen3 computes. MindFormers knows several names for one thing.
+COMPUTED_NAMES: dict[str, tuple[str, ...]] = {
+    "rms_norm_eps": ("layernorm_epsilon", "layer_norm_epsilon"),
+    "rope_theta": ("rotary_base", "theta"),
+    "hidden_act": (),
+    "attention_bias": ("add_qkv_bias", "qkv_has_bias"),
+    "position_embedding_type": ("extend_method",),
+    "partial_rotary_factor": (),
+    "rotary_interleaved": ("rope_interleave",),
+    "softmax_scale": (),
+    "window_size": ("window_attn_skip_freq",),
+    "use_sliding_window": (),
+    "use_rope_scaling": (),
+    "rotary_seq_len_interpolation_factor": (),
+    "apply_residual_connection_post_layernorm": (),
+    "nope_layer_interval": (),
+    "normalization": (),
+    "gated_linear_unit": (),
+    "add_bias_linear": (),
+    "multi_latent_attention": (),
+    "mtp_num_layers": ("mtp_depth", "num_nextn_predict_layers"),
+    "quantization": ("quantization_config",),
+    "num_experts_per_tok": ("moe_router_topk", "num_experts_chosen"),
+    "norm_topk_prob": (),
+    "moe_router_score_function": ("scoring_func", "use_gating_sigmoid"),
+    "moe_router_topk_scaling_factor": ("routed_scaling_factor",),
+    "moe_router_num_groups": ("n_group",),
+    "moe_router_group_topk": ("topk_group",),
+    "moe_router_enable_expert_bias": ("balance_via_topk_bias",),
+    "moe_shared_expert_intermediate_size": ("shared_expert_num", "n_shared_experts"),
+    "moe_layer_freq": ("decoder_sparse_step",),
+    "first_k_dense_replace": (),
+    "mlp_only_layers": (),
+    "enable_expert_relocation": (),
+    "moe_router_force_expert_balance": (),
+    "use_alibi_mask": ("use_alibi",),
+    "experimental_attention_variant": (),
+}
+# Of no meaning without experts.
+_OF_EXPERTS = {"num_experts_per_tok", "norm_topk_prob", *(name for name in COMPUTED_NAMES if name.startswith("moe_"))}
+# 2. Additions to config.json: YaRN is asked for so.
+ADDITIONS = frozenset({"rope_scaling"})
+# 3. Options of the run: how the same function is computed, not which. Only these reach the network.
+DTYPE_OPTIONS = {
+    "params_dtype": "params_dtype",
+    "param_init_type": "params_dtype",
+    "compute_dtype": "compute_dtype",
+    "layernorm_compute_dtype": "layernorm_compute_dtype",
+    "softmax_compute_dtype": "softmax_compute_dtype",
+    "rotary_dtype": "rotary_dtype",
+}
+SIZE_OPTIONS = frozenset({"seq_length", "block_size", "num_blocks"})
+FLAG_OPTIONS = frozenset({"qkv_concat"})
+OPTIONS = DTYPE_OPTIONS.keys() | SIZE_OPTIONS | FLAG_OPTIONS
+# 4. Everything else: not used.
+
+# Of an inference YAML's parallel_config: the sizes of a ParallelConfig, and what the bridge can't divide by.
+PARALLEL_SIZES = {"model_parallel": "tensor_parallel", "expert_parallel": "expert_parallel"}
+NOT_PARALLEL = ("data_parallel", "pipeline_stage", "context_parallel")
+
+LAYOUT_FLAGS = TRAINING_DEFAULT.training_flags.keys()
+_TRAINING_MODES = ("train", "finetune", "train_with_eval", "eval", "predict_with_train_model")
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def computed_values(hf_config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """For each of COMPUTED_NAMES the values that mean what a normalised config.json and MindFormers' Qwen3 compute."""
+    absent = (None, 0, False)
+    values = dict.fromkeys(COMPUTED_NAMES, absent) | {
+        "rms_norm_eps": (hf_config["rms_norm_eps"],),
+        "rope_theta": (hf_config["rope_theta"],),
+        "hidden_act": (hf_config["hidden_act"], "swiglu"),  # MindFormers' name for silu in a gated unit
+        "position_embedding_type": ("yarn",) if hf_config["rope_scaling"] else ("rope",),
+        "partial_rotary_factor": (1.0,),
+        "normalization": ("RMSNorm",),
+        "gated_linear_unit": (True,),
+        "num_experts_per_tok": (hf_config.get("num_experts_per_tok"),),
+        "norm_topk_prob": (hf_config.get("norm_topk_prob"),),
+        "moe_router_score_function": ("softmax", False),
+        "moe_router_topk_scaling_factor": (1.0,),
+        "moe_layer_freq": (1,),
+        "mlp_only_layers": ([],),
+    }
+    has_experts = bool(hf_config.get("num_experts"))
+    return {name: accepted for name, accepted in values.items() if has_experts or name not in _OF_EXPERTS}
+
+
+def run_options(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The options of the run under the names that MindFormers 1.7 to 1.9 share, and what is wrong with them."""
+    options: dict[str, Any] = {}
+    problems = []
+    for key, value in model_config.items():
+        if value is None:
+            continue  # MindFormers' default
+        if key in DTYPE_OPTIONS:
+            if value not in _DTYPES:
+                problems.append(Problem(key, repr(value), f"one of {', '.join(_DTYPES)}"))
+            elif options.setdefault(DTYPE_OPTIONS[key], value) != value:
+                problems.append(Problem(key, f"{value}, and {options[DTYPE_OPTIONS[key]]} elsewhere", "remove one"))
+        elif key in SIZE_OPTIONS:
+            if type(value) is not int or value <= 0:
+                problems.append(Problem(key, repr(value), "a positive whole number"))
+            options[key] = value
+        elif key in FLAG_OPTIONS:
+            options[key] = bool(value)
+    return options, problems
+
+
+@dataclass(frozen=True)
+class MindFormersYaml:
+    """What a MindFormers YAML says.
+
+    Attributes:
+        origin: where it comes from, for messages.
+        model_config: its ``model.model_config`` section.
+        document: all of it.
+    """
+
+    origin: str = "YAML"
+    model_config: dict[str, Any] = field(default_factory=dict)
+    document: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_for_training(self) -> bool:
+        """Whether it runs the training network: then its options of the run are not inference's."""
+        return self.document.get("run_mode") in _TRAINING_MODES
+
+    @property
+    def training_layout(self) -> Layout | None:
+        """The layout of what a training run with this YAML saves; None if it doesn't say.
+
+        Raises:
+            BridgeError: a flag is neither true nor false.
+        """
+        flags = {flag: self.model_config[flag] for flag in LAYOUT_FLAGS if self.model_config.get(flag) is not None}
+        if wrong := [
+            Problem(flag, repr(value), "true or false") for flag, value in flags.items() if type(value) is not bool
+        ]:
+            raise BridgeError(f"{self.origin} can't be used", wrong)
+        if not self.is_for_training and len(flags) < len(LAYOUT_FLAGS):
+            return None
+        return Layout.of_training(flags, self.training_tensor_parallel)
+
+    def layout_of_weights(self, has_experts: bool, saved_by: int | None) -> Layout | None:
+        """The layout of weights that so many tensor parallel ranks saved; None if the YAML does not say it.
+
+        Args:
+            has_experts: whether they are a MoE's.
+            saved_by: the number, if it is known apart from the YAML.
+
+        Raises:
+            BridgeError: the layout depends on it, and the YAML says another one.
+        """
+        layout = self.training_layout
+        if layout and not self.is_for_training and saved_by is None and layout != layout.on(2):
+            return None  # an inference YAML does not say over how many ranks training was spread
+        if layout and has_experts:
+            layout = layout.of_experts
+        if layout is None or saved_by is None or layout == layout.on(saved_by):
+            return layout
+        if self.document.get("use_parallel"):
+            found = f"{self.origin}: {layout.tensor_parallel}\nwhat the ranks saved: {saved_by}"
+            remedy = "give the YAML that the weights were trained with: contiguous layouts depend on it"
+            raise BridgeError(f"{self.origin} is not of this run", [Problem("model_parallel", found, remedy)])
+        return layout.on(saved_by)
+
+    def slice_problems(self) -> Iterator[Problem]:
+        """What a training run with this YAML cuts in ways that a directory per rank, as the bridge makes it, is not."""
+        sections = (self.document.get(name) for name in ("parallel_config", "parallel"))
+        config, parallel = (section if isinstance(section, dict) else {} for section in sections)
+        remedy = "convert without --tp and --ep, and let auto_trans_ckpt cut the weights"
+        for key in ("pipeline_stage", "context_parallel"):
+            if config.get(key) not in (None, 1):
+                yield Problem(f"parallel_config.{key}", str(config[key]), remedy)
+        if parallel.get("enable_parallel_optimizer"):
+            yield Problem("parallel.enable_parallel_optimizer", "True", remedy)
+
+    @property
+    def training_tensor_parallel(self) -> int:
+        """Over how many tensor parallel ranks a training run with this YAML is spread."""
+        config = self.document.get("parallel_config") or {}
+        size = config.get("model_parallel") if isinstance(config, dict) and self.document.get("use_parallel") else 1
+        return size if self.is_for_training and type(size) is int and size > 0 else 1
+
+    def parallel_sizes(self) -> tuple[dict[str, int], list[Problem]]:
+        """How an inference run is spread over processes, as far as the YAML says, and what is wrong with it.
+
+        Returns:
+            Fields of a :class:`~mf_qwen3_bridge.parallel.ParallelConfig`. A training run's are not inference's.
+        """
+        sizes: dict[str, int] = {}
+        problems: list[Problem] = []
+        config = self.document.get("parallel_config") or {}
+        if self.is_for_training or not self.document.get("use_parallel") or not isinstance(config, dict):
+            return sizes, problems
+        for key, field_name in PARALLEL_SIZES.items():
+            value = config.get(key)
+            if value is not None and (type(value) is not int or value < 1):
+                problems.append(Problem(f"parallel_config.{key}", repr(value), "a positive whole number"))
+            elif value is not None:
+                sizes[field_name] = value
+        for key in NOT_PARALLEL:
+            if config.get(key) not in (None, 1, False):
+                problems.append(
+                    Problem(f"parallel_config.{key}", repr(config[key]), "the bridge runs tensor and expert parallel")
+                )
+        return sizes, problems
+
+    def hf_config(self, spec: ModelSpec) -> tuple[dict[str, Any], list[str]]:
+        """A config.json made of what the YAML says.
+
+        Args:
+            spec: the model's numbers.
+
+        Returns:
+            The config.json, and what it lacks because the YAML does not say it.
+        """
+        kind = "qwen3_moe" if spec.is_moe else "qwen3"
+        config: dict[str, Any] = {"model_type": kind, **{HF_NAME[field]: n for field, n in spec.numbers.items()}}
+        required = ["max_position_embeddings", "rms_norm_eps", "rope_theta"]
+        required += ["num_experts_per_tok", "norm_topk_prob"] if spec.is_moe else []
+        optional = ["rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"]
+        for name in required + optional:
+            for key in (name, *COMPUTED_NAMES.get(name, ())):
+                if self.model_config.get(key) is not None:
+                    value = self.model_config[key]
+                    with suppress(ValueError):  # YAML takes 1e-6 for a string; what is no number is refused later
+                        value = float(value) if name in ("rms_norm_eps", "rope_theta") else value
+                    config[name] = value
+        return config, [name for name in required if name not in config]
+
+    @property
+    def pretrained_model_dir(self) -> Path | None:
+        """The Hugging Face directory that it names."""
+        named = self.document.get("pretrained_model_dir")
+        return Path(str(named)) if named else None
+
+
+def read_mindformers_yaml(path: Path) -> MindFormersYaml:
+    """A MindFormers YAML, for training or for inference.
+
+    Raises:
+        BridgeError: it is missing, no YAML, or has no ``model.model_config`` section.
+    """
+    import yaml  # only those who have a YAML need it
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BridgeError(f"can't read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise BridgeError(f"{path} is not valid YAML: {error}") from error
+    model = document.get("model") if isinstance(document, dict) else None
+    model_config = model.get("model_config") if isinstance(model, dict) else None
+    if not isinstance(model_config, dict):
+        raise BridgeError(f"{path} has no model.model_config section: is it a MindFormers YAML?")
+    return MindFormersYaml(str(path), {str(key): value for key, value in model_config.items()}, document)

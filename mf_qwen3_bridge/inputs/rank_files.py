@@ -1,0 +1,265 @@
+"""What the ranks of a training run left on disk, seen as the whole tensors it makes up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.model.layouts import Box
+from mf_qwen3_bridge.model.rules import is_counter, is_training_state
+from mf_qwen3_bridge.transfer.blocks import Slice
+from mf_qwen3_bridge.transfer.safetensors import Checkpoint, TensorInfo, read_header
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How one parameter lies on the devices of its pipeline stage, as a MindSpore strategy file says it.
+
+    Attributes:
+        device_matrix: the devices as an array; the last axis is innermost.
+        tensor_map: for each axis of the tensor the axis of ``device_matrix`` that cuts it, counted from the right;
+            -1: not cut.
+        optimizer_shards: among how many of the devices that hold the same part it is cut again, along its first axis;
+            -1: among all, 0: not.
+    """
+
+    device_matrix: tuple[int, ...]
+    tensor_map: tuple[int, ...]
+    optimizer_shards: int = 0
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the stage."""
+        return prod(self.device_matrix)
+
+    def parts(self) -> tuple[int, ...]:
+        """Into how many parts each axis is cut, the optimizer's shards apart."""
+        return tuple(self.device_matrix[-1 - axis] if axis >= 0 else 1 for axis in self.tensor_map)
+
+    def place(self, device: int) -> tuple[tuple[int, int], ...]:
+        """For each axis (number of the part, number of parts) that a device of the stage holds.
+
+        Mirrors ``mindspore/parallel/_tensor.py`` (2.7 to 2.9).
+        """
+        sizes = self.device_matrix[::-1]  # counted from the right, as tensor_map does
+        position = []
+        for size in sizes:
+            device, coordinate = divmod(device, size)
+            position.append(coordinate)
+        places = [(position[axis], sizes[axis]) if axis >= 0 else (0, 1) for axis in self.tensor_map]
+        if self.optimizer_shards and places:
+            copy, copies = 0, 1
+            for axis in reversed([axis for axis in range(len(sizes)) if axis not in self.tensor_map]):
+                copy, copies = copy * sizes[axis] + position[axis], copies * sizes[axis]
+            shards = copies if self.optimizer_shards == -1 else self.optimizer_shards
+            part, parts = places[0]
+            places[0] = (part * shards + copy % shards, parts * shards)
+        return tuple(places)
+
+    def box(self, shape: Sequence[int], device: int) -> Box:
+        """The block of a tensor of ``shape`` that a device of the stage holds.
+
+        Raises:
+            ValueError: the tensor can't be cut so, or is cut along another axis than the first two.
+        """
+        places = self.place(device)
+        if len(places) != len(shape) or any(length % parts for length, (_, parts) in zip(shape, places)):
+            raise ValueError(f"shape {tuple(shape)} can't be cut into {[parts for _, parts in places]}")
+        bounds = [
+            (part * (length // parts), (part + 1) * (length // parts)) for length, (part, parts) in zip(shape, places)
+        ]
+        return _box(bounds, [parts for _, parts in places])
+
+
+def _box(bounds: Sequence[tuple[int, int]], parts: Sequence[int]) -> Box:
+    """The block with these bounds along each axis.
+
+    Raises:
+        ValueError: it is cut along another axis than the first two; no parameter of Qwen3 is.
+    """
+    if any(number > 1 for number in parts[2:]) or (len(parts) > 2 and parts[1] > 1):
+        raise ValueError(f"{len(parts)} axes, cut along another than the first: no parameter of Qwen3 is")
+    return Box(bounds[0] if bounds else (0, 1), bounds[1] if len(bounds) == 2 else None)
+
+
+# For each pipeline stage the sharding of each of its parameters.
+Strategies = Sequence[Mapping[str, Sharding]]
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """The whole tensors, and where their blocks are.
+
+    Attributes:
+        checkpoint: the tensors as if they were whole; none of them can be read.
+        slices: for each of them the blocks that cover it.
+        tensor_parallel: over how many ranks the run spread attention and MLP.
+        unlisted: what the first rank holds beside them, such as ``global_step``.
+        left_out: names of what is not wanted.
+    """
+
+    checkpoint: Checkpoint
+    slices: Mapping[str, Sequence[Slice]]
+    tensor_parallel: int
+    unlisted: Mapping[str, TensorInfo]
+    left_out: tuple[str, ...]
+
+
+def open_rank_files(
+    directory: Path,
+    strategies: Strategies,
+    file_suffix: str | None = None,
+    *,
+    weights_only: bool = False,
+    without_prefix: str | None = None,
+) -> RankFiles:
+    """Finds the blocks of every parameter that the strategies list.
+
+    Args:
+        directory: holds ``rank_0/``, ``rank_1/``, ...
+        strategies: of each pipeline stage.
+        file_suffix: ``EPOCH_STEP`` of the files to take; may be left out where each rank has one file.
+        weights_only: leaves out an optimizer's state.
+        without_prefix: leaves out tensors whose names begin so.
+
+    Raises:
+        BridgeError: ranks, files or blocks are missing, or blocks don't fit together. Lists everything.
+    """
+    devices = {sharding.num_devices for stage in strategies for sharding in stage.values()}
+    if len(devices) != 1:
+        raise BridgeError(
+            f"the strategy files are not of one run: stages of {sorted(devices)} devices; remove old ones"
+        )
+    (num_devices,) = devices
+    files = _files_of(directory, num_devices * len(strategies), file_suffix)
+    found: dict[str, dict[int, TensorInfo]] = {}
+    problems: list[Problem] = []
+    metadata: list[dict[str, str]] = []
+    for rank, file in files.items():
+        try:
+            tensors, file_metadata = read_header(file)
+        except BridgeError as error:
+            problems += error.problems
+            continue
+        metadata.append(file_metadata)
+        for name, tensor in tensors.items():
+            found.setdefault(name, {})[rank] = tensor
+    if problems:
+        raise BridgeError(f"{directory} can't be read", problems)
+    listed = {name for stage in strategies for name in stage}
+
+    def is_left_out(name: str) -> bool:
+        begins_so = without_prefix is not None and name.startswith(without_prefix)
+        return begins_so or (weights_only and is_training_state(name, listed))
+
+    left_out = sorted(filter(is_left_out, found))
+    for name in left_out:
+        del found[name]
+    for name in fold_names(name for name in found if name not in listed and not is_counter(name)):
+        remedy = "give the strategy files of this run, of all its stages"
+        problems.append(Problem(name, "in the ranks' files, in no strategy file", remedy))
+    whole: dict[str, TensorInfo] = {}
+    slices: dict[str, list[Slice]] = {}
+    for number, stage in enumerate(strategies):
+        for name, sharding in stage.items():
+            if name in whole or is_left_out(name) or (name not in found and is_training_state(name, listed)):
+                continue  # a tied embedding is in two stages; an optimizer's state may have been left out
+            mine = {
+                rank - number * num_devices: tensor
+                for rank, tensor in found.get(name, {}).items()
+                if rank // num_devices == number
+            }
+            blocks, fault = _assemble(sharding, mine)
+            if fault:
+                problems.append(Problem(name, fault, "is a rank's file of another step or run, or missing?"))
+            elif blocks:
+                whole[name], slices[name] = blocks
+    if problems:
+        raise BridgeError(f"{directory} does not hold what the strategy files say", _fold(problems))
+    shared = set.intersection(*(set(entry.items()) for entry in metadata)) - {("remove_redundancy", "True")}
+    unlisted = {name: ranks[0] for name, ranks in found.items() if name not in listed and 0 in ranks}
+    checkpoint = Checkpoint(directory, whole, dict(shared))
+    return RankFiles(checkpoint, slices, _tensor_parallel(strategies), unlisted, tuple(left_out))
+
+
+def _fold(problems: Iterable[Problem]) -> list[Problem]:
+    """One row for all tensors, or ranks, that have the same fault."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        rows.setdefault((problem.found, problem.remedy), []).append(problem.subject)
+    return [Problem(_some(fold_names(names)), *row) for row, names in rows.items()]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _tensor_parallel(strategies: Strategies) -> int:
+    shardings = [s for stage in strategies for name, s in stage.items() if name.endswith(".linear_qkv.weight")]
+    return shardings[0].parts()[0] if shardings else 1
+
+
+def _files_of(directory: Path, num_ranks: int, file_suffix: str | None) -> dict[int, Path]:
+    """Each rank's file."""
+    if not directory.is_dir():
+        raise BridgeError(f"{directory} does not exist: give the folder that holds rank_0, rank_1, ...")
+    ranks = {int(path.name[5:]): path for path in directory.iterdir() if re.fullmatch(r"rank_\d+", path.name)}
+    problems = [
+        Problem(f"rank_{rank}", "not in the strategy files' run", "remove it, or give the strategy files of this run")
+        for rank in sorted(ranks.keys() - range(num_ranks))
+    ]
+    files = {}
+    for rank, path in sorted(ranks.items()):
+        candidates = sorted(path.glob("*.safetensors"))
+        if file_suffix:
+            wanted = re.compile(rf"(.*[-_])?{re.escape(file_suffix)}\.safetensors")
+            candidates = [file for file in candidates if wanted.fullmatch(file.name)]
+        names = ", ".join(file.name for file in candidates[-3:])
+        if len(candidates) == 1:
+            files[rank] = candidates[0]
+        elif candidates:
+            problems.append(Problem(path.name, f"{len(candidates)} files: {names}", "choose with --file_suffix"))
+        else:
+            what = f"no file *{file_suffix}.safetensors" if file_suffix else "no *.safetensors"
+            problems.append(Problem(path.name, what, "copy it, or choose another --file_suffix"))
+    if not ranks:
+        raise BridgeError(f"{directory} holds no rank_0, rank_1, ...: give the folder that does")
+    if problems:
+        raise BridgeError(f"{directory} is not one run's checkpoint", _fold(problems))
+    return files
+
+
+def _assemble(
+    sharding: Sharding, tensors: Mapping[int, TensorInfo]
+) -> tuple[tuple[TensorInfo, list[Slice]] | None, str | None]:
+    """The whole tensor and its blocks, from what the devices of a stage hold; or what is wrong with them."""
+    if not tensors:
+        return None, "in no rank's file"
+    some = next(iter(tensors.values()))
+    if any(tensor.shape != some.shape or tensor.dtype != some.dtype for tensor in tensors.values()):
+        return None, "not of one shape and dtype in all ranks' files"
+    if len(sharding.tensor_map) != len(some.shape):
+        return None, f"shape {some.shape}, the strategy files say {len(sharding.tensor_map)} axes"
+    places: dict[tuple[tuple[int, int], ...], TensorInfo] = {}
+    wanted = set()
+    for device in range(sharding.num_devices):
+        place = sharding.place(device)
+        wanted.add(place)
+        if device in tensors:
+            places.setdefault(place, tensors[device])
+    if missing := len(wanted - places.keys()):
+        return None, f"{missing} of its {len(wanted)} blocks are in no rank's file"
+    shape = tuple(length * parts for length, (_, parts) in zip(some.shape, next(iter(places))))
+    slices = []
+    for place, tensor in sorted(places.items()):
+        bounds = [(part * length, (part + 1) * length) for length, (part, _) in zip(some.shape, place)]
+        try:
+            slices.append(Slice(tensor, _box(bounds, [parts for _, parts in place])))
+        except ValueError as error:
+            return None, str(error)
+    nbytes = some.nbytes * len(places)
+    return (TensorInfo(some.name, shape, some.dtype, some.file, some.start, nbytes), slices), None

@@ -1,0 +1,94 @@
+"""MindSpore's strategy files: how a training run spread its parameters."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.inputs.rank_files import Sharding, Strategies
+
+
+def read_strategy(file: Path) -> tuple[int, dict[str, Sharding]]:
+    """The pipeline stage of the rank whose strategy file this is, and how that stage's parameters lie.
+
+    Raises:
+        BridgeError: it is missing or damaged.
+    """
+    _messages()
+    try:
+        return _read(file)
+    except Exception as error:
+        raise BridgeError(f"{file} is no strategy file: {error}") from error
+
+
+def read_strategies(directory: Path) -> Strategies:
+    """The strategies of each pipeline stage, from ``ckpt_strategy_rank_N.ckpt`` of all ranks or some.
+
+    Mirrors ``_load_protobuf_strategy`` of ``mindspore/parallel/_parallel_serialization.py`` (2.7 to 2.9).
+
+    Raises:
+        BridgeError: none are there, they are damaged, contradict each other, or lack a stage.
+    """
+    if not directory.is_dir():
+        raise BridgeError(f"{directory} does not exist: give the run's strategy folder")
+    files = sorted(directory.glob("*.ckpt"))
+    if not files:
+        raise BridgeError(f"{directory} holds no ckpt_strategy_rank_N.ckpt: give the run's strategy folder")
+    _messages()
+    stages: dict[int, tuple[Path, dict[str, Sharding]]] = {}
+    problems = []
+    for file in files:
+        try:
+            stage, shardings = _read(file)
+        except Exception as error:
+            found = f"no strategy file ({error})"
+            problems.append(Problem(file.name, found, "remove it, or copy it again"))
+            continue
+        first, theirs = stages.setdefault(stage, (file, shardings))
+        if theirs != shardings:
+            found = f"differs from {first.name}, though both are of stage {stage}"
+            problems.append(Problem(file.name, found, "remove those that an earlier run left"))
+    missing = range(max(stages, default=0) + 1) - stages.keys()
+    problems += [Problem(f"stage {stage}", "no file of it", "copy those of its ranks") for stage in sorted(missing)]
+    if problems:
+        raise BridgeError(f"the strategy files in {directory} are not of one run", problems)
+    return [stages[stage][1] for stage in sorted(stages)]
+
+
+@cache
+def _messages() -> Any:
+    """MindSpore's own definition of the files, without importing MindSpore: that takes seconds, and 400 MB.
+
+    Raises:
+        ModuleNotFoundError: MindSpore is not installed.
+    """
+    mindspore = find_spec("mindspore")
+    if mindspore is None or not mindspore.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'mindspore'", name="mindspore")
+    os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")  # as MindSpore does for its own
+    file = Path(mindspore.submodule_search_locations[0]) / "train" / "node_strategy_pb2.py"
+    spec = spec_from_file_location("mf_qwen3_bridge._node_strategy_pb2", file)
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _read(file: Path) -> tuple[int, dict[str, Sharding]]:
+    strategy = _messages().ParallelStrategyMap()
+    strategy.ParseFromString(file.read_bytes())
+    shardings = {item.param_name: _sharding(item.parallel_layouts) for item in strategy.parallel_layout_item}
+    if not shardings:
+        raise ValueError("it lists no parameter")
+    # current_stage is a counter, not the stage.
+    return int(strategy.parallel_strategy_item[0].parallel_strategys.stage), shardings
+
+
+def _sharding(layout: Any) -> Sharding:
+    if len(layout.tensor_map) != 1:
+        raise ValueError("an axis that is cut by several axes of the devices; MindFormers' Qwen3 has none")
+    return Sharding(tuple(layout.dev_matrix[0].dim), tuple(layout.tensor_map[0].dim), layout.opt_weight_shard_size)

@@ -1,0 +1,292 @@
+"""Stand-ins for operators that only Ascend has, so that MindFormers' own *training* network runs on a CPU.
+
+The classes, their parameters, upstream's trainer, optimiser and callbacks stay upstream's. :func:`install` replaces
+these attributes and nothing else, and only while MindSpore's device target is CPU (2.7: MindSpore 2.7 lacks it):
+
+=============================================== ========================== ===========================================
+replaced                                        because a CPU lacks        stand-in
+=============================================== ========================== ===========================================
+``norm.FusedRMSNorm.construct``                 ``RmsNorm``                the same with ``ReduceMean`` and ``rsqrt``
+``rotary_pos_embedding.Outer``                  ``Outer``                  a product of a column and a row
+``attention.aclnn_ops``: ``SplitWithSize``      ``SplitWithSize`` (2.7)    ``ops.split``
+``attention.aclnn_ops``: ``Cast``               (nothing: float16 costs    leaves float32 where float16 is asked for
+                                                digits)
+``activation.aclnn_ops``: ``SplitWithSize``     ``SplitWithSize`` (2.7)    ``ops.split``
+``activation.Swiglu_op``                        ``Swiglu``                 ``ops.split``, ``sigmoid``
+``mlp.SplitWithSize``                           ``SplitWithSize`` (2.7)    ``ops.split``
+``flash_attention.FlashAttentionScore``         ``FlashAttentionScore``    ``matmul``, ``softmax``, ``matmul``
+``mint.nn.functional.embedding``                its gradient               ``ops.gather``
+``router.TopkExt``                              ``TopkExt``                ``ops.topk``
+``token_dispatcher.SortExt``                    ``SortExt``                ``ops.sort``
+``token_dispatcher.IndexSelect``                ``IndexSelect``            ``ops.gather``
+``token_dispatcher.CumsumExt``                  ``CumsumExt``              ``ops.cumsum``
+``token_dispatcher.FmodScalar``                 ``FmodScalar``             integer division
+``ffn.GroupedMatmul``                           ``GroupedMatmul``          every expert multiplies all rows, the others'
+                                                                           being zeros
+``ffn.Swiglu``                                  ``Swiglu``                 as above
+``TrainOneStepWithLossScaleCell``:              ``NPUGetFloatStatusV2``    ``isfinite``
+``get_overflow_status``
+=============================================== ========================== ===========================================
+
+The classes are those of ``mindformers.parallel_core.training_graph`` in MindFormers 1.7.0, 1.8.0 and 1.9.0, in graph
+mode: upstream's training network has no other, its ``Morph`` operators refuse PyNative mode. So stand-ins are Cells
+and functions that MindSpore can compile, made of operators whose CPU kernels have gradients.
+
+Networks have to be built, computed and trained between :func:`install` and :func:`uninstall`, in float32: upstream's
+Cells make their operators when they are built, and look some of the others up when they are compiled. The stand-ins
+stand in for one process's arithmetic; they carry no sharding strategies.
+
+In shapes, B is the batch size, S the sequence length, N the number of heads, G of query groups (KV heads), D the
+head_dim; R the number of rows that experts get (tokens times experts per token), E the number of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import mindspore as ms
+from mindformers.parallel_core.training_graph import activation
+from mindformers.parallel_core.training_graph.base_models.common.embeddings import rotary_pos_embedding
+from mindformers.parallel_core.training_graph.transformer import attention, flash_attention, mlp, norm
+from mindformers.parallel_core.training_graph.transformer.moe import ffn, router, token_dispatcher
+from mindspore import Tensor, mint, nn, ops
+
+from mf_qwen3_bridge.mindformers.patching.replacements import Replacements
+
+__all__ = ["install", "uninstall"]
+
+# What is added to the scores of masked positions: exp() of it is 0.
+_MASKED = -1e30
+
+
+def install() -> None:
+    """Puts the stand-ins in place; does nothing where they already are, or when the device target isn't CPU."""
+    if ms.get_context("device_target") == "CPU":
+        _STAND_INS.install()
+
+
+def uninstall() -> None:
+    """Gives every replaced attribute its upstream value again; does nothing when nothing is installed."""
+    _STAND_INS.uninstall()
+
+
+class _Operator(nn.Cell):
+    """A Cell in the place of an operator: what upstream says to an operator about sharding and recomputing is unheard.
+
+    Subclasses' ``construct`` takes what the operator takes.
+    """
+
+    def shard(self, *args: Any, **kwargs: Any) -> _Operator:
+        return self
+
+    def add_prim_attr(self, name: str, value: Any) -> _Operator:
+        return self
+
+    def recompute(self, *args: Any, **kwargs: Any) -> _Operator:
+        return self
+
+
+# ------------------------------------------------------------------------------------- norm, rotary, attention, MLP
+
+
+def _rms_norm_construct(self: norm.FusedRMSNorm, x: Tensor) -> Tensor:
+    """``RmsNorm`` over the last axis of ``x``; returns ``x``'s shape and dtype."""
+    rows = ops.cast(x, self.compute_type)
+    variance = ops.ReduceMean(keep_dims=True)(ops.square(rows), -1)
+    return ops.cast(rows * ops.rsqrt(variance + self.eps) * self.weight, x.dtype)
+
+
+class _Outer(_Operator):
+    def construct(self, input: Tensor, vec2: Tensor) -> Tensor:
+        return input.reshape((-1, 1)) * vec2.reshape((1, -1))
+
+
+class _SplitWithSize(_Operator):
+    def construct(self, input: Tensor, split_sizes: tuple[int, ...], dim: int = 0) -> tuple[Tensor, ...]:
+        return ops.split(input, split_sizes, dim)
+
+
+class _CastButToFloat16(_Operator):
+    """``Cast``, but for casts to float16: Ascend's attention has no float32, and upstream casts to float16 for it."""
+
+    def construct(self, input: Tensor, dtype: Any) -> Tensor:
+        if dtype == ms.float16:
+            return input
+        return ops.cast(input, dtype)
+
+
+class _Swiglu(_Operator):
+    def construct(self, input: Tensor, dim: int = -1) -> Tensor:
+        gate, up = ops.split(input, input.shape[dim] // 2, dim)
+        return gate * ops.sigmoid(gate) * up
+
+
+class _FlashAttentionScore(_Operator):
+    """``FlashAttentionScore`` with a mask that says everything, without dropout."""
+
+    def __init__(
+        self,
+        head_num: int,
+        keep_prob: float = 1.0,
+        scale_value: float = 1.0,
+        pre_tokens: int = 2147483647,
+        next_tokens: int = 2147483647,
+        inner_precise: int = 0,
+        input_layout: str = "BSH",
+        sparse_mode: int = 0,
+    ) -> None:
+        super().__init__()
+        if (keep_prob, input_layout, sparse_mode) != (1.0, "BNSD", 0):
+            raise NotImplementedError(
+                "the CPU stand-in for FlashAttentionScore knows attention_dropout 0, input_layout BNSD and sparse_mode "
+                f"0 (a whole mask), not {1 - keep_prob}, {input_layout} and {sparse_mode}"
+            )
+        self.scale_value = scale_value
+
+    def construct(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        real_shift: None = None,
+        drop_mask: None = None,
+        padding_mask: None = None,
+        attn_mask: Tensor = None,
+        prefix: None = None,
+    ) -> tuple[None, None, None, Tensor]:
+        """Attention of ``query`` (B, N, S, D) to ``key`` and ``value`` (B, G, S, D).
+
+        ``attn_mask`` (B, 1, S, S), uint8, has 1 where a query doesn't see a key. Returns the operator's four outputs,
+        of which upstream takes the last: (B, N, S, D).
+        """
+        batch, groups, kv_len, head_dim = key.shape
+        heads, q_len = query.shape[1:3]
+        grouped = ops.cast(query, ms.float32).reshape((batch, groups, -1, head_dim))  # (B, G, N/G * S, D)
+        transposed = ops.transpose(ops.cast(key, ms.float32), (0, 1, 3, 2))
+        scores = (ops.matmul(grouped, transposed) * self.scale_value).reshape((batch, heads, q_len, kv_len))
+        scores = scores + ops.cast(attn_mask, ms.float32) * _MASKED
+        weights = ops.softmax(scores, -1).reshape((batch, groups, -1, kv_len))
+        context = ops.matmul(weights, ops.cast(value, ms.float32)).reshape(query.shape)
+        return None, None, None, ops.cast(context, query.dtype)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: None = None,
+    max_norm: None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    """Rows ``input`` of ``weight``, without the options, which upstream leaves alone."""
+    return ops.gather(weight, input, 0)
+
+
+# ------------------------------------------------------------------------------------------------ mixture of experts
+
+
+class _TopkExt(_Operator):
+    def construct(
+        self, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        return ops.topk(input, k, dim, largest, sorted)
+
+
+class _SortExt(_Operator):
+    def construct(
+        self, input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return ops.sort(input, dim, descending)
+
+
+class _IndexSelect(_Operator):
+    def construct(self, input: Tensor, dim: int, index: Tensor) -> Tensor:
+        return ops.gather(input, index, dim)
+
+
+class _CumsumExt(_Operator):
+    def construct(self, input: Tensor, dim: int, dtype: Any = None) -> Tensor:
+        return ops.cumsum(input, dim, dtype)
+
+
+class _FmodScalar(_Operator):
+    """The remainder of integers that aren't negative."""
+
+    def construct(self, input: Tensor, other: int) -> Tensor:
+        return input - input // other * other
+
+
+class _GroupedMatmul(_Operator):
+    """Multiplies the rows of each expert, which lie one expert after the other, by the expert's matrix."""
+
+    def __init__(self, split_item: int = 0, group_type: int = -1) -> None:
+        super().__init__()
+        if (split_item, group_type) != (3, 0):
+            raise NotImplementedError("the CPU stand-in for GroupedMatmul knows split_item 3 and group_type 0")
+
+    def construct(
+        self,
+        x: Sequence[Tensor],
+        weight: Sequence[Tensor],
+        bias: None = None,
+        scale: None = None,
+        offset: None = None,
+        antiquant_scale: None = None,
+        antiquant_offset: None = None,
+        group_list: Tensor = None,
+    ) -> tuple[Tensor]:
+        """One tensor (R, output_size).
+
+        ``x`` has one tensor (R, input_size), ``weight`` one (E, input_size, output_size); ``group_list``, int64 (E,),
+        says where each expert's rows stop.
+        """
+        rows = x[0]
+        numbers = ops.arange(rows.shape[0]).reshape((1, -1, 1))
+        stops = group_list.reshape((-1, 1, 1))
+        starts = ops.concat((ops.zeros_like(stops[:1]), stops[:-1]))
+        is_own = ops.logical_and(numbers >= starts, numbers < stops)  # (E, R, 1)
+        return (ops.matmul(ops.cast(is_own, rows.dtype) * rows, weight[0]).sum(0),)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def _get_overflow_status(
+    self: nn.TrainOneStepWithLossScaleCell, status: Tensor, compute_output: tuple[Tensor, ...]
+) -> Tensor:
+    """Whether any gradient, of ``compute_output``, is infinite or not a number."""
+    count = ops.zeros((), ms.float32)
+    for gradient in compute_output:
+        count = count + ops.ReduceSum()(ops.cast(ops.logical_not(ops.isfinite(gradient)), ms.float32))
+    return count > 0
+
+
+def _but(module: ModuleType, **replaced: Any) -> ModuleType:
+    """A module like ``module``, but for some attributes: upstream writes ``module.Operator()``."""
+    other = ModuleType(module.__name__)
+    vars(other).update(vars(module) | replaced)
+    return other
+
+
+_STAND_INS = Replacements(
+    (
+        (norm.FusedRMSNorm, "construct", _rms_norm_construct),
+        (rotary_pos_embedding, "Outer", _Outer),
+        (attention, "aclnn_ops", _but(attention.aclnn_ops, SplitWithSize=_SplitWithSize, Cast=_CastButToFloat16)),
+        (activation, "aclnn_ops", _but(activation.aclnn_ops, SplitWithSize=_SplitWithSize)),
+        (activation, "Swiglu_op", _Swiglu),
+        (mlp, "SplitWithSize", _SplitWithSize),
+        (flash_attention, "FlashAttentionScore", _FlashAttentionScore),
+        (mint.nn.functional, "embedding", _embedding),
+        (router, "TopkExt", _TopkExt),
+        (token_dispatcher, "SortExt", _SortExt),
+        (token_dispatcher, "IndexSelect", _IndexSelect),
+        (token_dispatcher, "CumsumExt", _CumsumExt),
+        (token_dispatcher, "FmodScalar", _FmodScalar),
+        (ffn, "GroupedMatmul", _GroupedMatmul),
+        (ffn, "Swiglu", _Swiglu),
+        (nn.TrainOneStepWithLossScaleCell, "get_overflow_status", _get_overflow_status),
+    )
+)

@@ -1,0 +1,106 @@
+"""Weights into MindFormers' training network, or into what one rank of a parallel run holds of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+from mindspore.communication import get_rank
+
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.inputs.preflight import Model
+from mf_qwen3_bridge.inputs.rank_files import Sharding
+from mf_qwen3_bridge.inputs.strategies import read_strategy
+from mf_qwen3_bridge.mindformers.load import fill_parameters
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.rules import Dialect, is_training_state
+from mf_qwen3_bridge.transfer.blocks import write_slices
+from mf_qwen3_bridge.transfer.plan import Plan
+
+# What a LoRA adds to a network; it begins as it was initialised.
+_ADAPTER = re.compile(r"\blora_[abAB]\b|_lora_")
+
+
+def load_training_network(network: Any, model: Model, strategy: Path | None = None) -> Plan:
+    """Fills a training network with a checkpoint's weights, in the layout of the network's own flags.
+
+    Each rank reads what it holds, from the checkpoint itself.
+
+    Args:
+        network: a ``TrainingQwen3ForCausalLM`` or ``TrainingQwen3MoeForCausalLM``; compiled, if the run is parallel:
+            compiling cuts its parameters.
+        model: the checkpoint.
+        strategy: the file in which MindSpore wrote how it cut the parameters of this rank's stage; None if the run is
+            not parallel.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        BridgeError: the network's parameters are not the model's, or are cut otherwise than the file says.
+    """
+    plan = model.plan(Dialect(layout_of(network, model.spec.is_moe)))
+    weights = {target.name for target in plan.targets}
+    parameters = {
+        name: parameter
+        for name, parameter in network.parameters_dict().items()
+        if name in weights or not (is_training_state(name, weights) or _ADAPTER.search(name))
+    }
+    if strategy is not None:
+        stage, shardings = read_strategy(strategy)
+        # A tied embedding is in two stages: MindSpore sends it from the first to the last, which does not list it.
+        divided = {n for n, p in parameters.items() if p.sliced and not p.param_info.is_pipeline_shared_param}
+        stages = ms.get_auto_parallel_context("pipeline_stages")
+        _check_listed(strategy, shardings.keys(), weights if stages == 1 else weights & divided)
+        plan = plan_of_device(plan, shardings, stage, get_rank())
+        mine = {target.name for target in plan.targets}
+        parameters = {name: parameter for name, parameter in parameters.items() if name in mine or name not in weights}
+    fill_parameters(parameters, plan)
+    return plan
+
+
+def _check_listed(strategy: Path, listed: Container[str], weights: Iterable[str]) -> None:
+    """Does a strategy file list all of these weights? One that an earlier run left need not."""
+    remedy = "empty the strategy folder, and set strategy_ckpt_config.only_trainable_params to False"
+    missing = fold_names(name for name in weights if name not in listed)
+    if missing:
+        problems = [Problem(name, "in the network, not in the file", remedy) for name in missing]
+        raise BridgeError(f"{strategy} is not of this run", problems)
+
+
+def layout_of(network: Any, is_moe: bool) -> Layout:
+    """How a training network lays out QKV and gate/up, by the config that it was built from."""
+    config = network.get_gpt_transformer_config()
+    layout = Layout.of_training(vars(config), config.tensor_model_parallel_size)
+    return layout.of_experts if is_moe else layout
+
+
+def plan_of_device(plan: Plan, shardings: Mapping[str, Sharding], stage: int, rank: int) -> Plan:
+    """What one device of a pipeline stage holds of what a plan makes.
+
+    Args:
+        plan: makes whole parameters.
+        shardings: of the stage's parameters, an optimizer's state included.
+        stage: its number.
+        rank: the device's rank in the whole run.
+
+    Raises:
+        BridgeError: rank and stage contradict each other; the plan's parameters can't be cut so.
+    """
+    devices = next(iter(shardings.values())).num_devices
+    if rank // devices != stage:
+        raise BridgeError(f"the strategy file is of stage {stage}, with {devices} devices; this is rank {rank}")
+    targets = [target for target in plan.targets if target.name in shardings]
+    try:
+        boxes = {
+            target.name: shardings[target.name].box(target.shape, rank % devices)
+            for target in targets
+            if any(parts > 1 for _, parts in shardings[target.name].place(rank % devices))
+        }
+    except ValueError as error:
+        raise BridgeError(f"the strategy file is not this network's: {error}") from error
+    return write_slices(replace(plan, targets=tuple(targets)), boxes)

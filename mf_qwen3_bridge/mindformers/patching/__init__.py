@@ -1,0 +1,1 @@
+"""Installs the bridge's hooks on MindFormers' classes, and removes them."""

@@ -1,0 +1,75 @@
+"""MindFormers' config classes, given a config.json of any age."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
+from mf_qwen3_bridge.inputs.mindformers_yaml import ADDITIONS, LAYOUT_FLAGS
+from mf_qwen3_bridge.mindformers.cpu.device import builds_training_networks, forget_earlier_networks, prepare_device
+
+# Of a config.json, what upstream's config classes take although it says nothing of the weights.
+_TAKEN = frozenset({"architectures", "attention_dropout", "output_router_logits", "router_aux_loss_coef"})
+
+# Without these upstream's training network can't be built, or fails in its first step, if there are experts; they are
+# what Qwen3-MoE computes, and the only form of experts that upstream trains.
+_NEEDED_TO_TRAIN_EXPERTS = {"moe_grouped_gemm": True, "routed_scaling_factor": 1.0}
+
+# The layout flags that were given to a config, by its id: upstream fills in those that were not.
+_SAID: dict[int, dict[str, Any]] = {}
+
+
+def understanding(upstream: Callable[..., None]) -> Callable[..., None]:
+    """``__init__`` of ``Qwen3Config`` or ``Qwen3MoeConfig`` that understands what transformers writes today."""
+
+    @wraps(upstream)
+    def init(config: Any, *args: Any, **model_config: Any) -> None:
+        _SAID[id(config)] = {flag: model_config[flag] for flag in LAYOUT_FLAGS if flag in model_config}
+        weakref.finalize(config, _SAID.pop, id(config), None)
+        forget_earlier_networks()
+        prepare_device()  # the network is built next
+        upstream(config, *args, **understood(model_config))
+
+    return init
+
+
+def understood(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What MindFormers merges of a config.json and a YAML, in the form that its config classes understand.
+
+    Mirrors ``merge_model_config`` of ``mindformers/models/build_config.py`` (1.7 to 1.9), which passes on everything
+    that a config.json holds: keys that it does not know, and forms of RoPE that it ignores.
+
+    Args:
+        model_config: a config.json updated with a YAML's ``model.model_config``, whose entries stay as they are but for
+            YaRN. Without a ``pretrained_model_dir`` no config.json is involved, and all is returned as it is.
+
+    Raises:
+        BridgeError: MindFormers' Qwen3 does not compute what it describes.
+    """
+    directory = model_config.get("pretrained_model_dir")
+    if not directory or not (path := Path(directory) / "config.json").is_file():
+        return dict(model_config)
+    in_file = read_json(path)
+    of_yaml = {key: value for key, value in model_config.items() if key not in in_file or value != in_file[key]}
+    additions = {key: of_yaml.pop(key) for key in ADDITIONS & of_yaml.keys()}
+    normalised = normalise(in_file | additions, str(path))
+    taken = {key: value for key, value in in_file.items() if key in _TAKEN}
+    if not builds_training_networks():
+        return taken | normalised | of_yaml
+    if normalised["rope_scaling"]:
+        remedy = "MindFormers' training network can't compute it (1.7 to 1.9): train without it"
+        raise BridgeError(f"{path} can't be trained", [Problem("RoPE type", "'yarn'", remedy)])
+    needed = dict(_NEEDED_TO_TRAIN_EXPERTS) if "num_experts" in normalised else {}
+    if "moe_router_topk_scaling_factor" in of_yaml:  # its other name
+        needed.pop("routed_scaling_factor", None)
+    return taken | needed | normalised | of_yaml
+
+
+def said_of_layout(config: Any) -> dict[str, Any]:
+    """The layout flags that whoever made the config gave; not those that upstream filled in."""
+    return _SAID.get(id(config), {})

@@ -1,0 +1,253 @@
+"""What MindFormers calls and the bridge answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import wraps
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
+from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
+from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3MoeForCausalLM
+from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
+from mindformers.tools.logger import logger
+
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP, is_hf_name
+from mf_qwen3_bridge.inputs.mindformers_yaml import LAYOUT_FLAGS
+from mf_qwen3_bridge.inputs.preflight import Model, check_weights
+from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
+from mf_qwen3_bridge.mindformers.load_training import load_training_network
+from mf_qwen3_bridge.mindformers.patching import compat
+from mf_qwen3_bridge.mindformers.patching.configs import said_of_layout
+from mf_qwen3_bridge.transfer.safetensors import HF_INDEX, HYPER_PARAMETERS, TensorInfo, open_checkpoint, read_header
+
+INFERENCE_NETWORKS = (InferenceQwen3ForCausalLM, InferenceQwen3MoeForCausalLM)
+NETWORKS = (*INFERENCE_NETWORKS, TrainingQwen3ForCausalLM, TrainingQwen3MoeForCausalLM)
+
+
+def load_weights(
+    network: Any,
+    weights_path: str | Path | None = None,
+    weights: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None,
+) -> None:
+    """Fills an inference network; everything, or an error that says what is wrong.
+
+    Stands for ``load_weights`` of ``mindformers/parallel_core/inference/model_utils.py`` (1.7 to 1.9), which never
+    compares what it found with what it needed.
+
+    Args:
+        network: an ``InferenceQwen3ForCausalLM`` or ``InferenceQwen3MoeForCausalLM``.
+        weights_path: a directory or file, in any dialect: Hugging Face's, or MindFormers' if stamp or YAML say its
+            layout.
+        weights: (name, array) of each tensor in its place, under Hugging Face's names or what upstream's
+            ``convert_name`` makes of them. Arrays, Tensors, or slices of an open safetensors file.
+
+    Raises:
+        BridgeError: the weights are not whole, do not fit the network, or neither argument says where they are.
+    """
+    if weights_path and Path(weights_path).exists():
+        load_network(network, model_of(network, Path(weights_path)))
+    elif weights is not None:
+        load_arrays(network, dict(weights))
+    else:
+        raise BridgeError(f"weights_path {str(weights_path)!r} does not exist, and no weights are given")
+
+
+def generating(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """``generate``, but not from weights that were never loaded.
+
+    Stands for ``generate`` of ``mindformers/generation/text_generator.py`` (1.7 to 1.9). MindFormers generates from
+    zeros when it finds no weights, or is not asked for any.
+    """
+
+    @wraps(upstream)
+    def generate(network: Any, *args: Any, **kwargs: Any) -> Any:
+        if network not in FILLED:
+            name, some = next((n, p) for n, p in network.parameters_dict().items() if n.endswith("linear_qkv.weight"))
+            if not some.asnumpy().any():
+                raise BridgeError(
+                    f"{name} is all zero: no weights were loaded. Does pretrained_model_dir hold *.safetensors, or "
+                    "load_checkpoint name weights?"
+                )
+            FILLED.add(network)
+        return upstream(network, *args, **kwargs)
+
+    return generate
+
+
+def passing_on_hf(upstream: Callable[..., str]) -> Callable[..., str]:
+    """``process_hf_checkpoint``, which converts nothing for Qwen3: the loaders below read Hugging Face's files.
+
+    Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9), which MindFormers calls
+    when a YAML says ``qkv_concat: True``: it starts a process for each file, which wait for each other, for ever if
+    need be, and writes all weights anew.
+    """
+
+    @wraps(upstream)
+    def process_hf_checkpoint(model: Any, output_dir: str | None = None, load_checkpoint: str | None = None) -> str:
+        if load_checkpoint is None or qwen3_network(model) is None:
+            return upstream(model, output_dir, load_checkpoint)
+        return load_checkpoint
+
+    return process_hf_checkpoint
+
+
+def loading_safetensors(upstream: Callable[..., None]) -> Callable[..., None]:
+    """``load_safetensors_checkpoint``, which fills Qwen3 networks from whatever the bridge knows to read.
+
+    Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9). MindFormers calls it when
+    the network is built and, in a parallel run, compiled. Checkpoints of MindFormers that bear no stamp are upstream's.
+    """
+
+    @wraps(upstream)
+    def load_safetensors_checkpoint(
+        config: Any,
+        load_checkpoint_files: Sequence[str],
+        network: Any,
+        strategy_path: str,
+        load_ckpt_path: str,
+        optimizer: Any,
+    ) -> None:
+        qwen3 = qwen3_network(network)
+        if qwen3 is None or not is_known(Path(load_ckpt_path)):
+            upstream(config, load_checkpoint_files, network, strategy_path, load_ckpt_path, optimizer)
+            return
+        if config.resume_training:
+            raise BridgeError(f"{load_ckpt_path} holds weights alone: resume_training has to be False")
+        fill_network(qwen3, Path(load_ckpt_path))
+
+    return load_safetensors_checkpoint
+
+
+def loading_hf(upstream: Callable[..., None]) -> Callable[..., None]:
+    """What MindFormers calls when a YAML has a ``checkpoint`` section, or ``use_legacy_format: False``.
+
+    Stands for ``load_hf_checkpoint`` (1.9) and ``load_checkpoint`` (1.7 to 1.9) of
+    ``mindformers/checkpoint/checkpoint.py``, which ignore layout flags or experts. The directory is the first argument.
+    """
+
+    @wraps(upstream)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> None:
+        called = signature(upstream).bind(*args, **kwargs).arguments
+        directory, network = Path(next(iter(called.values()))), qwen3_network(called["network"])
+        if network is None or not is_known(directory):
+            upstream(*args, **kwargs)
+            return
+        if called.get("optimizer") is not None:
+            raise BridgeError(f"{directory} holds weights alone, and nothing of an optimizer to resume with")
+        fill_network(network, directory)
+
+    return load_checkpoint
+
+
+def recognising_hf(upstream: Callable[..., bool]) -> Callable[..., bool]:
+    """``is_hf_safetensors_dir``, which opens files of which none need be whole, and says nothing of where they lie.
+
+    Stands for that function of ``mindformers/utils/safetensors/utils.py`` (1.7 to 1.9). What the bridge's loader reads
+    is not opened before it: it names the file that is damaged.
+    """
+
+    @wraps(upstream)
+    def is_hf_safetensors_dir(safetensors_dir: str, model_cls_or_instance: Any) -> bool:
+        directory, network = Path(safetensors_dir), model_cls_or_instance
+        if not isinstance(network, ms.nn.Cell) or qwen3_network(network) is None or not is_known(directory):
+            return upstream(safetensors_dir, model_cls_or_instance)
+        return not bears_stamp(directory)
+
+    return is_hf_safetensors_dir
+
+
+def counting_parameters(upstream: Callable[..., None]) -> Callable[..., None]:
+    """``BaseTrainer.count_parameters``, which refuses to fine-tune from nothing.
+
+    Stands for that method of ``mindformers/trainer/base_trainer.py`` (1.7 to 1.9), which the trainer calls when the
+    network is built. MindFormers trains random weights where it finds none, whatever was asked for.
+    """
+
+    @wraps(upstream)
+    def count_parameters(trainer: Any) -> None:
+        upstream(trainer)
+        config, network = trainer.config, trainer.network
+        is_asked_for = config.run_mode == "finetune" and not config.only_save_strategy
+        if not is_asked_for or compat.weights_to_load(config) or network is None or qwen3_network(network) is None:
+            return
+        directory = Path(config.pretrained_model_dir or "")
+        if config.pretrained_model_dir and (directory / HF_INDEX).is_file():
+            open_checkpoint(directory)  # says which files are missing
+        raise BridgeError(
+            "nothing to fine-tune: MindFormers would load no weights, and train random ones. Set load_checkpoint to a "
+            f"directory that holds *.safetensors (pretrained_model_dir is {config.pretrained_model_dir or 'empty'}), "
+            "and leave out checkpoint.load_path or set it too; or, to begin with random weights, set run_mode: train"
+        )
+
+    return count_parameters
+
+
+def qwen3_network(network: Any) -> Any:
+    """The Qwen3 network within the cells that MindFormers wraps around it; None if there is none."""
+    cells = (cell for _, cell in network.cells_and_names())
+    return next((cell for cell in cells if isinstance(cell, NETWORKS)), None)
+
+
+def is_known(path: Path) -> bool:
+    """Whether these are weights whose dialect the bridge knows for certain: Hugging Face's, or with its stamp.
+
+    All else, such as MindFormers' own checkpoints of several ranks or in its newer format, is upstream's to judge.
+    """
+    if (path / HF_INDEX).is_file():
+        return True
+    header = _some_header(path)
+    if header is None:
+        return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    names, metadata = header
+    return LAYOUT_STAMP in metadata or any(map(is_hf_name, names))
+
+
+def bears_stamp(path: Path) -> bool:
+    """Whether these are MindFormers' weights, with the bridge's stamp."""
+    header = _some_header(path)
+    return header is not None and LAYOUT_STAMP in header[1]
+
+
+def _some_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]] | None:
+    """Of the first file of weights that can be read. Others may be damaged, which is said when they are loaded."""
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        if file.name != HYPER_PARAMETERS:
+            with suppress(BridgeError):
+                return read_header(file)
+    return None
+
+
+def fill_network(network: Any, weights: Path) -> None:
+    """Fills a Qwen3 network of either kind; of a training network that MindSpore divided, this rank's part.
+
+    Raises:
+        BridgeError: the weights are not whole, or do not fit the network.
+    """
+    model = model_of(network, weights)
+    if isinstance(network, INFERENCE_NETWORKS):
+        load_network(network, model)
+        return
+    is_divided = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+    strategy = Path(ms.get_auto_parallel_context("strategy_ckpt_save_file")) if is_divided else None
+    load_training_network(network, model, strategy)
+
+
+def model_of(network: Any, weights: Path) -> Model:
+    """Checks weights against the config that a network was built from.
+
+    Raises:
+        BridgeError: with a table of everything that does not fit.
+    """
+    said = {key: value for key, value in vars(network.config).items() if key not in LAYOUT_FLAGS}
+    if isinstance(network, INFERENCE_NETWORKS):  # a training network's flags are its own, not the weights'
+        said |= said_of_layout(network.config)
+    model = check_weights(weights, said, "the network (YAML, else config.json)")
+    for note in model.notes:
+        logger.info("%s: %s", weights, note)
+    return model

@@ -1,0 +1,56 @@
+"""How MindFormers' training network is spread over ranks: which block of every parameter each holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import lcm
+
+from mf_qwen3_bridge.errors import Problem
+from mf_qwen3_bridge.model.layouts import Box, Layout
+from mf_qwen3_bridge.model.parallel import ParallelConfig
+from mf_qwen3_bridge.model.rules import Dialect, ExpertsRule, Rule
+from mf_qwen3_bridge.model.spec import ModelSpec
+
+
+def world_size(parallel: ParallelConfig) -> int:
+    """Ranks that hold different things: those after them hold the same again."""
+    return lcm(parallel.tensor_parallel, parallel.expert_parallel)
+
+
+def problems(spec: ModelSpec, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Everything of a model that training can't divide by these sizes."""
+    tensor, expert = parallel.tensor_parallel, parallel.expert_parallel
+    divided = {"num_query_groups": spec.num_query_groups, "vocab_size": spec.vocab_size}
+    if not spec.is_moe:
+        divided["ffn_hidden_size"] = spec.ffn_hidden_size
+    for name, number in divided.items():
+        if number % tensor:
+            yield Problem(name, f"{number}, tensor parallel {tensor}", "training needs a size that divides it")
+    if not spec.is_moe and expert > 1:
+        yield Problem("expert parallel", str(expert), "the model has no experts: leave it out")
+    elif spec.is_moe and spec.num_experts % expert:
+        yield Problem("num_experts", f"{spec.num_experts}, expert parallel {expert}", "use a size that divides it")
+
+
+def layouts(spec: ModelSpec) -> Iterator[Layout]:
+    """Every layout that a training run of this model can leave, with up to 8 tensor parallel ranks."""
+    sizes = (size for size in (1, 2, 4, 8) if not any(problems(spec, ParallelConfig(size))))
+    yield from dict.fromkeys(kind.on(size) for size in sizes for kind in Layout.kinds())
+
+
+def boxes(rules: Iterable[Rule], held: Dialect, parallel: ParallelConfig, number: int) -> Iterator[tuple[str, Box]]:
+    """What rank ``number`` of a training run holds of each parameter of dialect ``held`` that is cut.
+
+    Mirrors the ``shard`` methods of ``mindformers/parallel_core/training_graph`` (1.7 to 1.9): tensor parallel cuts
+    rows or columns in even blocks, whatever they mean; experts are cut by expert parallel alone.
+    """
+    for rule in rules:
+        is_experts = isinstance(rule, ExpertsRule)
+        size = parallel.expert_parallel if is_experts else parallel.tensor_parallel
+        axis = 0 if is_experts or rule.divided == "groups" else 1
+        if rule.divided is None or size == 1:
+            continue
+        shape = rule.places(held)[0].shape
+        part, step = number % size, shape[axis] // size
+        mine = (part * step, (part + 1) * step)
+        yield rule.parameter, Box(mine) if axis == 0 else Box((0, shape[0]), mine)

@@ -1,8 +1,0 @@
-"""For ``auto_register: mf_qwen3.Bridge`` in a YAML's ``model.model_config``.
-
-MindFormers copies this file to a cache of its own and imports it from there; so there is no more in it than this.
-"""
-
-from mf_qwen3_bridge.mindformers.register import Bridge
-
-__all__ = ["Bridge"]

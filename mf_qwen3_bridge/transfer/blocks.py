@@ -1,0 +1,134 @@
+"""Blocks of tensors: what one rank of several holds of a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.model.layouts import Box, View
+from mf_qwen3_bridge.transfer.plan import Plan
+from mf_qwen3_bridge.transfer.safetensors import TensorInfo
+from mf_qwen3_bridge.transfer.tiles import Copy
+
+
+def within(view: View, other: View, whole: Sequence[int], box: Box) -> Iterator[tuple[View, View]]:
+    """Those parts of two views of one shape that lie, in the tensor of the first, within a block.
+
+    Args:
+        view: a view of a tensor of shape ``whole``.
+        other: what it is copied from or to.
+        whole: the tensor's shape.
+        box: the block.
+
+    Yields:
+        A view of the block alone, and the like part of ``other``.
+    """
+    width = prod(whole[1:])
+    if view.offset >= box.rows[1] * width or view.offset + view.span <= box.rows[0] * width:
+        return
+    begin, end = box.columns or (0, width)
+    for axis, (length, stride) in enumerate(zip(view.shape, view.strides)):
+        if 0 < stride < width and stride * (length - 1) >= width:  # runs on from row to row
+            rows = length * stride // width
+            view, other = view.unflatten(axis, rows), other.unflatten(axis, rows)
+            break
+    offset = view.offset % width
+    for axis, (length, stride) in enumerate(zip(view.shape, view.strides)):
+        if stride < width and length > 1:
+            first, last = -(-(begin - offset) // stride), -(-(end - offset) // stride)
+            where = (*[slice(None)] * axis, slice(max(first, 0), max(min(last, length), 0)))
+            view, other = view[where], other[where]
+            break
+    else:
+        if not begin <= offset < end:
+            return
+    if not view.size:
+        return
+    for here, there in _clip(view, other, box.rows[0] * width, box.rows[1] * width, width):
+        row, column = divmod(here.offset, width)
+        strides = tuple(s if s < width else s // width * (end - begin) for s in here.strides)
+        yield View(here.shape, strides, (row - box.rows[0]) * (end - begin) + column - begin), there
+
+
+def _clip(view: View, other: View, start: int, stop: int, width: int) -> Iterator[tuple[View, View]]:
+    """The parts of a pair of views whose rows, of ``width`` elements, lie in elements ``start`` to ``stop``."""
+    row = view.offset // width * width
+    across = [axis for axis, stride in enumerate(view.strides) if stride >= width and view.shape[axis] > 1]
+    last = row + sum(view.strides[axis] * (view.shape[axis] - 1) for axis in across)
+    if last < start or row >= stop:
+        return
+    if start <= row and last < stop:
+        yield view, other
+        return
+    axis = max(across, key=lambda axis: view.strides[axis])
+    length, stride = view.shape[axis], view.strides[axis]
+    inner = last - row - stride * (length - 1)  # from an entry's first row to its last
+    # Entries that lie inside as a whole, and one at a time those that may do so in part.
+    first = min(max(-(-(start - row) // stride), 0), length)
+    after = max(min(-(-(stop - inner - row) // stride), length), first)
+    before = range(min(max(-(-(start - inner - row) // stride), 0), first), first)
+    beyond = range(after, max(min(-(-(stop - row) // stride), length), after))
+    for begin, end in [*((i, i + 1) for i in before), (first, after), *((i, i + 1) for i in beyond)]:
+        where = (*[slice(None)] * axis, slice(begin, end))
+        if begin < end:
+            yield from _clip(view[where], other[where], start, stop, width)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A block of a whole tensor that lies on disk as a tensor of its own."""
+
+    tensor: TensorInfo
+    box: Box
+
+
+def read_from_slices(plan: Plan, slices: Mapping[str, Sequence[Slice]]) -> Plan:
+    """A plan that reads blocks, instead of the whole tensors they make up.
+
+    Args:
+        plan: made as if the whole tensors were there.
+        slices: for each of them the blocks that cover it.
+    """
+
+    def pieces(copy: Copy) -> Iterator[Copy]:
+        for piece in slices[copy.source.name]:
+            for here, there in within(copy.source_view, copy.target_view, copy.source.shape, piece.box):
+                yield Copy(piece.tensor, here, copy.target, there)
+
+    targets = tuple(
+        replace(target, copies=tuple(piece for copy in target.copies for piece in pieces(copy)))
+        for target in plan.targets
+    )
+    duplicates = []
+    for kept, dropped in plan.duplicates:
+        mine, theirs = slices[kept.name], slices[dropped.name]
+        if [piece.box for piece in mine] != [piece.box for piece in theirs]:
+            raise BridgeError(
+                f"{dropped.name} is tied to {kept.name}, but the ranks cut it otherwise: merge them first (mf-qwen3 "
+                "unify), then export what is merged"
+            )
+        duplicates += [(here.tensor, there.tensor) for here, there in zip(mine, theirs)]
+    return replace(plan, targets=targets, duplicates=tuple(duplicates))
+
+
+def write_slices(plan: Plan, boxes: Mapping[str, Box]) -> Plan:
+    """A plan that makes a block of each target, where there is one for it, instead of all.
+
+    Args:
+        plan: makes whole tensors.
+        boxes: for each of those that are cut the block to make.
+    """
+    targets = []
+    for target in plan.targets:
+        box = boxes.get(target.name)
+        if box is not None:
+            copies = tuple(
+                Copy(copy.source, there, copy.target, here)
+                for copy in target.copies
+                for here, there in within(copy.target_view, copy.source_view, target.shape, box)
+            )
+            target = replace(target, shape=box.shape(target.shape), copies=copies)
+        targets.append(target)
+    return replace(plan, targets=tuple(targets))

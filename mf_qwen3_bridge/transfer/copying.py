@@ -1,0 +1,228 @@
+"""The bytes of a conversion: read from files tile by tile, by several threads, and put in place once."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Condition
+from typing import TypeVar
+
+import numpy as np
+
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, TensorInfo
+from mf_qwen3_bridge.transfer.tiles import TILE_BYTES, Copy, Tile, reads, tiles
+from mf_qwen3_bridge.transfer.values import is_exact, largest_magnitude
+
+# Of all threads together; an expert of the largest model, read and transposed, takes 48 MiB.
+BUFFER_BYTES = 96 << 20
+_MAX_THREADS = 8
+_ROWS_OF_A_TRANSPOSE = 256
+_ALIGNMENT = 64
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Buffers:
+    """Lends memory, of BUFFER_BYTES in total, and keeps it for the next: fresh memory costs more than filling it."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+        self._total = 0
+        self._changed = Condition()
+
+    @contextmanager
+    def lend(self, nbytes: int) -> Iterator[np.ndarray]:
+        """An array of ``nbytes`` bytes, uint8; waits until others give back theirs where there is no more."""
+        with self._changed:
+            while (memory := self._take(nbytes)) is None:
+                self._changed.wait()
+        try:
+            yield memory[:nbytes]
+        finally:
+            with self._changed:
+                self._free.append(memory)
+                self._changed.notify_all()
+
+    def _take(self, nbytes: int) -> np.ndarray | None:
+        fitting = [number for number, memory in enumerate(self._free) if memory.size >= nbytes]
+        if fitting:
+            return self._free.pop(min(fitting, key=lambda number: self._free[number].size))
+        while self._free and self._total + nbytes > BUFFER_BYTES:
+            self._total -= self._free.pop().size
+        if self._total and self._total + nbytes > BUFFER_BYTES:
+            return None
+        self._total += nbytes
+        return np.empty(nbytes, np.uint8)
+
+
+class Transfer:
+    """Carries out copies. ``with Transfer() as transfer: ...`` ends its threads and closes the files.
+
+    Args:
+        advance: is told the number of bytes after each tile.
+    """
+
+    def __init__(self, advance: Callable[[int], object] | None = None) -> None:
+        self._advance = advance or (lambda nbytes: None)
+        self._reader = Reader()
+        self._num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+        self._pool = ThreadPoolExecutor(self._num_threads)
+        self.buffers = Buffers()
+
+    def __enter__(self) -> Transfer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self._pool.shutdown(cancel_futures=True)
+        finally:
+            self._reader.__exit__()
+
+    def fill(self, target: np.ndarray, copies: Iterable[Copy]) -> dict[TensorInfo, float]:
+        """Carries out the copies of one target tensor. Dtypes are cast on the way, rounding to nearest even.
+
+        Args:
+            target: a C-contiguous array, all of the tensor.
+            copies: what it is made of.
+
+        Returns:
+            For each source tensor the largest magnitude (see :mod:`mf_qwen3_bridge.values`).
+
+        Raises:
+            BridgeError: a file ended early or could not be read.
+        """
+        largest: dict[TensorInfo, float] = {}
+        for tile, magnitudes in self.map(lambda tile: (tile, self._fill(tile, target)), tiles(copies)):
+            for copy, magnitude in zip(tile, magnitudes):
+                largest[copy.source] = max(largest.get(copy.source, 0.0), magnitude)
+            self.advance(tile)
+        return largest
+
+    def advance(self, tile: Tile) -> None:
+        """Says that a tile is done."""
+        self._advance(sum(copy.nbytes for copy in tile))
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """``function`` of each item, by all threads, in order; takes only a few items in advance."""
+        pending: deque[Future[Result]] = deque()
+        for item in items:
+            pending.append(self._pool.submit(function, item))
+            if len(pending) > 4 * self._num_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def _fill(self, tile: Tile, target: np.ndarray) -> list[float]:
+        """Straight from the file when the elements lie there as they do in the target."""
+        places = [copy.target_view.of(target) for copy in tile]
+        (copy, place), *others = zip(tile, places)
+        dtype = DTYPES[copy.source.dtype]
+        if not others and copy.lies_alike and dtype == target.dtype:
+            self._read(copy.source, copy.source_view.offset, place)
+            return [largest_magnitude(place)]
+        with self.buffers.lend(read_nbytes(tile)) as memory:
+            gathered = self.gather(tile, memory)
+            for elements, place in zip(gathered, places):
+                copy_elements(elements, place)
+            return [
+                largest_magnitude(elements if is_exact(elements.dtype, target.dtype) else place)
+                for elements, place in zip(gathered, places)
+            ]
+
+    def gather(self, tile: Tile, memory: np.ndarray) -> list[np.ndarray]:
+        """Reads what a tile needs, each byte once.
+
+        Args:
+            tile: the copies.
+            memory: room for :func:`read_nbytes` bytes.
+
+        Returns:
+            For each copy the elements it takes, as they lie in the file: views of ``memory``.
+        """
+        found: dict[Copy, np.ndarray] = {}
+        for copies, stretch in reads(tile):
+            source = copies[0].source
+            elements, memory = carve(memory, stretch.size, DTYPES[source.dtype])
+            for number, start in enumerate(stretch.starts.tolist()):
+                self._read(source, start, elements[number * stretch.length : (number + 1) * stretch.length])
+            found |= {copy: view.of(elements) for copy, view in zip(copies, stretch.views)}
+        return [found[copy] for copy in tile]
+
+    def _read(self, source: TensorInfo, start: int, out: np.ndarray) -> None:
+        memory = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        self._reader.read(source, start * out.itemsize, memory)
+
+
+def carve(memory: np.ndarray, size: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The first bytes of ``memory`` as an array of ``size`` elements, and the rest."""
+    nbytes = size * dtype.itemsize
+    return memory[:nbytes].view(dtype), memory[nbytes + -nbytes % _ALIGNMENT :]
+
+
+def room(size: int, dtype: np.dtype) -> int:
+    """Bytes that :func:`carve` takes."""
+    nbytes = size * dtype.itemsize
+    return nbytes + -nbytes % _ALIGNMENT
+
+
+def read_nbytes(tile: Tile) -> int:
+    """Bytes of memory for what a tile reads."""
+    return sum(room(stretch.size, DTYPES[copies[0].source.dtype]) for copies, stretch in reads(tile))
+
+
+def copy_elements(source: np.ndarray, target: np.ndarray) -> None:
+    """``target[...] = source``; elements of one dtype move as raw integers, which numpy does faster than bfloat16."""
+    with np.errstate(over="ignore"):  # whoever casts looks for infinities
+        if source.ndim == 2 and _innermost_axis(source) != _innermost_axis(target):
+            _transpose(source, target)
+        else:
+            _copy(source, target)
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    if source.dtype == target.dtype:
+        raw = np.dtype(f"u{source.itemsize}")
+        source, target = source.view(raw), target.view(raw)
+    np.copyto(target, source, casting="unsafe")
+
+
+def _innermost_axis(array: np.ndarray) -> int:
+    return min(range(array.ndim), key=lambda axis: (array.shape[axis] == 1, array.strides[axis]))
+
+
+def _transpose(source: np.ndarray, target: np.ndarray) -> None:
+    """Copies between a matrix that lies row by row and one that lies column by column.
+
+    A column's elements lie a row apart, as a rule a power of two, and then in so few of a cache's sets that they drive
+    each other out. So some rows at a time are first laid out at a distance that is none: four times as fast.
+    """
+    if _innermost_axis(source) == 0:
+        source, target = source.T, target.T
+    rows, columns = source.shape
+    laid_out = np.empty((_ROWS_OF_A_TRANSPOSE, columns + 16), target.dtype)[:, :columns]  # cast while they lie alike
+    for start in range(0, rows, _ROWS_OF_A_TRANSPOSE):
+        block = source[start : start + _ROWS_OF_A_TRANSPOSE]
+        _copy(block, laid_out[: len(block)])
+        _copy(laid_out[: len(block)], target[start : start + _ROWS_OF_A_TRANSPOSE])
+
+
+def have_equal_bytes(left: TensorInfo, right: TensorInfo, start: int, stop: int) -> bool:
+    """Whether two tensors on disk are of one size and hold the same bytes from ``start`` to ``stop``.
+
+    Raises:
+        BridgeError: a file ended early or could not be read.
+    """
+    if left.nbytes != right.nbytes:
+        return False
+    with Reader() as reader:
+        for begin in range(start, stop, TILE_BYTES):
+            pieces = [bytearray(min(TILE_BYTES, stop - begin)) for _ in range(2)]
+            for tensor, piece in zip((left, right), pieces):
+                reader.read(tensor, begin, memoryview(piece))
+            if pieces[0] != pieces[1]:
+                return False
+    return True

@@ -1,0 +1,235 @@
+"""Copies cut into tiles: what is read, permuted and put in place at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mf_qwen3_bridge.model.layouts import View
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo
+
+# What a tile reads: long for a disk, yet still in the cache when it is put in place.
+TILE_BYTES = 4 << 20
+# An expert is transposed as a whole, up to this size, rather than cut into pieces whose bytes lie scattered.
+_LARGEST_TILE_BYTES = 32 << 20
+_MUCH_DEARER = 1.25
+# A call of the operating system takes as long as reading so many bytes.
+_BYTES_PER_RUN = 8 << 10
+# A disk reads whole pages: what lies between two runs of wanted bytes is skipped if it is one at least.
+_PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Part of a source tensor, and where it goes in a target: two views of one shape.
+
+    Attributes:
+        source: the tensor it is read from.
+        source_view: what is read of it.
+        target: the name of the tensor that is made.
+        target_view: where it goes in it.
+    """
+
+    source: TensorInfo
+    source_view: View
+    target: str
+    target_view: View
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the source."""
+        return DTYPES[self.source.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the source that it uses."""
+        return self.source_view.size * self.itemsize
+
+    @property
+    def lies_alike(self) -> bool:
+        """Whether it is one run of neighbours, in the same order, on both sides."""
+        return self.source_view.is_contiguous and self.target_view.is_contiguous
+
+    def cut(self, axis: int, start: int, stop: int) -> Copy:
+        """Its entries ``start`` to ``stop`` along an axis."""
+        where = (*[slice(None)] * axis, slice(start, stop))
+        return replace(self, source_view=self.source_view[where], target_view=self.target_view[where])
+
+
+# Copies that are carried out together, because what they read, or what they make, lies interleaved.
+Tile = tuple[Copy, ...]
+
+
+def tiles(copies: Iterable[Copy], to_files: bool = False) -> Iterator[Tile]:
+    """The same copies, cut and put together so that each tile reads few bytes, in long runs.
+
+    Args:
+        copies: what to carry out; their order is kept as far as what belongs together lets it.
+        to_files: whether what a tile makes is written to a file, so that it should lie in long runs as well.
+    """
+    for tile in _interwoven(list(copies)):
+        nbytes = _nbytes(tile)
+        if nbytes <= TILE_BYTES:
+            yield tile
+            continue
+        cuts = [_Cut(axis, length, nbytes) for axis, length in _common_axes(tile)]
+        if not cuts:
+            for copy in tile:
+                yield from tiles((copy,), to_files)
+            continue
+        best = min(cuts, key=lambda cut: cut.cost(tile, to_files))
+        is_dear = to_files and best.cost(tile, to_files) > _MUCH_DEARER * _cost(tile, to_files)
+        if is_dear and nbytes <= _LARGEST_TILE_BYTES:
+            yield tile
+            continue
+        for piece in best.pieces(tile):
+            yield from tiles(piece, to_files)
+
+
+def _nbytes(tile: Tile) -> int:
+    """Bytes that a tile reads, with the gaps."""
+    return sum(stretch.size * copies[0].itemsize for copies, stretch in reads(tile))
+
+
+def _cost(tile: Tile, to_files: bool) -> int:
+    """What a tile costs: bytes to read, and as many as could be read in the time that each run takes."""
+    sides = [reads(tile), writes(tile)] if to_files else [reads(tile)]
+    runs = sum(len(stretch.starts) for side in sides for _, stretch in side)
+    return _nbytes(tile) + runs * _BYTES_PER_RUN
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A tile cut along an axis into pieces that read TILE_BYTES, or a single entry of the axis, each."""
+
+    axis: int
+    length: int
+    nbytes: int
+
+    @property
+    def step(self) -> int:
+        return max(1, self.length // -(-self.nbytes // TILE_BYTES))
+
+    def pieces(self, tile: Tile) -> Iterator[Tile]:
+        for start in range(0, self.length, self.step):
+            stop = min(start + self.step, self.length)
+            yield tuple(copy.cut(self.axis, start, stop) for copy in tile)
+
+    def cost(self, tile: Tile, to_files: bool) -> int:
+        return -(-self.length // self.step) * _cost(next(self.pieces(tile)), to_files)
+
+
+def _interwoven(copies: Sequence[Copy]) -> list[Tile]:
+    """The copies in groups: those of a group overlap, in a source or a target, from first element to last."""
+    spans: dict[TensorInfo | str, list[tuple[int, int, int]]] = defaultdict(list)
+    for number, copy in enumerate(copies):
+        for tensor, view in (copy.target, copy.target_view), (copy.source, copy.source_view):
+            spans[tensor].append((view.offset, view.offset + view.span, number))
+    leader = list(range(len(copies)))
+
+    def lead(number: int) -> int:
+        while leader[number] != number:
+            leader[number] = number = leader[leader[number]]
+        return number
+
+    for of_tensor in spans.values():
+        end, last = 0, -1
+        for start, stop, number in sorted(of_tensor):
+            if last >= 0 and start < end:
+                first, second = sorted((lead(last), lead(number)))
+                leader[second] = first
+            end, last = max(end, stop), number
+    groups: dict[int, list[Copy]] = defaultdict(list)
+    for number, copy in enumerate(copies):
+        groups[lead(number)].append(copy)
+    return [tuple(group) for group in groups.values()]
+
+
+def _common_axes(tile: Tile) -> Iterator[tuple[int, int]]:
+    """The axes along which all copies of a tile can be cut at the same places, and their lengths."""
+    shapes = [copy.source_view.shape for copy in tile]
+    for axis, lengths in enumerate(zip(*shapes)):
+        if lengths[0] > 1 and len(set(lengths)) == 1 and len({len(shape) for shape in shapes}) == 1:
+            yield axis, lengths[0]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What some views show of a tensor, as runs of neighbouring elements.
+
+    Attributes:
+        starts: index of each run's first element in the tensor: int64 (runs,).
+        length: elements of each run.
+        views: the views, of an array that holds the runs one after the other.
+    """
+
+    starts: np.ndarray
+    length: int
+    views: tuple[View, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements of all runs."""
+        return len(self.starts) * self.length
+
+
+def reads(tile: Tile) -> list[tuple[Tile, Stretch]]:
+    """What a tile reads: for each stretch of a source the copies that it is for. Short gaps are read too."""
+    gap = (_PAGE_BYTES - 1) // tile[0].itemsize
+    return _stretches(tile, [copy.source for copy in tile], [copy.source_view for copy in tile], gap)
+
+
+def writes(tile: Tile) -> list[tuple[Tile, Stretch]]:
+    """What a tile makes: for each stretch of a target the copies that it is made of, which cover it."""
+    return _stretches(tile, [copy.target for copy in tile], [copy.target_view for copy in tile], 0)
+
+
+def _stretches(
+    tile: Tile, tensors: Sequence[TensorInfo | str], views: list[View], gap: int
+) -> list[tuple[Tile, Stretch]]:
+    found = []
+    for tensor in dict.fromkeys(tensors):
+        members = [number for number, name in enumerate(tensors) if name == tensor]
+        for stretch, numbers in _of_one_tensor([views[number] for number in members], gap):
+            found.append((tuple(tile[members[number]] for number in numbers), stretch))
+    return found
+
+
+def _of_one_tensor(views: list[View], gap: int) -> Iterator[tuple[Stretch, Sequence[int]]]:
+    """All views in one run if they fill it (but for gaps), else each by itself."""
+    each = [_stretch(view, gap) for view in views]
+    if len(each) > 1:
+        starts = np.concatenate([stretch.starts for stretch in each])
+        stops = np.concatenate([stretch.starts + stretch.length for stretch in each])
+        order = np.argsort(starts)
+        starts, stops = starts[order], np.maximum.accumulate(stops[order])
+        if (starts[1:] <= stops[:-1] + gap).all():
+            begin = int(starts[0])
+            shifted = tuple(replace(view, offset=view.offset - begin) for view in views)
+            yield Stretch(starts[:1], int(stops[-1]) - begin, shifted), range(len(views))
+            return
+    yield from ((stretch, [number]) for number, stretch in enumerate(each))
+
+
+def _stretch(view: View, gap: int) -> Stretch:
+    """One view's elements; runs with at most ``gap`` elements between them count as one."""
+    outer = sorted(range(len(view.shape)), key=lambda axis: (-view.strides[axis], -view.shape[axis]))
+    length, inner = 1, []
+    while outer:
+        count, stride = view.shape[outer[-1]], view.strides[outer[-1]]
+        if count > 1 and stride - length > gap:
+            break
+        length += stride * (count - 1)
+        inner.append(outer.pop())
+    starts = np.array([view.offset], np.int64)
+    strides = list(view.strides)
+    distance = length
+    for axis in outer:
+        starts = (starts[:, None] + np.arange(view.shape[axis], dtype=np.int64) * view.strides[axis]).reshape(-1)
+    for axis in reversed(outer):
+        strides[axis] = distance
+        distance *= view.shape[axis]
+    return Stretch(starts, length, (View(view.shape, tuple(strides)),))

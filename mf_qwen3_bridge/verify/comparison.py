@@ -1,0 +1,345 @@
+"""Do two checkpoints, in any two dialects, hold the same weights? Every byte of both is read once."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP, dialect_of, holds_experts, saved_by_ranks, spec_of
+from mf_qwen3_bridge.inputs.mindformers_yaml import read_mindformers_yaml
+from mf_qwen3_bridge.inputs.preflight import Model
+from mf_qwen3_bridge.model import training_ranks
+from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Box
+from mf_qwen3_bridge.model.rules import HF, Dialect, Rule, model_rules
+from mf_qwen3_bridge.model.spec import ModelSpec
+from mf_qwen3_bridge.transfer.blocks import write_slices
+from mf_qwen3_bridge.transfer.copying import Transfer, carve, copy_elements, read_nbytes, room
+from mf_qwen3_bridge.transfer.plan import Plan, make_plan
+from mf_qwen3_bridge.transfer.progress import progress_bar
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, Checkpoint, Reader, TensorInfo, open_checkpoint
+from mf_qwen3_bridge.transfer.tiles import Tile, tiles, writes
+
+# Rows of a tensor by which it is recognised: enough to tell tensors apart, few enough to look at many.
+_SAMPLE_ROWS = 4
+# Of so many tensors that differ; samples are kept in memory, and an expert is looked for among all others.
+_MAX_GUESSES = 500
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two checkpoints.
+
+    Attributes:
+        checkpoint: its tensors.
+        dialect: how they are named and laid out.
+        spec: the model, by their shapes or by a config.json.
+    """
+
+    checkpoint: Checkpoint
+    dialect: Dialect
+    spec: ModelSpec
+
+    @classmethod
+    def of(cls, model: Model) -> Side:
+        """A checkpoint that was held against its config.json."""
+        return cls(model.checkpoint, model.dialect, model.spec)
+
+    def plan(self, target: Dialect, rules: Iterable[Rule]) -> Plan:
+        """The plan that makes it ``target``."""
+        return make_plan(rules, self.checkpoint.tensors, self.dialect, target)
+
+
+def open_side(path: Path, config: Path | None = None) -> Side:
+    """A directory or file of weights, whole; no config.json is needed.
+
+    Args:
+        path: where.
+        config: the YAML of the training run, which says how MindFormers weights without a stamp lie (what bears one is
+            not asked); else they are taken to lie as MindFormers trains by default.
+
+    Raises:
+        BridgeError: files are missing or damaged, or their tensors make no whole Qwen3.
+    """
+    checkpoint = open_checkpoint(path)
+    layout, origin = None, "YAML"
+    if config is not None and LAYOUT_STAMP not in checkpoint.metadata:
+        yaml = read_mindformers_yaml(config)
+        origin = yaml.origin
+        layout = yaml.layout_of_weights(holds_experts(checkpoint), saved_by_ranks(checkpoint))
+    dialect = dialect_of(checkpoint, layout, origin, default=TRAINING_DEFAULT)
+    try:
+        spec = spec_of(checkpoint.tensors, dialect)
+    except KeyError as missing:
+        raise BridgeError(f"{path} is not a whole model: its tensors don't show {missing.args[0]}") from None
+    return Side(checkpoint, dialect, spec)
+
+
+@dataclass
+class Count:
+    """What was seen of one tensor: elements compared, and how many of them differ."""
+
+    elements: int = 0
+    different: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a comparison found.
+
+    Attributes:
+        num_tensors: tensors that were compared.
+        nbytes: bytes of the first side.
+        dtypes: pairs of dtypes that differ, and the tensors.
+        counts: for each tensor that differs what was seen.
+        guesses: for some of them what may have happened.
+        ignored: tensors of either side that are no weights, but state of a training run.
+    """
+
+    num_tensors: int
+    nbytes: int
+    dtypes: Mapping[tuple[str, str], list[str]]
+    counts: Mapping[str, Count]
+    guesses: Mapping[str, str]
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every bit is the same."""
+        return not self.counts and not self.dtypes
+
+    def problems(self) -> Iterator[Problem]:
+        """What differs, folded."""
+        for (left, right), names in self.dtypes.items():
+            for name in fold_names(names):
+                yield Problem(name, f"{left}, and {right}", "dtypes differ; values are compared as the second's")
+        alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for name, count in self.counts.items():
+            alike[_share(count), self.guesses.get(name, "")].append(name)
+        for (share, guess), names in alike.items():
+            for name in fold_names(names):
+                yield Problem(name, f"values differ in {share} of elements", guess)
+
+
+def _share(count: Count) -> str:
+    percent = 100 * count.different / count.elements
+    return f"{percent:.0f} %" if percent >= 1 else "less than 1 %"
+
+
+def compare(left: Side, right: Side) -> Report:
+    """Compares all weights, bit for bit; a tensor of another dtype is cast to the second's.
+
+    Raises:
+        BridgeError: they are not of one model: a table says what differs.
+    """
+    tied = left.spec.tie_word_embeddings or right.spec.tie_word_embeddings
+    specs = [replace(side.spec, tie_word_embeddings=tied) for side in (left, right)]
+    if specs[0] != specs[1]:
+        paths = [side.checkpoint.path for side in (left, right)]
+        problems = [
+            Problem(
+                name,
+                "\n".join(f"{path}: {getattr(spec, name)}" for path, spec in zip(paths, specs)),
+                "name two of one model",
+            )
+            for name in specs[0].numbers | specs[1].numbers
+            if getattr(specs[0], name) != getattr(specs[1], name)
+        ]
+        raise BridgeError("these are not of one model", problems)
+    rules = tuple(model_rules(specs[0]))
+    plan = left.plan(right.dialect, rules)
+    theirs = right.checkpoint.tensors
+    ignored: set[str] = set()
+    for side in (left, right):
+        own = side.plan(side.dialect, rules)  # planning it shows that it is whole
+        if own.unequal_duplicates():
+            found = f"{side.checkpoint.path}: its own, which is not its embedding\nthe other: none"
+            raise BridgeError("these do not hold the same weights", [Problem("output layer", found, "")])
+        ignored |= set(own.ignored)
+    counts = _compare(plan, theirs, by_source=left.dialect.is_hf)
+    dtypes: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for target in plan.targets:
+        if target.dtype != theirs[target.name].dtype:
+            dtypes[target.dtype, theirs[target.name].dtype].append(target.name)
+    different = {name: count for name, count in counts.items() if count.different}
+    guesses = dict(_guesses(left, right, rules, different)) if different else {}
+    return Report(len(counts), plan.source_nbytes, dict(dtypes), different, guesses, tuple(sorted(ignored)))
+
+
+def _compare(plan: Plan, theirs: Mapping[str, TensorInfo], by_source: bool) -> dict[str, Count]:
+    """Carries the plan out in memory, tile by tile, and holds what it makes against what is there."""
+    counts: dict[str, Count] = defaultdict(Count)
+    copies = (copy for target in plan.targets for copy in target.copies)
+    with progress_bar("comparing", plan.source_nbytes) as advance, Transfer(advance) as transfer, Reader() as reader:
+
+        def look(tile: Tile) -> tuple[Tile, list[tuple[str, int, int]]]:
+            return tile, list(_differences(tile, theirs, by_source, transfer, reader))
+
+        for tile, seen in transfer.map(look, tiles(copies, to_files=True)):
+            for name, elements, different in seen:
+                counts[name].elements += elements
+                counts[name].different += different
+            transfer.advance(tile)
+    return counts
+
+
+def _differences(
+    tile: Tile, theirs: Mapping[str, TensorInfo], by_source: bool, transfer: Transfer, reader: Reader
+) -> Iterator[tuple[str, int, int]]:
+    """For each copy of a tile: the tensor's name, elements, and how many differ."""
+    stretches = [(copies, stretch, theirs[copies[0].target]) for copies, stretch in writes(tile)]
+    nbytes = sum(2 * room(stretch.size, DTYPES[target.dtype]) for _, stretch, target in stretches)
+    nbytes_read = read_nbytes(tile)
+    with transfer.buffers.lend(nbytes_read + nbytes) as memory:
+        gathered = dict(zip(tile, transfer.gather(tile, memory)))
+        free = memory[nbytes_read:]
+        for copies, stretch, target in stretches:
+            made, free = carve(free, stretch.size, DTYPES[target.dtype])
+            there, free = carve(free, stretch.size, DTYPES[target.dtype])
+            for number, start in enumerate(stretch.starts.tolist()):
+                piece = there[number * stretch.length : (number + 1) * stretch.length]
+                reader.read(target, start * there.itemsize, memoryview(piece.view(np.uint8)))  # type: ignore[arg-type]
+            for copy, view in zip(copies, stretch.views):
+                copy_elements(gathered[copy], view.of(made))
+            raw = np.dtype(f"u{made.itemsize}")
+            unequal = None if np.array_equal(made.view(raw), there.view(raw)) else made.view(raw) != there.view(raw)
+            for copy, view in zip(copies, stretch.views):
+                name = copy.source.name if by_source else copy.target
+                yield name, view.size, 0 if unequal is None else int(view.of(unequal).sum())
+
+
+# --------------------------------------------------------------------------------------------------- what has happened
+
+
+@dataclass
+class _Samples:
+    """The first rows of a side's tensors, under Hugging Face's names, read when they are asked for."""
+
+    side: Side
+    rules: tuple[Rule, ...]
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @cached_property
+    def plans(self) -> dict[str, Plan]:
+        """For each tensor the plan that makes it alone."""
+        plan = self.side.plan(HF, self.rules)
+        return {target.name: replace(plan, targets=(target,)) for target in plan.targets}
+
+    def of(self, name: str, columns: bool = False) -> np.ndarray:
+        """The first rows of a tensor, or its first columns, as rows; float32. Empty if there is no such tensor."""
+        key = f"{name} columns" if columns else name
+        if key not in self.rows:
+            if name not in self.plans:
+                return np.empty((0,), np.float32)
+            (shape,) = (target.shape for target in self.plans[name].targets)
+            few = min(_SAMPLE_ROWS if len(shape) > 1 else shape[0], shape[-1] if columns else shape[0])
+            box = Box((0, shape[0]), (0, few)) if columns else Box((0, few))
+            (target,) = write_slices(self.plans[name], {name: box}).targets
+            array = target.make()
+            self.rows[key] = (array.T if columns else array).astype(np.float32)
+        return self.rows[key]
+
+    def heads(self, name: str) -> np.ndarray:
+        """Of queries, keys or values the first row of each head."""
+        (target,) = self.plans[name].targets
+        return target.make()[:: self.side.spec.head_dim].astype(np.float32)
+
+
+def _are_dealt_otherwise(here: np.ndarray, there: np.ndarray) -> bool:
+    return not np.array_equal(here, there) and {row.tobytes() for row in here} == {row.tobytes() for row in there}
+
+
+_FUSED = re.compile(r"self_attn\.[qkv]_proj|mlp\.(gate|up)_proj")
+
+# Tensors of one shape that are easily mistaken for each other, within a layer.
+_TWINS = {
+    "k_proj": "v_proj",
+    "v_proj": "k_proj",
+    "gate_proj": "up_proj",
+    "up_proj": "gate_proj",
+    "q_norm": "k_norm",
+    "k_norm": "q_norm",
+    "input_layernorm": "post_attention_layernorm",
+    "post_attention_layernorm": "input_layernorm",
+}
+
+
+def _guesses(
+    left: Side, right: Side, rules: tuple[Rule, ...], different: Mapping[str, Count]
+) -> Iterator[tuple[str, str]]:
+    """For tensors that differ, what may have happened, judged by their first rows."""
+    mine, theirs = _Samples(left, rules), _Samples(right, rules)
+    my_layouts, their_layouts = _other_layouts(left, right, rules), _other_layouts(right, left, rules)
+    parts_of = {rule.parameter: rule.tensors for rule in rules}
+    fused = {part: parts for parts in parts_of.values() for part in parts if _FUSED.search(part)}
+    for name in islice(different, _MAX_GUESSES):
+        for part in parts_of.get(name, (name,)):
+            guess = None
+            if part in fused and not _are_alike(mine, theirs, fused[part]):
+                guess = _laid_out("first", my_layouts, theirs, fused[part])
+                guess = guess or _laid_out("second", their_layouts, mine, fused[part])
+            guess = guess or next(_guess(part, mine, theirs), None)
+            if guess:
+                yield name, guess
+                break
+
+
+def _laid_out(word: str, candidates: Iterable[_Samples], other: _Samples, parts: tuple[str, ...]) -> str | None:
+    """The layout in which one side's parts of a fused parameter would be the other's."""
+    for candidate in candidates:
+        if _are_alike(candidate, other, parts):
+            return f"the {word} is laid out {candidate.side.dialect.layout}"
+    return None
+
+
+def _are_alike(left: _Samples, right: _Samples, parts: Iterable[str]) -> bool:
+    return all(np.array_equal(left.of(part), right.of(part)) for part in parts)
+
+
+def _guess(name: str, mine: _Samples, theirs: _Samples) -> Iterator[str]:
+    here, there = mine.of(name), theirs.of(name)
+    if not (here.size and there.size):
+        return
+    for word, array in (("first", here), ("second", there)):
+        if not array.any():
+            yield f"zero in the {word}"
+        if not np.isfinite(array).all():
+            yield f"NaN or infinity in the {word}"
+    if re.search(r"\.[qkv]_proj\.", name) and _are_dealt_otherwise(mine.heads(name), theirs.heads(name)):
+        yield "its heads are in another order: another number of KV groups?"
+    if np.array_equal(here, there):
+        return  # the first rows are alike: something is wrong further on
+    kind = re.search(r"\.(\w+)\.weight$", name)
+    twin = _TWINS.get(kind[1]) if kind else None
+    if twin and kind:
+        for word, samples, other in (("first", mine, there), ("second", theirs, here)):
+            if np.array_equal(samples.of(f"{name[: kind.start()]}.{twin}.weight"), other):
+                yield f"the {word}'s {twin} is the other's {kind[1]}: swapped?"
+    if expert := re.search(r"\.experts\.(\d+)\.", name):
+        for number in range(mine.side.spec.num_experts):
+            sibling = f"{name[: expert.start(1)]}{number}{name[expert.end(1) :]}"
+            if sibling != name and np.array_equal(mine.of(sibling), there):
+                yield f"expert {expert[1]} of the second is expert {number} of the first"
+    if here.ndim == 2 and np.array_equal(mine.of(name, columns=True), there):
+        yield "transposed"
+    if here.shape[-1:] == there.shape[-1:] and here.ndim == 2:
+        for shift in range(1, len(here)):
+            if np.array_equal(here[shift:], there[:-shift]) or np.array_equal(there[shift:], here[:-shift]):
+                yield f"rows are off by {shift}"
+
+
+def _other_layouts(side: Side, other: Side, rules: tuple[Rule, ...]) -> list[_Samples]:
+    """The side read as if its QKV and gate/up lay otherwise; not if it bears a stamp, and the other side does not."""
+    layout = side.dialect.layout
+    stamps = [LAYOUT_STAMP in one.checkpoint.metadata for one in (side, other)]
+    if layout is None or (stamps == [True, False] and not other.dialect.is_hf):
+        return []
+    others = (one for one in training_ranks.layouts(side.spec) if one != layout)
+    return [_Samples(replace(side, dialect=replace(side.dialect, layout=one)), rules) for one in others]

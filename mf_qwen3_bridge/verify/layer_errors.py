@@ -1,0 +1,134 @@
+"""How far two computations of one model are apart, stage by stage: where does it begin?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.inputs.preflight import Model
+from mf_qwen3_bridge.model.rules import INFER
+from mf_qwen3_bridge.transfer.plan import Plan
+from mf_qwen3_bridge.transfer.progress import steps
+from mf_qwen3_bridge.verify.reference import EMBEDDED, LOGITS, STAGES, Stage, forward
+
+# What a network may be off that computes in this dtype, relative to the largest value of a stage. A misplaced row makes
+# 0.1 and more; in float32 1e-6 is left, in bfloat16 some roundings to 8 bits.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+NUM_TOKENS = 16
+_SHARE_OF_MEMORY = 0.5
+_CGROUP = Path("/sys/fs/cgroup")  # of a container
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """Of each stage the largest error, relative to the largest value that the reference has there.
+
+    Attributes:
+        errors: by stage, in the order in which they are computed; infinity where a network made NaN.
+        tolerance: an error above is no rounding.
+    """
+
+    errors: Mapping[Stage, float]
+    tolerance: float = TOLERANCES["float32"]
+
+    @property
+    def begin(self) -> Stage | None:
+        """The first stage that is wrong, if one is."""
+        return next((stage for stage, error in self.errors.items() if not error <= self.tolerance), None)
+
+    @property
+    def summary(self) -> str:
+        """What was found, in a line."""
+        if self.begin is None:
+            return f"errors up to {max(self.errors.values()):.1e}"
+        return f"it begins at {self.begin}, error {self.errors[self.begin]:.1g}"
+
+    @property
+    def stages(self) -> list[str]:
+        """The names of the stages that a layer has here, in order."""
+        return [name for name in STAGES if any(stage.name == name for stage in self.errors)]
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers were looked at."""
+        return 1 + max(stage.layer for stage in self.errors if stage.layer is not None)
+
+    def rows(self) -> Iterator[list[str]]:
+        """A row for each layer, a column for each of ``stages``; an exclamation mark where it is wrong."""
+        blank = [""] * (len(self.stages) - 1)
+        yield ["embedding", *blank, self._cell(EMBEDDED)]
+        for number in range(self.num_layers):
+            yield [str(number), *(self._cell(Stage(number, name)) for name in self.stages)]
+        yield ["logits", *blank, self._cell(LOGITS)]
+
+    def _cell(self, stage: Stage) -> str:
+        error = self.errors[stage]
+        return f"{error:.1e}" + ("" if error <= self.tolerance else " !")
+
+
+def layer_errors(
+    found: Mapping[Stage, np.ndarray], model: Model, token_ids: Sequence[int], dtype: str = "float32"
+) -> LayerErrors:
+    """Compares what a network makes of a sequence with what the reference makes of it.
+
+    Args:
+        found: by stage what the network made, in float32.
+        model: what it should compute.
+        token_ids: the sequence.
+        dtype: the coarsest in which the network computes, as MindFormers calls it.
+    """
+    errors = {}
+    with np.errstate(all="ignore"):  # what a wrong network makes of a stage goes into the next
+        for stage, right in steps("reference", forward(model, token_ids, found), len(found)):
+            error = float(np.abs(found[stage] - right).max() / np.abs(right).max())
+            errors[stage] = error if np.isfinite(error) else float("inf")
+    return LayerErrors(errors, TOLERANCES[dtype])
+
+
+def tokens_for(model: Model, most: int = NUM_TOKENS) -> list[int]:
+    """A sequence to compute, as long as model and cache let it be: any tokens will do."""
+    count = min(NUM_TOKENS, most, model.max_length)
+    return np.random.default_rng(0).integers(model.spec.vocab_size, size=count).tolist()
+
+
+def layers_that_fit(model: Model) -> int:
+    """How many layers fit into half of the memory that is free, in float32, with the embedding and the output layer.
+
+    Raises:
+        BridgeError: not even one does.
+    """
+    plan: Plan = model.plan(INFER, "F32")
+    layers = [0] * model.spec.num_layers
+    fixed = 0
+    for target in plan.targets:
+        parts = target.name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            layers[int(parts[2])] += target.nbytes
+        else:
+            fixed += target.nbytes
+    available = _available_memory()
+    budget = _SHARE_OF_MEMORY * available - fixed - max(target.nbytes for target in plan.targets)
+    count = min(len(layers), int(budget // max(layers)))
+    if count < 1:
+        raise BridgeError(
+            f"one layer of {model.checkpoint.path} takes {(fixed + max(layers)) / 2**30:.1f} GiB with the embedding, "
+            f"in float32, and {available / 2**30:.1f} GiB are free: --layers 1 tries it all the same"
+        )
+    return count
+
+
+def _available_memory() -> int:
+    """Bytes that processes can take without others being swapped out, or this container being ended."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (available,) = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    limit = _CGROUP / "memory.max"
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        used = int((_CGROUP / "memory.current").read_text())
+        entries = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        cached = int(entries["file"])  # of files, which go when the memory is needed
+        available = min(available, int(limit.read_text()) - used + cached)
+    return available

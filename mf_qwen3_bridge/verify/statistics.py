@@ -1,0 +1,189 @@
+"""What the values of a checkpoint look like by themselves: what no model has, and what stands out among its kind."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from mf_qwen3_bridge.errors import fold_names
+from mf_qwen3_bridge.model.rules import EMBEDDING, HF, OUTPUT, model_rules
+from mf_qwen3_bridge.transfer.copying import Transfer, read_nbytes
+from mf_qwen3_bridge.transfer.plan import check_values
+from mf_qwen3_bridge.transfer.progress import progress_bar
+from mf_qwen3_bridge.transfer.tiles import Tile, tiles
+from mf_qwen3_bridge.transfer.values import largest_magnitude
+from mf_qwen3_bridge.verify.comparison import Side
+
+_BLOCK = 64 << 10  # elements that numpy sums up exactly enough in float32, and that stay in the cache
+
+_SQUARABLE = (1e-15, 1e15)  # magnitudes whose squares float32 holds
+
+# What trained Qwen3 models keep far away from. Norms multiply activations, around 1; matrices are centred on 0.
+_NORM_RMS = (1e-3, 1e3)
+_MATRIX_RMS = (1e-5, 10.0)
+_MATRIX_MEAN = 0.5  # of the RMS
+_ZEROS, _ZEROS_OF_TOKENS = 0.01, 0.1  # of the elements
+# A tensor stands out among those of its kind, in other layers, by a factor, and by multiples of their own spread.
+_FACTOR = 4.0
+_SPREADS = 8.0
+_FEWEST = 5
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the values of one tensor; all but ``size``, ``zeros`` and ``magnitude`` leave NaN and infinities out.
+
+    Attributes:
+        size: number of elements.
+        total: their sum.
+        squares: the sum of their squares.
+        zeros: how many are zero.
+        smallest: the smallest.
+        largest: the largest.
+        magnitude: the largest magnitude; infinity if there are infinities or NaN.
+    """
+
+    size: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    zeros: int = 0
+    smallest: float = math.inf
+    largest: float = -math.inf
+    magnitude: float = 0.0
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(
+            self.size + other.size,
+            self.total + other.total,
+            self.squares + other.squares,
+            self.zeros + other.zeros,
+            min(self.smallest, other.smallest),
+            max(self.largest, other.largest),
+            max(self.magnitude, other.magnitude),
+        )
+
+    @property
+    def mean(self) -> float:
+        """The mean."""
+        return self.total / self.size
+
+    @property
+    def rms(self) -> float:
+        """The root of the mean square."""
+        return math.sqrt(self.squares / self.size)
+
+
+def statistics_of(array: np.ndarray) -> Statistics:
+    """Of the values of a float32, float16 or bfloat16 array."""
+    flat = array.reshape(-1)
+    found = Statistics()
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK]
+        magnitude = largest_magnitude(block)
+        zeros = block.size - int(np.count_nonzero(block.view(f"u{block.itemsize}") << 1))  # without the sign
+        if math.isinf(magnitude):
+            found += Statistics(size=block.size, zeros=zeros, magnitude=magnitude)
+            continue
+        values = block.astype(np.float32 if _SQUARABLE[0] < magnitude < _SQUARABLE[1] else np.float64)
+        found += Statistics(
+            block.size,
+            float(values.sum()),
+            float(np.dot(values, values)),
+            zeros,
+            float(values.min()),
+            float(values.max()),
+            magnitude,
+        )
+    return found
+
+
+def measure(side: Side) -> dict[str, Statistics]:
+    """Statistics of each tensor, under Hugging Face's names; every byte is read once.
+
+    Raises:
+        BridgeError: it is no whole model; a tied output layer differs from the embedding; tensors that are all zero, or
+            hold NaN or infinities.
+    """
+    plan = side.plan(HF, tuple(model_rules(side.spec)))
+    plan.check_duplicates()
+    found: dict[str, Statistics] = defaultdict(Statistics)
+    copies = (copy for target in plan.targets for copy in target.copies)
+    with progress_bar("reading", plan.source_nbytes) as advance, Transfer(advance) as transfer:
+
+        def look(tile: Tile) -> tuple[Tile, list[Statistics]]:
+            with transfer.buffers.lend(read_nbytes(tile)) as memory:
+                return tile, [statistics_of(elements) for elements in transfer.gather(tile, memory)]
+
+        for tile, several in transfer.map(look, tiles(copies)):
+            for copy, one in zip(tile, several):
+                found[copy.target] += one
+            transfer.advance(tile)
+    check_values({t.name: {copy.source: found[t.name].magnitude for copy in t.copies} for t in plan.targets})
+    return dict(found)
+
+
+def kinds(statistics: Mapping[str, Statistics]) -> dict[str, dict[str, Statistics]]:
+    """The tensors of each kind: those whose names differ in the numbers of layer and expert only."""
+    found: dict[str, dict[str, Statistics]] = defaultdict(dict)
+    for name, one in statistics.items():
+        found[re.sub(r"\.\d+\.", ".*.", name)][name] = one
+    return dict(found)
+
+
+def rows(statistics: Mapping[str, Statistics]) -> Iterator[tuple[str, ...]]:
+    """Of each kind: name, number of tensors, RMS (least, median, greatest), mean, smallest and largest value."""
+    for kind, members in kinds(statistics).items():
+        several = sorted(one.rms for one in members.values())
+        rms = " ".join(f"{value:.3g}" for value in (several[0], median(several), several[-1]))
+        everything = sum(members.values(), Statistics())
+        extremes = f"{everything.smallest:.3g} to {everything.largest:.3g}"
+        yield kind, str(len(members)), rms, f"{everything.mean:.2g}", extremes
+
+
+def outliers(statistics: Mapping[str, Statistics]) -> Iterator[str]:
+    """What is not impossible but strange: a line for each oddity of each kind."""
+    for members in kinds(statistics).values():
+        found: dict[str, dict[str, float]] = defaultdict(dict)
+        for name, oddity, value in (*_beside_others(members), *_by_themselves(members)):
+            found[oddity][name] = value
+        for oddity, values in found.items():
+            least, most = (f"{value:.3g}" for value in (min(values.values()), max(values.values())))
+            names = ", ".join(fold_names(values))
+            yield f"{names}: {oddity.format(least if least == most else f'{least} to {most}')}"
+
+
+def _beside_others(members: Mapping[str, Statistics]) -> Iterator[tuple[str, str, float]]:
+    """Name, oddity and number of what stands out among its kind."""
+    if len(members) < _FEWEST:
+        return
+    logarithms = {name: math.log(one.rms) for name, one in members.items()}
+    middle = median(logarithms.values())
+    spread = median(abs(value - middle) for value in logarithms.values())
+    for name, value in logarithms.items():
+        if abs(value - middle) > max(math.log(_FACTOR), _SPREADS * spread):
+            yield name, f"RMS {{}}; {math.exp(middle):.3g} is the median of its kind", math.exp(value)
+
+
+def _by_themselves(members: Mapping[str, Statistics]) -> Iterator[tuple[str, str, float]]:
+    for name, one in members.items():
+        is_norm = "norm" in name
+        least, most = _NORM_RMS if is_norm else _MATRIX_RMS
+        if one.smallest == one.largest:
+            yield name, "all elements are {}: never trained, or never loaded", one.mean
+            continue
+        if not least < one.rms < most:
+            yield name, f"RMS {{}}; {least:g} to {most:g} is usual", one.rms
+        if is_norm and one.mean < 0:
+            yield name, "mean {}; norms are positive as a rule", one.mean
+        if not is_norm and abs(one.mean) > _MATRIX_MEAN * one.rms:
+            yield name, "mean {} of the RMS; matrices are centred on 0", one.mean / one.rms
+        # Rows of tokens that nobody uses may be zero.
+        usual = _ZEROS_OF_TOKENS if name in (EMBEDDING[0], OUTPUT[0]) else _ZEROS
+        if one.zeros > usual * one.size:
+            yield name, "{} of the elements are zero: a hole in the file?", one.zeros / one.size
