@@ -19,7 +19,8 @@ from mf_qwen3_bridge.inputs.rank_files import RankFiles
 from mf_qwen3_bridge.model import training_ranks
 from mf_qwen3_bridge.model.layouts import Layout, View
 from mf_qwen3_bridge.model.parallel import ParallelConfig
-from mf_qwen3_bridge.model.rules import EMBEDDING, HF, INFER, OUTPUT, Dialect
+from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
+from mf_qwen3_bridge.model.rules import HF, INFER, Dialect
 from mf_qwen3_bridge.transfer.blocks import read_from_slices, write_slices
 from mf_qwen3_bridge.transfer.plan import Plan, Target
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, HYPER_PARAMETERS, TensorInfo, read_bytes
@@ -55,7 +56,7 @@ def to_mindformers(model: Model, target: Dialect, output: Path, dtype: str | Non
         BridgeError: the training run's tensor parallel size, on which a contiguous layout depends, doesn't divide it.
     """
     blocks = ParallelConfig(target.layout.tensor_parallel if target.layout else 1)
-    _refuse(training_ranks.problems(model.spec, blocks))
+    _refuse(blocks.problems(model.spec, training=True))
     plan = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
     files, index = mindformers_files(plan)
     return _job(model, plan, target, output, [Part.of(plan, files)], index, model.notes)
@@ -165,7 +166,7 @@ def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConf
         BridgeError: the sizes don't divide the model.
     """
     is_for_inference = target == INFER
-    _refuse(parallel.problems(model.spec) if is_for_inference else training_ranks.problems(model.spec, parallel))
+    _refuse(parallel.problems(model.spec, training=not is_for_inference))
     whole = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
 
     def plan_of(number: int) -> Plan:

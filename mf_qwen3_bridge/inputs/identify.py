@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.model.layouts import Layout
-from mf_qwen3_bridge.model.rules import EMBEDDING, OUTPUT, Dialect, hf_dialect
+from mf_qwen3_bridge.model.parameters import (
+    OUTPUT,
+    PARAMETERS,
+    Parameter,
+    is_expert_name,
+    is_hf_name,
+    is_mindformers_name,
+    layer_of,
+)
+from mf_qwen3_bridge.model.rules import Dialect, hf_dialect
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.safetensors import Checkpoint, TensorInfo
 
@@ -34,7 +42,7 @@ def dialect_of(
     names = checkpoint.tensors
     if any(map(is_hf_name, names)):
         return hf_dialect(names)
-    if not any(name.startswith(("decoder.", "embedding.")) for name in names):
+    if not any(map(is_mindformers_name, names)):
         some = ", ".join(sorted(names)[:3])
         raise BridgeError(f"{checkpoint.path}: the tensors' names are neither Hugging Face's nor MindFormers' ({some})")
     stamp = checkpoint.metadata.get(LAYOUT_STAMP)
@@ -62,18 +70,13 @@ def dialect_of(
         )
     return Dialect(
         layout,
-        stacked_experts=any(name.endswith(".experts.weight1") and len(names[name].shape) == 3 for name in names),
+        stacked_experts=any(is_expert_name(name) and len(tensor.shape) == 3 for name, tensor in names.items()),
     )
-
-
-def is_hf_name(name: str) -> bool:
-    """Whether only Hugging Face calls a tensor so."""
-    return name.startswith(("model.layers.", "model.embed_tokens."))
 
 
 def holds_experts(checkpoint: Checkpoint) -> bool:
     """Whether the tensors are a MoE's."""
-    return any(".experts." in name for name in checkpoint.tensors)
+    return any(map(is_expert_name, checkpoint.tensors))
 
 
 def saved_by_ranks(checkpoint: Checkpoint) -> int | None:
@@ -98,60 +101,60 @@ def spec_of(tensors: Mapping[str, TensorInfo], dialect: Dialect, tied: bool | No
     return ModelSpec.from_model_config(numbers | {"tie_word_embeddings": tied})
 
 
-# What the shapes say: (field, tensor of a layer, axis). Rows of heads are divided by head_dim below.
-_HF_SHAPES = (
-    ("head_dim", "self_attn.q_norm.weight", 0),
-    ("num_attention_heads", "self_attn.q_proj.weight", 0),
-    ("num_query_groups", "self_attn.k_proj.weight", 0),
-    ("ffn_hidden_size", "mlp.gate_proj.weight", 0),
-    ("num_experts", "mlp.gate.weight", 0),
-    ("moe_ffn_hidden_size", "mlp.experts.0.gate_proj.weight", 0),
-    ("moe_ffn_hidden_size", "mlp.experts.down_proj", 2),
-)
-_MINDFORMERS_SHAPES = (
-    ("head_dim", "self_attention.q_layernorm.weight", 0),
-    ("num_attention_heads", "self_attention.linear_proj.weight", 1),
-    ("num_query_groups", "self_attention.linear_qkv.weight", 0),  # q, k and v together
-    ("ffn_hidden_size", "mlp.linear_fc2.weight", 1),
-    ("num_experts", "mlp.router.weight", 0),
-    ("moe_ffn_hidden_size", "mlp.experts.weight1", -1),  # gate and up together
-)
-
-
 def numbers_of(tensors: Mapping[str, TensorInfo], dialect: Dialect) -> dict[str, tuple[int, str]]:
-    """What the tensors' shapes say about a ModelSpec's fields.
+    """What the tensors' shapes show of a :class:`ModelSpec`: those of its first layer, and the embedding's.
 
     Returns:
-        {field: (number, the tensor that says so)}; only fields that can be told.
+        {field: (number, the tensor that shows it)}; only the fields that the shapes show.
     """
-    layers = {int(match.group(1)) for name in tensors if (match := re.search(r"\blayers\.(\d+)\.", name))}
+    layers = {number for name in tensors if (number := layer_of(name)) is not None}
     if not layers:
         return {}
-    prefix = f"{dialect.name(('model', 'decoder'))}.layers.{min(layers)}."
-    shapes = [
-        (field, prefix + name, axis) for field, name, axis in (_HF_SHAPES if dialect.is_hf else _MINDFORMERS_SHAPES)
-    ]
-    shapes += [(field, dialect.name(EMBEDDING), axis) for axis, field in enumerate(("vocab_size", "hidden_size"))]
+    # (length of an axis, the numbers that add up to it, the tensor); where one is unknown, the others give it.
+    sums = [entry for parameter in PARAMETERS for entry in _sums(parameter, tensors, dialect, min(layers))]
     found: dict[str, tuple[int, str]] = {}
     if max(layers) < len(tensors):
         found["num_layers"] = (max(layers) + 1, f"layers.{max(layers)}")
-    for field, name, axis in shapes:
-        shape = tensors[name].shape if name in tensors else ()
-        if -len(shape) <= axis < len(shape):
-            found[field] = (shape[axis], f"{name} {shape}")
-
-    def divide(field: str, by: int) -> None:
-        number, tensor = found.pop(field, (0, ""))
-        if number > 0 and by > 0 and number % by == 0:
-            found[field] = (number // by, tensor)
-
-    head_dim = found.get("head_dim", (0, ""))[0]
-    divide("num_attention_heads", head_dim)
-    divide("num_query_groups", head_dim)
-    if not dialect.is_hf:
-        if "num_query_groups" in found:
-            number, tensor = found["num_query_groups"]
-            found["num_query_groups"] = (number - found.get("num_attention_heads", (number, ""))[0], tensor)
-            divide("num_query_groups", 2)
-        divide("moe_ffn_hidden_size", 2)
+    while solved := next(filter(None, (_solved(found, *entry) for entry in sums)), None):
+        found |= solved
+    head_dim, _ = found.get("head_dim", (0, ""))
+    for field, rows in ("num_attention_heads", "query_rows"), ("num_query_groups", "key_value_rows"):
+        number, tensor = found.pop(rows, (0, ""))
+        if number and head_dim and number % head_dim == 0:
+            found[field] = (number // head_dim, tensor)
     return found
+
+
+def _sums(
+    parameter: Parameter, tensors: Mapping[str, TensorInfo], dialect: Dialect, layer: int
+) -> Iterator[tuple[int, tuple[str, ...], str]]:
+    """The axes of what ``tensors`` has of a parameter: (length, the numbers that add up to it, name and shape)."""
+    shape = parameter.shape
+    columns = (shape.columns,) if shape.columns else ()
+    axes: dict[str, dict[int, tuple[str, ...]]] = {}
+    if not dialect.is_hf:
+        # Experts are transposed; without an axis of their own, their first one is a product.
+        axes[parameter.mindformers] = {-1: shape.rows} if shape.per_expert else {0: shape.rows, 1: columns}
+    elif shape.per_expert and dialect.stacked_experts:
+        axes[parameter.stacked] = {1: shape.rows, 2: columns}
+    else:
+        axes |= {part: {0: (rows,), 1: columns} for part, rows in zip(parameter.parts, shape.rows)}
+    for pattern, terms in axes.items():
+        tensor = tensors.get(pattern.format(layer=layer, expert=0))
+        if tensor is None:
+            continue
+        for axis, numbers in terms.items():
+            if numbers and -len(tensor.shape) <= axis < len(tensor.shape):
+                yield tensor.shape[axis], numbers, f"{tensor.name} {tensor.shape}"
+
+
+def _solved(
+    found: Mapping[str, tuple[int, str]], length: int, numbers: tuple[str, ...], tensor: str
+) -> dict[str, tuple[int, str]] | None:
+    """The only number of a sum that is not known yet."""
+    unknown = {number for number in numbers if number not in found}
+    if len(unknown) != 1:
+        return None
+    (name,) = unknown
+    rest, count = length - sum(found[number][0] for number in numbers if number in found), numbers.count(name)
+    return {name: (rest // count, tensor)} if rest > 0 and rest % count == 0 else None

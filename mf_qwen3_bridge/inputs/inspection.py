@@ -14,8 +14,9 @@ from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
 from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP, dialect_of, holds_experts, numbers_of, spec_of
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT
+from mf_qwen3_bridge.model.parameters import OUTPUT, is_training_state
 from mf_qwen3_bridge.model.released import RELEASED
-from mf_qwen3_bridge.model.rules import OUTPUT, Dialect, is_training_state, model_rules
+from mf_qwen3_bridge.model.rules import Dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.plan import take_stock
 from mf_qwen3_bridge.transfer.safetensors import Checkpoint, TensorInfo, open_checkpoint, stale_files

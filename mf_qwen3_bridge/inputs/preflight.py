@@ -23,7 +23,8 @@ from mf_qwen3_bridge.inputs.mindformers_yaml import (
 )
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import WHOLE, ParallelConfig, Rank
-from mf_qwen3_bridge.model.rules import INFER, OUTPUT, Dialect, Rule, model_rules
+from mf_qwen3_bridge.model.parameters import OUTPUT
+from mf_qwen3_bridge.model.rules import INFER, Dialect, Rule, model_rules
 from mf_qwen3_bridge.model.spec import MINDFORMERS_NAMES, ModelSpec
 from mf_qwen3_bridge.transfer.plan import Plan, make_plan
 from mf_qwen3_bridge.transfer.safetensors import Checkpoint, open_checkpoint, stale_files

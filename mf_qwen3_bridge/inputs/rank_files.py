@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.model.layouts import Box
-from mf_qwen3_bridge.model.rules import is_counter, is_training_state
+from mf_qwen3_bridge.model.parameters import is_counter, is_training_state
 from mf_qwen3_bridge.transfer.blocks import Slice
 from mf_qwen3_bridge.transfer.safetensors import Checkpoint, TensorInfo, read_header
 

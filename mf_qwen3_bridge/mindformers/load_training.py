@@ -17,7 +17,8 @@ from mf_qwen3_bridge.inputs.rank_files import Sharding
 from mf_qwen3_bridge.inputs.strategies import read_strategy
 from mf_qwen3_bridge.mindformers.load import fill_parameters
 from mf_qwen3_bridge.model.layouts import Layout
-from mf_qwen3_bridge.model.rules import Dialect, is_training_state
+from mf_qwen3_bridge.model.parameters import is_training_state
+from mf_qwen3_bridge.model.rules import Dialect
 from mf_qwen3_bridge.transfer.blocks import write_slices
 from mf_qwen3_bridge.transfer.plan import Plan
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 
 from mf_qwen3_bridge.errors import Problem
+from mf_qwen3_bridge.model.parameters import parameters_of
 from mf_qwen3_bridge.model.spec import ModelSpec
 
 
@@ -42,6 +44,9 @@ class Rank:
 
 
 WHOLE = Rank()
+
+# The sizes that divide a model's numbers, as messages call them.
+_TENSOR, _EXPERT, _PER_EXPERT = "tensor parallel", "expert parallel", "processes per expert"
 
 
 @dataclass(frozen=True)
@@ -80,44 +85,50 @@ class ParallelConfig:
             uses_all_to_all=self.data_parallel > 1 and expert_tensor_parallel == 1,
         )
 
-    def problems(self, spec: ModelSpec) -> Iterator[Problem]:
-        """Everything of a model that does not divide by these sizes."""
-        tensor = self.tensor_parallel
-        divided = {"num_attention_heads": spec.num_attention_heads, "vocab_size": spec.vocab_size}
-        if not spec.is_moe:
-            divided["ffn_hidden_size"] = spec.ffn_hidden_size
-        for name, number in divided.items():
-            if number % tensor:
-                yield Problem(name, f"{number}, tensor parallel {tensor}", _remedy(name, number))
-        groups = spec.num_query_groups
-        if groups % tensor and tensor % groups:
-            yield Problem(
-                "num_query_groups", f"{groups}, tensor parallel {tensor}", "one has to be a multiple of the other"
-            )
-        if not spec.is_moe:
-            if self.expert_parallel > 1:
-                yield Problem("expert parallel", f"{self.expert_parallel}", "the model has no experts: leave it out")
-            return
-        if self.world_size % self.expert_parallel:
+    def problems(self, spec: ModelSpec, *, training: bool = False) -> Iterator[Problem]:
+        """Everything of a model that these sizes don't divide, with the sizes that would.
+
+        Args:
+            spec: the model's numbers.
+            training: for MindFormers' training network; the inference network repeats KV heads, and divides experts.
+        """
+        if not spec.is_moe and self.expert_parallel > 1:
+            yield Problem("expert parallel", str(self.expert_parallel), "the model has no experts: leave it out")
+        if spec.is_moe and not training and self.world_size % self.expert_parallel:
             yield Problem(
                 "expert parallel",
                 f"{self.expert_parallel}, number of processes {self.world_size}",
                 "it has to divide them: start more with msrun, or name their number with --tp",
             )
             return
-        if spec.num_experts % self.expert_parallel:
-            yield Problem(
-                "num_experts",
-                f"{spec.num_experts}, expert parallel {self.expert_parallel}",
-                _remedy("num_experts", spec.num_experts),
-            )
-        share = self.world_size // self.expert_parallel
-        if spec.moe_ffn_hidden_size % share:
-            yield Problem(
-                "moe_ffn_hidden_size",
-                f"{spec.moe_ffn_hidden_size}, each expert on {share} processes",
-                "raise expert parallel, or use fewer processes",
-            )
+        for name, size_name, size in self._undivided(spec, training):
+            remedy = "raise expert parallel, or use fewer processes"
+            if size_name != _PER_EXPERT:
+                fitting = ", ".join(map(str, self._sizes_that_fit(spec, training, size_name)))
+                remedy = f"use a size that divides the whole model: {fitting or 'none; change the other size'}"
+            yield Problem(name, f"{getattr(spec, name)}, {size_name} {size}", remedy)
+
+    def _undivided(self, spec: ModelSpec, training: bool) -> Iterator[tuple[str, str, int]]:
+        """(number of the model, the size that has to divide it, its value) wherever it doesn't; read off the table."""
+        share = 1 if training else self.world_size // self.expert_parallel
+        sizes = {"num_experts": (_EXPERT, self.expert_parallel), "moe_ffn_hidden_size": (_PER_EXPERT, share)}
+        numbers = [parameter.shape.divided for parameter in parameters_of(spec) if parameter.shape.divided]
+        for name in dict.fromkeys([*numbers, "num_experts"] if spec.is_moe else numbers):
+            number, (size_name, size) = getattr(spec, name), sizes.get(name, (_TENSOR, self.tensor_parallel))
+            repeats_heads = name == "num_query_groups" and not training and size % number == 0
+            if number % size and not repeats_heads:
+                yield name, size_name, size
+
+    def _sizes_that_fit(self, spec: ModelSpec, training: bool, size_name: str) -> Iterator[int]:
+        """The usual sizes with which everything that this size divides would be divided."""
+        for size in (1, 2, 4, 8, 16, 32, 64):
+            if size_name == _TENSOR:
+                other = replace(self, tensor_parallel=size, expert_parallel=gcd(size, self.expert_parallel))
+            else:
+                other = replace(self, expert_parallel=size)
+            is_possible = training or other.world_size % other.expert_parallel == 0
+            if is_possible and not {size_name, _PER_EXPERT} & {name for _, name, _ in other._undivided(spec, training)}:
+                yield size
 
 
 SINGLE = ParallelConfig()
@@ -129,8 +140,3 @@ def num_processes() -> int:
     msrun runs the script once more, as the scheduler that the others meet at: it too has to join the run.
     """
     return int(os.environ["MS_WORKER_NUM"]) if os.environ.get("MS_ROLE") in ("MS_WORKER", "MS_SCHED") else 1
-
-
-def _remedy(name: str, number: int) -> str:
-    sizes = [str(size) for size in (1, 2, 4, 8, 16, 32, 64) if number % size == 0]
-    return f"use a size that divides {name}: {', '.join(sizes)}"

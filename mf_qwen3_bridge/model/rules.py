@@ -1,10 +1,15 @@
-"""Which Hugging Face tensors make up which MindFormers parameter: a model as a table."""
+"""Maps each MindFormers parameter to the Hugging Face tensors that it is made of, element by element.
+
+A rule is a line of the table in ``parameters.py`` with a model's numbers filled in. It shows each of its parts as a
+view of the tensor that stores it, in any dialect; a part's views have one shape in all dialects, so that converting is
+copying from one view to the other.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from math import prod
 from typing import Literal, Protocol
 
@@ -12,6 +17,7 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.model import layouts
 from mf_qwen3_bridge.model.layouts import Layout, View
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
+from mf_qwen3_bridge.model.parameters import PARAMETERS, QKV, ROUTER, Parameter, Shape, parameters_of
 from mf_qwen3_bridge.model.spec import ModelSpec
 
 
@@ -50,7 +56,7 @@ TRAIN = Dialect(layouts.TRAINING_DEFAULT)
 
 @dataclass(frozen=True)
 class Place:
-    """Where one part of a rule lies: in which tensor, of which shape, seen how.
+    """Where one part of a rule is stored: in which tensor, of which shape, and the view of it that shows the part.
 
     A part's views have the same shape in every dialect.
     """
@@ -61,8 +67,8 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What one part of a rank's rule is of the whole model's: which part, and which slice of its views."""
+class PartSlice:
+    """Which part of the whole model's rule a part of a rank's rule is, and which slice of that part's views."""
 
     part: int
     where: tuple[slice, ...] = ()
@@ -80,14 +86,14 @@ class Rule(Protocol):
         """The Hugging Face names of the parts, in their order, where each is a tensor of its own."""
 
     @property
-    def divided(self) -> str | None:
-        """What the ranks that share the parameter divide, if they divide anything."""
+    def divided(self) -> Literal["rows", "columns"] | None:
+        """The axis of the tensors along which ranks divide them; None if every rank holds everything."""
 
     def places(self, dialect: Dialect) -> list[Place]:
-        """Where each part lies in ``dialect``, in the order of ``tensors``."""
+        """Where each part is stored in ``dialect``, in the order of ``tensors``."""
 
-    def shard(self, rank: Rank) -> tuple[Rule, list[Cut]]:
-        """The rule of what a rank holds, and what each of that rule's parts is of this one's."""
+    def shard(self, rank: Rank) -> tuple[Rule, list[PartSlice]]:
+        """The rule of what a rank holds, and which slice of this rule's parts each of its parts is."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,9 @@ class RowsRule:
         tensors: the Hugging Face names.
         rows: number of rows of each tensor.
         columns: shape of one row.
-        groups: number of groups that an interleaved layout deals the rows in, and that ranks share.
+        groups: number of groups of rows: an interleaved layout stores group by group, and ranks hold whole groups.
         fuses: what the parameter fuses, if it fuses anything; decides which layout flag applies.
-        divided: what tensor parallel ranks divide: whole ``groups`` of rows, the ``columns``, or nothing.
+        divided: what tensor parallel ranks divide: the groups of ``rows``, the ``columns``, or nothing.
     """
 
     parameter: str
@@ -110,7 +116,7 @@ class RowsRule:
     columns: tuple[int, ...] = ()
     groups: int = 1
     fuses: Literal["qkv", "gate_up"] | None = None
-    divided: Literal["groups", "columns"] | None = None
+    divided: Literal["rows", "columns"] | None = None
 
     def places(self, dialect: Dialect) -> list[Place]:
         """See :class:`Rule`."""
@@ -125,9 +131,9 @@ class RowsRule:
         return [Place(self.parameter, shape, view) for view in arrange(self.rows, self.columns, self.groups)]
 
     def in_blocks(self, dialect: Dialect, count: int) -> Iterator[Place]:
-        """Where what each of ``count`` tensor parallel ranks holds of each part lies in the whole tensors.
+        """Where the whole tensors store what each of ``count`` tensor parallel ranks holds of each part.
 
-        If these are a training run's, its ranks' blocks lie one after the other, each laid out by itself.
+        In the layout of a training run with so many ranks, their blocks follow each other, each laid out by itself.
         """
         whole = self.places(dialect)
         for number in range(count):
@@ -139,25 +145,25 @@ class RowsRule:
                 else:
                     yield replace(whole[cut.part], view=whole[cut.part].view[cut.where])
 
-    def shard(self, rank: Rank) -> tuple[RowsRule, list[Cut]]:
+    def shard(self, rank: Rank) -> tuple[RowsRule, list[PartSlice]]:
         """See :class:`Rule`. Mirrors the ``weight_loader`` methods of ``mindformers/parallel_core/inference``."""
         size, number = rank.tensor_parallel, rank.tensor_rank
         local = self
         where: tuple[slice, ...] = ()
-        if self.divided == "groups":
+        if self.divided == "rows":
             local = replace(self, rows=tuple(n // size for n in self.rows), groups=self.groups // size)
             where = (_share(self.groups, size, number),)
         elif self.divided == "columns":
             local = replace(self, columns=(self.columns[0] // size,))
             where = (slice(None), slice(None), _share(self.columns[0], size, number))
-        return local, [Cut(part, where) for part in range(len(self.tensors))]
+        return local, [PartSlice(part, where) for part in range(len(self.tensors))]
 
 
 class QkvRule(RowsRule):
     """Queries, keys and values; a group is a KV head with its query heads."""
 
-    def shard(self, rank: Rank) -> tuple[RowsRule, list[Cut]]:
-        """As other rows; of more ranks than groups, those of one group divide its queries, and each holds its KV head.
+    def shard(self, rank: Rank) -> tuple[RowsRule, list[PartSlice]]:
+        """Whole groups; with more ranks than groups, the ranks of a group divide its queries and repeat its KV head.
 
         Mirrors ``QKVParallelLinear.weight_loader`` of ``.../inference/tensor_parallel/layers.py``.
         """
@@ -168,13 +174,17 @@ class QkvRule(RowsRule):
         query, *key_value = (n // self.groups for n in self.rows)
         local = replace(self, rows=(query // ranks_of_group, *key_value), groups=1)
         mine = slice(group, group + 1)
-        return local, [Cut(0, (mine, _share(query, ranks_of_group, member))), Cut(1, (mine,)), Cut(2, (mine,))]
+        return local, [
+            PartSlice(0, (mine, _share(query, ranks_of_group, member))),
+            PartSlice(1, (mine,)),
+            PartSlice(2, (mine,)),
+        ]
 
 
 class RouterRule(RowsRule):
     """The router, a row for each expert: every rank holds all of them."""
 
-    def shard(self, rank: Rank) -> tuple[RowsRule, list[Cut]]:
+    def shard(self, rank: Rank) -> tuple[RowsRule, list[PartSlice]]:
         """All rows, but each rank of several that share the experts begins with those of its own.
 
         Mirrors ``Router.weight_loader`` of ``.../inference/transformer/moe/router.py``.
@@ -185,7 +195,7 @@ class RouterRule(RowsRule):
             return super().shard(rank)
         everything = slice(None)
         local = replace(self, tensors=self.tensors * 2, rows=(total - start, start))
-        return local, [Cut(0, (everything, slice(start, total))), Cut(0, (everything, slice(0, start)))]
+        return local, [PartSlice(0, (everything, slice(start, total))), PartSlice(0, (everything, slice(0, start)))]
 
 
 @dataclass(frozen=True)
@@ -194,9 +204,8 @@ class ExpertsRule:
 
     Attributes:
         parameter: the MindFormers name.
-        experts: the Hugging Face name that the experts' names begin with.
-        projections: the parts of each expert, in their order.
-        stacked: the Hugging Face name of the part where all experts are one tensor.
+        parts: the Hugging Face names of an expert's parts, with ``{expert}`` for its number.
+        stacked: the Hugging Face name of the tensor that holds all experts.
         num_experts: number of experts.
         rows: number of rows of each part.
         columns: number of columns of each part.
@@ -204,40 +213,39 @@ class ExpertsRule:
     """
 
     parameter: str
-    experts: str
-    projections: tuple[str, ...]
+    parts: tuple[str, ...]
     stacked: str
     num_experts: int
     rows: int
     columns: int
-    divided: Literal["rows", "columns"]
+    divided: Literal["rows", "columns"] | None
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """See :class:`Rule`: expert by expert."""
-        return tuple(f"{self.experts}.{e}.{part}.weight" for e in range(self.num_experts) for part in self.projections)
+        return tuple(part.format(expert=number) for number in range(self.num_experts) for part in self.parts)
 
     def places(self, dialect: Dialect) -> list[Place]:
         """See :class:`Rule`."""
         if dialect == HF:
             alone = View.whole((self.rows, self.columns))
             return [Place(name, alone.shape, alone) for name in self.tensors]
-        count, columns, all_rows = self.num_experts, self.columns, [self.rows] * len(self.projections)
+        count, columns, all_rows = self.num_experts, self.columns, [self.rows] * len(self.parts)
         total = sum(all_rows)
         views = layouts.by_expert(count, all_rows, columns, transposed=not dialect.is_hf)
         shape: tuple[int, ...]
         if dialect.is_hf:
-            name, shape = f"{self.experts}.{self.stacked}", (count, total, columns)
+            name, shape = self.stacked, (count, total, columns)
         else:
             name = self.parameter
             shape = (count, columns, total) if dialect.stacked_experts else (count * columns, total)
         return [Place(name, shape, view) for expert in views for view in expert]
 
-    def shard(self, rank: Rank) -> tuple[ExpertsRule, list[Cut]]:
+    def shard(self, rank: Rank) -> tuple[ExpertsRule, list[PartSlice]]:
         """See :class:`Rule`. Mirrors ``weight_loader`` of ``.../inference/tensor_parallel/grouped_layers.py``."""
         size, number = rank.expert_tensor_parallel, rank.expert_tensor_rank
         mine = _share(self.num_experts, rank.expert_parallel, rank.expert_rank)
-        parts = len(self.projections)
+        parts = len(self.parts)
         local = replace(self, num_experts=mine.stop - mine.start)
         if self.divided == "rows":
             local = replace(local, rows=self.rows // size)
@@ -245,7 +253,7 @@ class ExpertsRule:
         else:
             local = replace(local, columns=self.columns // size)
             where = (slice(None), _share(self.columns, size, number))
-        return local, [Cut(part, where) for part in range(mine.start * parts, mine.stop * parts)]
+        return local, [PartSlice(part, where) for part in range(mine.start * parts, mine.stop * parts)]
 
 
 def _share(length: int, size: int, number: int) -> slice:
@@ -256,17 +264,17 @@ def _share(length: int, size: int, number: int) -> slice:
 
 
 def shares(rule: Rule, rank: Rank, source: Dialect, target: Dialect) -> Iterator[tuple[Place, Place]]:
-    """For each part of what a rank holds: where it lies in the whole tensors of ``source``, and in its own.
+    """For each part of what a rank holds: where the whole tensors of ``source`` store it, and where its own do.
 
     Raises:
-        BridgeError: a training run's blocks would have to be cut again.
+        BridgeError: a training run's blocks would have to be divided again.
     """
     blocks = {layout.tensor_parallel for layout in (source.layout, target.layout) if layout} - {1}
     if blocks and isinstance(rule, RowsRule) and rule.fuses:
         if len(blocks) > 1 or rank != WHOLE:
             raise BridgeError(
-                "weights in a contiguous layout lie in the blocks of a training run's tensor parallel ranks, which "
-                "can't be cut into others: export them to Hugging Face first (mf-qwen3 export)"
+                "a contiguous layout stores the blocks of a training run's tensor parallel ranks one after the other; "
+                "they can't be divided otherwise: export them to Hugging Face first (mf-qwen3 export)"
             )
         for here, there in zip(rule.in_blocks(source, *blocks), rule.in_blocks(target, *blocks)):
             yield here, there
@@ -279,91 +287,32 @@ def shares(rule: Rule, rank: Rank, source: Dialect, target: Dialect) -> Iterator
 
 
 def hf_dialect(names: Iterable[str]) -> Dialect:
-    """How Hugging Face tensors of these names spell experts."""
-    return HF_STACKED if any(name.endswith(".experts.gate_up_proj") for name in names) else HF
-
-
-# The two parameters that a tied model shares: (Hugging Face's name, MindFormers').
-EMBEDDING = ("model.embed_tokens.weight", "embedding.word_embeddings.weight")
-OUTPUT = ("lm_head.weight", "output_layer.weight")
+    """Hugging Face's dialect, with experts as tensors of these names spell them."""
+    return HF_STACKED if any(name.endswith(_STACKED) for name in names) else HF
 
 
 def model_rules(spec: ModelSpec) -> Iterator[Rule]:
-    """The table of a model.
-
-    Mirrors ``weight_mapping`` in ``mindformers/models/qwen3/utils.py`` and ``.../qwen3_moe/utils.py`` (1.7 to 1.9).
-    """
-    hidden, vocab = spec.hidden_size, spec.vocab_size
-    query, key_value, head = spec.query_rows, spec.key_value_rows, spec.head_dim
-
-    yield RowsRule(EMBEDDING[1], (EMBEDDING[0],), (vocab,), (hidden,), groups=vocab, divided="groups")
-    for layer in range(spec.num_layers):
-        hf, mf = f"model.layers.{layer}", f"decoder.layers.{layer}"
-        attn, self_attention = f"{hf}.self_attn", f"{mf}.self_attention"
-        yield RowsRule(f"{mf}.input_layernorm.weight", (f"{hf}.input_layernorm.weight",), (hidden,))
-        yield QkvRule(
-            f"{self_attention}.linear_qkv.weight",
-            (f"{attn}.q_proj.weight", f"{attn}.k_proj.weight", f"{attn}.v_proj.weight"),
-            (query, key_value, key_value),
-            (hidden,),
-            groups=spec.num_query_groups,
-            fuses="qkv",
-            divided="groups",
-        )
-        yield RowsRule(f"{self_attention}.q_layernorm.weight", (f"{attn}.q_norm.weight",), (head,))
-        yield RowsRule(f"{self_attention}.k_layernorm.weight", (f"{attn}.k_norm.weight",), (head,))
-        yield RowsRule(
-            f"{self_attention}.linear_proj.weight", (f"{attn}.o_proj.weight",), (hidden,), (query,), divided="columns"
-        )
-        yield RowsRule(f"{mf}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), (hidden,))
-        yield from (_experts if spec.is_moe else _mlp)(spec, f"{hf}.mlp", f"{mf}.mlp")
-    yield RowsRule("decoder.final_layernorm.weight", ("model.norm.weight",), (hidden,))
-    if not spec.tie_word_embeddings:
-        yield RowsRule(OUTPUT[1], (OUTPUT[0],), (vocab,), (hidden,), groups=vocab, divided="groups")
+    """The rules of a model: one for each line of its table, and layer."""
+    for per_layer, group in groupby(parameters_of(spec), lambda parameter: parameter.is_per_layer):
+        parameters = list(group)
+        for layer in range(spec.num_layers if per_layer else 1):
+            yield from (_rule(spec, parameter, layer) for parameter in parameters)
 
 
-def _mlp(spec: ModelSpec, hf: str, mf: str) -> Iterator[Rule]:
-    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
-    yield RowsRule(
-        f"{mf}.linear_fc1.weight",
-        (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
-        (ffn, ffn),
-        (hidden,),
-        groups=ffn,
-        fuses="gate_up",
-        divided="groups",
-    )
-    yield RowsRule(f"{mf}.linear_fc2.weight", (f"{hf}.down_proj.weight",), (hidden,), (ffn,), divided="columns")
+_STACKED = tuple(parameter.stacked.rpartition("{layer}")[2] for parameter in PARAMETERS if parameter.stacked)
+_CLASSES: dict[Shape, type[RowsRule]] = {QKV: QkvRule, ROUTER: RouterRule}
 
 
-def _experts(spec: ModelSpec, hf: str, mf: str) -> Iterator[Rule]:
-    hidden, ffn, count = spec.hidden_size, spec.moe_ffn_hidden_size, spec.num_experts
-    yield RouterRule(f"{mf}.router.weight", (f"{hf}.gate.weight",), (count,), (hidden,))
-    experts = f"{hf}.experts"
-    gate_up = ("gate_proj", "up_proj")
-    yield ExpertsRule(f"{mf}.experts.weight1", experts, gate_up, "gate_up_proj", count, ffn, hidden, divided="rows")
-    down = ("down_proj",)
-    yield ExpertsRule(f"{mf}.experts.weight2", experts, down, "down_proj", count, hidden, ffn, divided="columns")
-
-
-# What lies in a training checkpoint beside the weights: an optimizer's state, under a weight's name with a prefix...
-_PREFIXED = re.compile(r"\w+?[._]((?:decoder|embedding|output_layer)\..+)")
-# ...counters, dropout's random state, the load of each expert, losses that are summed up.
-_COUNTERS = re.compile(
-    r"(.*\.)?\w*dropout\.(seed|offset)|(.*\.)?router\.fi_accu"
-    r"|(.*\.)?(max_logits_val|expert_load\w*|num_tokens_per_expert|expert_mapping)"
-    r"|(aux|lm|mtp|indexer)_loss|global_batch_size"
-    r"|global_step|current_iterator_step|last_overflow_iterator_step|epoch_num|step_num|loss_scale|scale_sense"
-    r"|learning_rate(_group_\d+)?|beta[12]_power|afactor_step|list_index|scale_window_(up|down)_count"
-)
-
-
-def is_counter(name: str) -> bool:
-    """Whether a tensor of a MindFormers training checkpoint is a counter or the like, which every rank holds whole."""
-    return _COUNTERS.fullmatch(name) is not None
-
-
-def is_training_state(name: str, weights: Container[str]) -> bool:
-    """Whether a tensor of a MindFormers training checkpoint is state of the run, not one of the model's ``weights``."""
-    prefixed = _PREFIXED.fullmatch(name)
-    return (prefixed is not None and prefixed[1] in weights) or is_counter(name)
+def _rule(spec: ModelSpec, parameter: Parameter, layer: int) -> Rule:
+    shape = parameter.shape
+    name = parameter.mindformers.format(layer=layer)
+    rows = tuple(getattr(spec, number) for number in shape.rows)
+    columns: tuple[int, ...] = (getattr(spec, shape.columns),) if shape.columns else ()
+    divided = shape.axis if shape.divided else None
+    if shape.per_expert:
+        parts = tuple(part.format(layer=layer, expert="{expert}") for part in parameter.parts)
+        stacked = parameter.stacked.format(layer=layer)
+        return ExpertsRule(name, parts, stacked, spec.num_experts, rows[0], columns[0], divided)
+    parts = tuple(part.format(layer=layer) for part in parameter.parts)
+    groups = getattr(spec, shape.divided) if shape.divided and shape.axis == "rows" else 1
+    return _CLASSES.get(shape, RowsRule)(name, parts, rows, columns, groups, shape.fuses, divided)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from math import lcm
 
-from mf_qwen3_bridge.errors import Problem
 from mf_qwen3_bridge.model.layouts import Box, Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import Dialect, ExpertsRule, Rule
@@ -17,24 +16,9 @@ def world_size(parallel: ParallelConfig) -> int:
     return lcm(parallel.tensor_parallel, parallel.expert_parallel)
 
 
-def problems(spec: ModelSpec, parallel: ParallelConfig) -> Iterator[Problem]:
-    """Everything of a model that training can't divide by these sizes."""
-    tensor, expert = parallel.tensor_parallel, parallel.expert_parallel
-    divided = {"num_query_groups": spec.num_query_groups, "vocab_size": spec.vocab_size}
-    if not spec.is_moe:
-        divided["ffn_hidden_size"] = spec.ffn_hidden_size
-    for name, number in divided.items():
-        if number % tensor:
-            yield Problem(name, f"{number}, tensor parallel {tensor}", "training needs a size that divides it")
-    if not spec.is_moe and expert > 1:
-        yield Problem("expert parallel", str(expert), "the model has no experts: leave it out")
-    elif spec.is_moe and spec.num_experts % expert:
-        yield Problem("num_experts", f"{spec.num_experts}, expert parallel {expert}", "use a size that divides it")
-
-
 def layouts(spec: ModelSpec) -> Iterator[Layout]:
     """Every layout that a training run of this model can leave, with up to 8 tensor parallel ranks."""
-    sizes = (size for size in (1, 2, 4, 8) if not any(problems(spec, ParallelConfig(size))))
+    sizes = (size for size in (1, 2, 4, 8) if not any(ParallelConfig(size).problems(spec, training=True)))
     yield from dict.fromkeys(kind.on(size) for size in sizes for kind in Layout.kinds())
 
 
@@ -47,7 +31,7 @@ def boxes(rules: Iterable[Rule], held: Dialect, parallel: ParallelConfig, number
     for rule in rules:
         is_experts = isinstance(rule, ExpertsRule)
         size = parallel.expert_parallel if is_experts else parallel.tensor_parallel
-        axis = 0 if is_experts or rule.divided == "groups" else 1
+        axis = 0 if is_experts or rule.divided == "rows" else 1
         if rule.divided is None or size == 1:
             continue
         shape = rule.places(held)[0].shape

@@ -16,7 +16,8 @@ import numpy as np
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.model.layouts import View
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
-from mf_qwen3_bridge.model.rules import EMBEDDING, OUTPUT, Dialect, Place, Rule, is_training_state, shares
+from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT, is_training_state
+from mf_qwen3_bridge.model.rules import Dialect, Place, Rule, shares
 from mf_qwen3_bridge.transfer.copying import Transfer, have_equal_bytes
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo
 from mf_qwen3_bridge.transfer.tiles import Copy

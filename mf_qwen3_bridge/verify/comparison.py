@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,8 @@ from mf_qwen3_bridge.inputs.mindformers_yaml import read_mindformers_yaml
 from mf_qwen3_bridge.inputs.preflight import Model
 from mf_qwen3_bridge.model import training_ranks
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Box
-from mf_qwen3_bridge.model.rules import HF, Dialect, Rule, model_rules
+from mf_qwen3_bridge.model.parameters import expert_of, look_alikes, with_expert
+from mf_qwen3_bridge.model.rules import HF, Dialect, QkvRule, RowsRule, Rule, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.blocks import write_slices
 from mf_qwen3_bridge.transfer.copying import Transfer, carve, copy_elements, read_nbytes, room
@@ -256,21 +256,6 @@ def _are_dealt_otherwise(here: np.ndarray, there: np.ndarray) -> bool:
     return not np.array_equal(here, there) and {row.tobytes() for row in here} == {row.tobytes() for row in there}
 
 
-_FUSED = re.compile(r"self_attn\.[qkv]_proj|mlp\.(gate|up)_proj")
-
-# Tensors of one shape that are easily mistaken for each other, within a layer.
-_TWINS = {
-    "k_proj": "v_proj",
-    "v_proj": "k_proj",
-    "gate_proj": "up_proj",
-    "up_proj": "gate_proj",
-    "q_norm": "k_norm",
-    "k_norm": "q_norm",
-    "input_layernorm": "post_attention_layernorm",
-    "post_attention_layernorm": "input_layernorm",
-}
-
-
 def _guesses(
     left: Side, right: Side, rules: tuple[Rule, ...], different: Mapping[str, Count]
 ) -> Iterator[tuple[str, str]]:
@@ -278,7 +263,7 @@ def _guesses(
     mine, theirs = _Samples(left, rules), _Samples(right, rules)
     my_layouts, their_layouts = _other_layouts(left, right, rules), _other_layouts(right, left, rules)
     parts_of = {rule.parameter: rule.tensors for rule in rules}
-    fused = {part: parts for parts in parts_of.values() for part in parts if _FUSED.search(part)}
+    fused = {part: rule.tensors for rule in rules if isinstance(rule, RowsRule) and rule.fuses for part in rule.tensors}
     for name in islice(different, _MAX_GUESSES):
         for part in parts_of.get(name, (name,)):
             guess = None
@@ -303,6 +288,11 @@ def _are_alike(left: _Samples, right: _Samples, parts: Iterable[str]) -> bool:
     return all(np.array_equal(left.of(part), right.of(part)) for part in parts)
 
 
+def _kind(name: str) -> str:
+    """``k_proj`` of ``model.layers.0.self_attn.k_proj.weight``."""
+    return name.split(".")[-2]
+
+
 def _guess(name: str, mine: _Samples, theirs: _Samples) -> Iterator[str]:
     here, there = mine.of(name), theirs.of(name)
     if not (here.size and there.size):
@@ -312,21 +302,19 @@ def _guess(name: str, mine: _Samples, theirs: _Samples) -> Iterator[str]:
             yield f"zero in the {word}"
         if not np.isfinite(array).all():
             yield f"NaN or infinity in the {word}"
-    if re.search(r"\.[qkv]_proj\.", name) and _are_dealt_otherwise(mine.heads(name), theirs.heads(name)):
+    has_heads = any(isinstance(rule, QkvRule) and name in rule.tensors for rule in mine.rules)
+    if has_heads and _are_dealt_otherwise(mine.heads(name), theirs.heads(name)):
         yield "its heads are in another order: another number of KV groups?"
     if np.array_equal(here, there):
         return  # the first rows are alike: something is wrong further on
-    kind = re.search(r"\.(\w+)\.weight$", name)
-    twin = _TWINS.get(kind[1]) if kind else None
-    if twin and kind:
+    for twin in look_alikes(name):
         for word, samples, other in (("first", mine, there), ("second", theirs, here)):
-            if np.array_equal(samples.of(f"{name[: kind.start()]}.{twin}.weight"), other):
-                yield f"the {word}'s {twin} is the other's {kind[1]}: swapped?"
-    if expert := re.search(r"\.experts\.(\d+)\.", name):
-        for number in range(mine.side.spec.num_experts):
-            sibling = f"{name[: expert.start(1)]}{number}{name[expert.end(1) :]}"
-            if sibling != name and np.array_equal(mine.of(sibling), there):
-                yield f"expert {expert[1]} of the second is expert {number} of the first"
+            if np.array_equal(samples.of(twin), other):
+                yield f"the {word}'s {_kind(twin)} is the other's {_kind(name)}: swapped?"
+    expert = expert_of(name)
+    for number in range(mine.side.spec.num_experts) if expert is not None else ():
+        if number != expert and np.array_equal(mine.of(with_expert(name, number)), there):
+            yield f"expert {expert} of the second is expert {number} of the first"
     if here.ndim == 2 and np.array_equal(mine.of(name, columns=True), there):
         yield "transposed"
     if here.shape[-1:] == there.shape[-1:] and here.ndim == 2:

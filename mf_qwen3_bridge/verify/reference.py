@@ -15,7 +15,8 @@ import numpy as np
 
 from mf_qwen3_bridge.inputs.preflight import Model
 from mf_qwen3_bridge.model.layouts import Box
-from mf_qwen3_bridge.model.rules import EMBEDDING, HF, OUTPUT
+from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
+from mf_qwen3_bridge.model.rules import HF
 from mf_qwen3_bridge.transfer.blocks import write_slices
 from mf_qwen3_bridge.transfer.plan import Plan
 

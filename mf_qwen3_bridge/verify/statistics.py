@@ -12,7 +12,8 @@ from statistics import median
 import numpy as np
 
 from mf_qwen3_bridge.errors import fold_names
-from mf_qwen3_bridge.model.rules import EMBEDDING, HF, OUTPUT, model_rules
+from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
+from mf_qwen3_bridge.model.rules import HF, model_rules
 from mf_qwen3_bridge.transfer.copying import Transfer, read_nbytes
 from mf_qwen3_bridge.transfer.plan import check_values
 from mf_qwen3_bridge.transfer.progress import progress_bar

@@ -23,7 +23,7 @@ from tests.integration.conftest import golden
 ROOT = Path(__file__).parents[2]
 # Set it to the run_mindformer.py of MindFormers' sources, of the installed release, and that is what runs.
 TRAINER = Path(os.environ.get("RUN_MINDFORMER", Path(__file__).parent / "trainer.py"))
-REGISTER_PATH = ROOT / "mf_qwen3_bridge" / "register"
+REGISTER_PATH = ROOT / "mf_qwen3_bridge" / "mindformers" / "register_path"
 NEW_TOKENS = 16
 
 

@@ -28,7 +28,7 @@ from mindformers.tools.register import MindFormerConfig
 from mindformers.utils import load_checkpoint_utils
 
 import mf_qwen3_bridge
-from mf_qwen3_bridge.model.rules import is_counter
+from mf_qwen3_bridge.model.parameters import is_counter
 
 CLASSES = {"qwen3": TrainingQwen3ForCausalLM, "qwen3_moe": TrainingQwen3MoeForCausalLM}
 

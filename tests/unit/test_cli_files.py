@@ -819,26 +819,30 @@ def test_more_inference_ranks_than_kv_heads(tmp_path, call):
             SPEC,
             ("--tp", 3, "--ep", 2),
             [
-                "num_query_groups vocab_size ffn_hidden_size expert parallel",
-                "2, tensor parallel 3 16, tensor parallel 3 10, tensor parallel 3 2",
-                "training needs a size that divides it",
+                "expert parallel vocab_size num_query_groups num_attention_heads ffn_hidden_size",
+                "2 16, tensor parallel 3 2, tensor parallel 3 4, tensor parallel 3 10, tensor parallel 3",
                 "the model has no experts: leave it out",
+                "use a size that divides the whole model: 1, 2",
             ],
         ),
         (
             SPEC,
             ("--tp", 3, "--layout", "infer"),
             [
-                "num_attention_heads vocab_size ffn_hidden_size num_query_groups",
-                "4, tensor parallel 3 16, tensor parallel 3 10, tensor parallel 3 2, tensor parallel 3",
-                "use a size that divides num_attention_heads: 1, 2, 4",
-                "one has to be a multiple of the other",
+                "vocab_size num_query_groups num_attention_heads ffn_hidden_size",
+                "16, tensor parallel 3 2, tensor parallel 3 4, tensor parallel 3 10, tensor parallel 3",
+                "use a size that divides the whole model: 1, 2",  # 4 heads, but ffn_hidden_size is 10
             ],
         ),
         (
             MOE_SPEC,
             ("--tp", 4, "--ep", 3),
-            ["num_query_groups num_experts", "2, tensor parallel 4 4, expert parallel 3", "use a size that divides it"],
+            [
+                "num_query_groups num_experts",
+                "2, tensor parallel 4 4, expert parallel 3",
+                "divides the whole model: 1, 2",
+                "divides the whole model: 1, 2, 4",
+            ],
         ),
         (
             MOE_SPEC,

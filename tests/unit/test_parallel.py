@@ -214,10 +214,10 @@ def test_a_group_is_shared_when_there_are_more_ranks_than_kv_heads(tmp_path):
 def test_what_does_not_divide_is_told_at_once():
     spec = ModelSpec(2, 64, 12, 6, 16, 100, 130, False)
     assert [problem.subject for problem in ParallelConfig(8).problems(spec)] == [
-        "num_attention_heads",
         "vocab_size",
-        "ffn_hidden_size",
         "num_query_groups",
+        "num_attention_heads",
+        "ffn_hidden_size",
     ]
     assert [p.subject for p in ParallelConfig(2, 2).problems(spec)] == ["expert parallel"]
     moe = replace(MOE_SPEC, num_experts=6, moe_ffn_hidden_size=9)
@@ -225,6 +225,15 @@ def test_what_does_not_divide_is_told_at_once():
     assert [p.subject for p in ParallelConfig(4, 4).problems(moe)] == ["num_experts"]
     assert [p.subject for p in ParallelConfig(4, 2).problems(moe)] == ["moe_ffn_hidden_size"]
     assert not list(ParallelConfig(2, 2).problems(moe))
+
+
+def test_the_sizes_that_are_advised_divide_everything():
+    """Not only the number of their own row: 12 heads divide by 4 and 12, a vocabulary of 130 does not."""
+    spec = ModelSpec(2, 64, 12, 6, 16, 100, 130, False)
+    remedies = {problem.remedy for problem in ParallelConfig(8).problems(spec)}
+    assert remedies == {"use a size that divides the whole model: 1, 2"}
+    (row,) = ParallelConfig(4, 4).problems(replace(MOE_SPEC, num_experts=6, moe_ffn_hidden_size=9))
+    assert row.remedy == "use a size that divides the whole model: none; change the other size"  # 9 rows by 2 or 4
 
 
 @pytest.mark.parametrize(("role", "expected"), [("MS_WORKER", 8), ("MS_SCHED", 8), (None, 1)])

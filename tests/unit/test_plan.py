@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.model import layouts
 from mf_qwen3_bridge.model.layouts import Layout
-from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, is_training_state, model_rules
+from mf_qwen3_bridge.model.parameters import is_training_state
+from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.plan import make_plan
 from mf_qwen3_bridge.transfer.safetensors import open_checkpoint

@@ -17,13 +17,14 @@ from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3M
 from mindformers.tools.logger import logger
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP, is_hf_name
+from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
 from mf_qwen3_bridge.inputs.mindformers_yaml import LAYOUT_FLAGS
 from mf_qwen3_bridge.inputs.preflight import Model, check_weights
 from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
 from mf_qwen3_bridge.mindformers.load_training import load_training_network
 from mf_qwen3_bridge.mindformers.patching import compat
 from mf_qwen3_bridge.mindformers.patching.configs import said_of_layout
+from mf_qwen3_bridge.model.parameters import is_hf_name
 from mf_qwen3_bridge.transfer.safetensors import HF_INDEX, HYPER_PARAMETERS, TensorInfo, open_checkpoint, read_header
 
 INFERENCE_NETWORKS = (InferenceQwen3ForCausalLM, InferenceQwen3MoeForCausalLM)
