@@ -243,7 +243,7 @@ def _checked(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.
     if any(name.startswith("decoder.") for name in arrays):
         raise BridgeError("these weights bear MindFormers' names already: convert_weight_dict takes Hugging Face's")
     plan = make_plan(model_rules(spec), infos, hf_dialect(arrays), INFER)
-    plan.check_duplicates(lambda kept, dropped: arrays[kept.name].tobytes() == arrays[dropped.name].tobytes())
+    plan.check_duplicates(are_equal=lambda kept, dropped: arrays[kept.name].tobytes() == arrays[dropped.name].tobytes())
     uniform = {
         copy.source.name: arrays[copy.source.name].astype(np.float32)
         if copy.source.dtype != target.dtype

@@ -50,7 +50,7 @@ def load_network(network: Any, model: Model, *, use_training_conversion: bool = 
     parameters = network.parameters_dict()
     if use_training_conversion:
         check_parameters(parameters, plan)
-        plan.check_duplicates()
+        plan.check_duplicates(plan.rank)
         _load_converted(network, model)
         check_values({target.name: _magnitudes(parameters[target.name], target) for target in plan.targets})
     else:
@@ -101,7 +101,7 @@ def fill_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
             parameters hold some of the values then, or none.
     """
     check_parameters(parameters, plan)
-    plan.check_duplicates()
+    plan.check_duplicates(plan.rank)
     check_values(_load_directly(parameters, plan))
 
 

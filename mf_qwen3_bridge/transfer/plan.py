@@ -87,10 +87,13 @@ class Plan:
         """Bytes that are read, the duplicates apart."""
         return sum(copy.nbytes for target in self.targets for copy in target.copies)
 
-    def check_duplicates(self, are_equal: Callable[[TensorInfo, TensorInfo], bool] | None = None) -> None:
-        """Compares the bytes of each pair of duplicates; of several ranks each compares its share.
+    def check_duplicates(
+        self, rank: Rank = WHOLE, are_equal: Callable[[TensorInfo, TensorInfo], bool] | None = None
+    ) -> None:
+        """Compares the bytes of each pair of duplicates.
 
         Args:
+            rank: one of several processes that all call this; each compares its share of the bytes.
             are_equal: compares two tensors, when they are not on disk.
 
         Raises:
@@ -103,20 +106,21 @@ class Plan:
                 "set tie_word_embeddings to false in config.json if the model was trained untied; otherwise "
                 f"remove {dropped.name}",
             )
-            for kept, dropped in self.unequal_duplicates(are_equal)
+            for kept, dropped in self.unequal_duplicates(rank, are_equal)
         ]
         if problems:
             raise BridgeError("tied tensors differ", problems)
 
     def unequal_duplicates(
-        self, are_equal: Callable[[TensorInfo, TensorInfo], bool] | None = None
+        self, rank: Rank = WHOLE, are_equal: Callable[[TensorInfo, TensorInfo], bool] | None = None
     ) -> list[tuple[TensorInfo, TensorInfo]]:
         """The duplicates whose bytes differ; see :meth:`check_duplicates`."""
-        return [pair for pair in self.duplicates if not (are_equal or self._have_equal_bytes)(*pair)]
+        size, number = rank.tensor_parallel, rank.tensor_rank
 
-    def _have_equal_bytes(self, kept: TensorInfo, dropped: TensorInfo) -> bool:
-        size, number = self.rank.tensor_parallel, self.rank.tensor_rank
-        return have_equal_bytes(kept, dropped, kept.nbytes * number // size, kept.nbytes * (number + 1) // size)
+        def have_equal_shares(kept: TensorInfo, dropped: TensorInfo) -> bool:
+            return have_equal_bytes(kept, dropped, kept.nbytes * number // size, kept.nbytes * (number + 1) // size)
+
+        return [pair for pair in self.duplicates if not (are_equal or have_equal_shares)(*pair)]
 
 
 def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]]) -> None:

@@ -798,6 +798,21 @@ def test_inference_ranks(tmp_path, call, hf_dir):
         np.testing.assert_array_equal(mine["decoder.layers.0.mlp.linear_fc1.weight"], expected)
 
 
+@pytest.mark.parametrize("layout", ["train", "infer"])
+@pytest.mark.parametrize("row", [0, -1], ids=["first", "last"])
+def test_every_row_of_a_tied_output_layer_is_compared(tmp_path, call, layout, row):
+    """Also the rows that another rank than the first holds."""
+    tied = replace(GROUPS, tie_word_embeddings=True)
+    hf = random_tensors(tied)
+    hf["lm_head.weight"] = hf["model.embed_tokens.weight"].copy()
+    hf["lm_head.weight"][row] += 1
+    directory = write(tmp_path / "hf", hf, hf_config(tied))
+    result = convert(call, directory, "--layout", layout, "--tp", 2)
+    assert (result.code, num_rows(result.err)) == (2, 1)
+    assert "tied tensors differ" in result.err
+    assert names(tmp_path) == {"hf"}
+
+
 def test_more_inference_ranks_than_kv_heads(tmp_path, call):
     """Two ranks share a KV head: both hold it."""
     spec = replace(SPEC, ffn_hidden_size=12)
