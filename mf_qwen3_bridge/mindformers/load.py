@@ -52,7 +52,7 @@ def load_network(network: Any, model: Model, *, use_training_conversion: bool = 
         check_parameters(parameters, plan)
         plan.check_duplicates(plan.rank)
         _load_converted(network, model)
-        check_values({target.name: _magnitudes(parameters[target.name], target) for target in plan.targets})
+        check_values({target.name: _magnitudes(parameters[target.name], target) for target in plan.targets}, plan)
     else:
         fill_parameters(parameters, plan)
     network.process_weights_after_loading(network.model)  # as upstream's load_weights ends
@@ -102,7 +102,7 @@ def fill_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
     """
     check_parameters(parameters, plan)
     plan.check_duplicates(plan.rank)
-    check_values(_load_directly(parameters, plan))
+    check_values(_load_directly(parameters, plan), plan)
 
 
 def check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:

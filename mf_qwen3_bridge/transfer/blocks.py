@@ -131,4 +131,4 @@ def write_slices(plan: Plan, boxes: Mapping[str, Box]) -> Plan:
             )
             target = replace(target, shape=box.shape(target.shape), copies=copies)
         targets.append(target)
-    return replace(plan, targets=tuple(targets))
+    return replace(plan, targets=tuple(targets), whole=plan.whole or (lambda: plan))

@@ -102,6 +102,15 @@ class Transfer:
             self.advance(tile)
         return largest
 
+    def magnitudes(self, copies: Iterable[Copy]) -> Iterator[float]:
+        """The largest magnitudes in what the copies read, tile by tile."""
+
+        def magnitude(tile: Tile) -> float:
+            with self.buffers.lend(read_nbytes(tile)) as memory:
+                return max(map(largest_magnitude, self.gather(tile, memory)))
+
+        return self.map(magnitude, tiles(copies))
+
     def advance(self, tile: Tile) -> None:
         """Says that a tile is done."""
         self._advance(sum(copy.nbytes for copy in tile))

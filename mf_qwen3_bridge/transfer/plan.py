@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -67,6 +68,7 @@ class Plan:
             stored although it is tied to the embedding.
         ignored: source tensors that are no weights.
         rank: the process it is for.
+        whole: gives the plan that makes whole tensors, if this one makes slices of them.
     """
 
     source: Dialect
@@ -75,6 +77,7 @@ class Plan:
     duplicates: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
     ignored: tuple[str, ...] = field(default=(), repr=False)
     rank: Rank = WHOLE
+    whole: Callable[[], Plan] | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_source_tensors(self) -> int:
@@ -122,12 +125,26 @@ class Plan:
 
         return [pair for pair in self.duplicates if not (are_equal or have_equal_shares)(*pair)]
 
+    def is_all_zero(self, target: str, source: TensorInfo) -> bool:
+        """Whether all of a source tensor that goes into the whole of a target is zero, not only a slice of it."""
+        if self.whole is None:
+            return True
+        whole = next(one for one in self.whole().targets if one.name == target)
+        with Transfer() as transfer:
+            return not any(transfer.magnitudes(copy for copy in whole.copies if copy.source.name == source.name))
 
-def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]]) -> None:
+
+def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Plan | None = None) -> None:
     """Looks for what no trained model holds: a tensor that is all zero, NaN, infinities.
+
+    Rows of tokens that nobody uses may be zero, and fill a rank's slice of the embedding. So a tensor of which a rank
+    holds a slice is refused only if all of it is zero: the rank reads the rest when its slice is. Where the ranks of a
+    run saved a file each, the same holds for the embedding and the output layer; another tensor that is all zero in one
+    of the files is damaged.
 
     Args:
         magnitudes: for each target, for each source tensor in it the largest magnitude.
+        plan: what was carried out, if it may have been a rank's share.
 
     Raises:
         BridgeError: names what was found, and the files it comes from.
@@ -136,8 +153,14 @@ def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]]) -> None:
     problems = []
     for target, sources in magnitudes.items():
         faults: dict[tuple[str, str], set[str]] = defaultdict(set)
+        largest: dict[str, float] = defaultdict(float)
         for source, magnitude in sources.items():
-            if fault := fault_of(magnitude):
+            largest[source.name] = max(largest[source.name], magnitude)
+        for source, magnitude in sources.items():
+            if source.name in (*EMBEDDING, *OUTPUT):
+                magnitude = largest[source.name]
+            fault = fault_of(magnitude)
+            if fault and (magnitude or plan is None or plan.is_all_zero(target, source)):
                 faults[fault, source.file.name].add(source.name)
         lines = [f"{fault}: {name} ({file})" for (fault, file), names in faults.items() for name in fold_names(names)]
         if lines:
@@ -210,7 +233,8 @@ def make_plan(
     targets = (
         Target(name, shape, dtype or _common_dtype(parts), tuple(parts)) for (name, shape), parts in copies.items()
     )
-    return Plan(source, target, tuple(targets), stock.duplicates, stock.ignored, rank)
+    whole = None if rank == WHOLE else partial(make_plan, rules, tensors, source, target, dtype)
+    return Plan(source, target, tuple(targets), stock.duplicates, stock.ignored, rank, whole)
 
 
 def _merged(pairs: list[tuple[Place, Place]]) -> list[tuple[Place, Place]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.model import training_ranks
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig, num_processes
 from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer import tiles
-from mf_qwen3_bridge.transfer.plan import Plan, make_plan
-from mf_qwen3_bridge.transfer.safetensors import Reader, open_checkpoint
+from mf_qwen3_bridge.transfer.blocks import write_slices
+from mf_qwen3_bridge.transfer.copying import Transfer
+from mf_qwen3_bridge.transfer.plan import Plan, check_values, make_plan
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, open_checkpoint
 from tests.tiny import MOE_SPEC, SPEC, Tensors, random_tensors, write
 
 SOURCES = [HF, HF_STACKED, TRAIN, INFER, Dialect(Layout(interleaved_qkv=False, interleaved_gate_up=True))]
@@ -254,3 +259,45 @@ def test_places_of_eight_ranks():
     shared = ParallelConfig(2, 4, data_parallel=2)
     assert not shared.rank(0).rotates_router  # all-to-all sends tokens to experts by their numbers
     assert [shared.rank(number).tensor_rank for number in range(4)] == [0, 1, 0, 1]
+
+
+def load(plan: Plan) -> None:
+    """What a process does that loads its share: each parameter once, and a look at the values."""
+    with Transfer() as transfer:
+        seen = {t.name: transfer.fill(np.empty(t.shape, DTYPES[t.dtype]), t.copies) for t in plan.targets}
+    check_values(seen, plan)
+
+
+def shares_of(directory: Path, number: int) -> Iterator[Plan]:
+    """What rank ``number`` of two loads: of the inference network, and of the training network."""
+    yield plan_of(directory, SPEC, ParallelConfig(2), number)
+    rules = list(model_rules(SPEC))
+    whole = make_plan(rules, open_checkpoint(directory).tensors, HF, TRAIN)
+    yield write_slices(whole, dict(training_ranks.boxes(rules, TRAIN, ParallelConfig(2), number)))
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_a_slice_of_zeros_is_no_tensor_of_zeros(tmp_path, name):
+    """Rows of tokens that nobody uses may fill a rank's slice; every rank judges the whole tensor."""
+    tensors = random_tensors()
+    tensors[name][len(tensors[name]) // 2 :] = 0
+    write(tmp_path / "half", tensors)
+    tensors[name][...] = 0
+    write(tmp_path / "all", tensors)
+    for number in range(2):
+        for plan in shares_of(tmp_path / "half", number):
+            load(plan)
+        for plan in shares_of(tmp_path / "all", number):
+            with pytest.raises(BridgeError, match=f"(?s)all zero: {name}"):
+                load(plan)
+
+
+def test_a_slice_with_a_nan_is_refused(tmp_path):
+    tensors = random_tensors()
+    tensors["model.embed_tokens.weight"][-1, -1] = np.nan
+    write(tmp_path, tensors)
+    for plan in shares_of(tmp_path, 0):
+        load(plan)  # it is in the other's
+    for plan in shares_of(tmp_path, 1):
+        with pytest.raises(BridgeError, match="NaN or infinity"):
+            load(plan)

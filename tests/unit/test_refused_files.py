@@ -160,6 +160,23 @@ def test_a_rank_that_saved_zeros(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["embedding.word_embeddings.weight", "output_layer.weight"])
+def test_a_rank_whose_tokens_nobody_uses(tmp_path, name):
+    """As the same weights, merged, are exported; all of a tensor may not be zero."""
+    tensors = random_tensors(EVEN, TRAIN)
+    for rows, is_refused in ((EVEN.vocab_size // 2, False), (0, True)):
+        tensors[name][rows:] = 0
+        directory = tmp_path / str(rows)
+        ranks = open_rank_files(directory / "ranks", two_ranks(directory / "ranks", tensors), weights_only=True)
+        job = from_ranks(to_hf(check_trained(ranks.checkpoint), directory / "out"), ranks)
+        if is_refused:
+            with pytest.raises(BridgeError, match="all zero"):
+                run(job)
+        else:
+            run(job)
+        assert (directory / "out").exists() != is_refused
+
+
 def test_an_optimizers_state_that_no_strategy_lists(tmp_path):
     """One rank's block of it would be taken for all of it."""
     tensors = random_tensors(EVEN, TRAIN)
