@@ -54,6 +54,8 @@ class OutputDirectory:
         self._descriptors: dict[str, int] = {}
         self._present: dict[str, int] = {}  # bytes that a file had when it was opened
         self._lock = Lock()
+        self._is_discarded = False
+        self.notes: list[str] = []  # what the user should know when all is done
 
     @property
     def nbytes(self) -> int:
@@ -125,16 +127,31 @@ class OutputDirectory:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
         with _said_to_the_user(self.path):
             self.state.mkdir(parents=True, exist_ok=True)
-            write_whole(self.state / "job.json", self._job.encode(), f"job.{self.worker.number}")
             lock = os.open(self.state / f"lock.{self.worker.number}", os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._claim(lock)
+                self.check()  # until the lock was taken, another process may have begun, or finished
+                write_whole(self.state / "job.json", self._job.encode(), f"job.{self.worker.number}")
                 yield
             finally:
                 for descriptor in self._descriptors.values():
                     os.close(descriptor)
                 self._descriptors.clear()
                 os.close(lock)
+                self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Removes what is not needed any more. No file of it may be open: NFS would keep that, and its directory."""
+        if self._is_discarded:
+            shutil.rmtree(self.incomplete)
+        state = self.path / _STATE
+        if self.incomplete.exists() or not state.exists():
+            return
+        try:
+            shutil.rmtree(state)
+        except OSError as error:
+            if state.exists():  # other workers remove it too
+                self.notes.append(f"{state} can't be removed ({error.strerror}): it is not needed, remove it")
 
     def _claim(self, lock: int) -> None:
         try:
@@ -200,11 +217,10 @@ class OutputDirectory:
             _sync_directory(directory)
         self.incomplete.rename(self.path)
         _sync_directory(self.path.parent)
-        shutil.rmtree(self.path / _STATE)
 
     def discard(self) -> None:
-        """Removes the unfinished directory."""
-        shutil.rmtree(self.incomplete)
+        """Removes the unfinished directory, as soon as its files are closed."""
+        self._is_discarded = True
 
 
 def _write_all(descriptor: int, start: int, data: memoryview) -> None:

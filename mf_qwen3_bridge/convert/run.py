@@ -141,12 +141,13 @@ class Findings:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job did: tensors and bytes written, seconds, what casting did."""
+    """What a job did: tensors and bytes written, seconds, what casting did; what else the user should know."""
 
     num_tensors: int
     nbytes: int
     seconds: float
     casts: Mapping[tuple[str, str], Casts]
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:
         """For a person."""
@@ -156,6 +157,7 @@ class Summary:
             f"written     {self.num_tensors} tensors, {size_text(self.nbytes)} in {self.seconds:.1f} s, "
             f"{self.nbytes / self.seconds / 1e9:.2f} GB/s, peak memory {size_text(peak)}"
         )
+        yield from (f"note        {note}" for note in self.notes)
 
 
 def cast_lines(casts: Mapping[tuple[str, str], Casts]) -> Iterator[str]:
@@ -203,7 +205,8 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
                     directory.discard()
                 raise
             directory.complete(job.others)
-    return Summary(job.num_tensors, directory.nbytes, time.monotonic() - started, dict(findings.casts))
+    seconds = time.monotonic() - started
+    return Summary(job.num_tensors, directory.nbytes, seconds, dict(findings.casts), tuple(directory.notes))
 
 
 def _share(job: Job, worker: Worker) -> Iterator[tuple[Tile, Mapping[str, TensorInfo]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import random
 import shutil
@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from mf_qwen3_bridge.convert import workers
 from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers
-from mf_qwen3_bridge.convert.output_directory import OutputDirectory
 from mf_qwen3_bridge.convert.run import Job, run
 from mf_qwen3_bridge.convert.workers import ALONE, Worker, this_worker
 from mf_qwen3_bridge.errors import BridgeError
@@ -126,26 +125,35 @@ def assert_same_directory(left: Path, right: Path) -> None:
     assert files == {path.name: path.read_bytes() for path in right.iterdir() if path.is_file()}
 
 
-def test_killed_at_fifty_random_moments(dirs, tmp_path):
+def test_killed_in_the_middle_of_fifty_random_writes(dirs, tmp_path):
+    """A part of what was to be written is on disk."""
     seed = random.randrange(1 << 30)
     print("seed", seed)
     moments = random.Random(seed)
-    started = time.monotonic()
-    run(job_of(dirs, tmp_path / "whole"))
-    duration = time.monotonic() - started
-    killed = 0
+    with counted_steps(None) as steps:
+        run(job_of(dirs, tmp_path / "whole"))
+
+    def work(out: Path, last: int, share: float) -> None:
+        original, numbers = os.pwrite, itertools.count(1)
+
+        def pwrite(descriptor, data, offset):
+            if next(numbers) == last:
+                original(descriptor, data[: int(share * len(data))], offset)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(descriptor, data, offset)
+
+        os.pwrite = pwrite
+        run(job_of(dirs, out))
+
     for number in range(50):
         out = tmp_path / f"killed{number}"
-        child = in_child(lambda out=out: run(job_of(dirs, out)))
-        time.sleep(moments.uniform(0, 1.2 * duration))
-        os.kill(child, signal.SIGKILL)
-        killed += exit_code(child) == -signal.SIGKILL
-        if not out.exists():
-            assert_nothing_loads(out)
-            run(job_of(dirs, out))
+        last, share = moments.randint(1, steps.count("pwrite")), moments.random()
+        child = in_child(lambda out=out, last=last, share=share: work(out, last, share))
+        assert exit_code(child) == -signal.SIGKILL
+        assert_nothing_loads(out)
+        run(job_of(dirs, out))
         assert_same_directory(out, tmp_path / "whole")
         shutil.rmtree(out)
-    assert killed > 10
 
 
 def test_what_was_damaged_in_between_is_mended(dirs, tmp_path):
@@ -235,6 +243,59 @@ def test_two_at_a_time(dirs, tmp_path):
     first, second = job_of(dirs, tmp_path / "out").directory(), job_of(dirs, tmp_path / "out")
     with first.opened():
         assert "another process is writing" in refusal(second)
+
+
+def test_the_refused_one_of_two_leaves_nothing(dirs, tmp_path):
+    """Both begin in one instant, before either has written anything."""
+    out = tmp_path / "out"
+    first, second = job_of(dirs, out).directory(), to_mindformers(check(dirs.hf), TRAIN, out).directory()
+    with second.opened(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(first, "check", lambda: None)  # as if it had looked before the other began
+        with pytest.raises(BridgeError, match="another process is writing"), first.opened():
+            pass
+    run(to_mindformers(check(dirs.hf), TRAIN, out))
+    assert out.is_dir()
+
+
+def test_a_job_that_another_finished_meanwhile(dirs, tmp_path):
+    out = tmp_path / "out"
+    late = job_of(dirs, out).directory()
+    run(job_of(dirs, out))
+    expected = contents(out)
+    with pytest.MonkeyPatch.context() as patch:
+        original, calls = late.check, []
+        patch.setattr(late, "check", lambda: calls.append(None) if not calls else original())
+        with pytest.raises(BridgeError, match="is not empty"), late.opened():
+            pass
+    assert_same(contents(out), expected)
+
+
+def test_no_file_is_open_when_the_state_is_removed(dirs, tmp_path, monkeypatch):
+    """On NFS a removed file that is open stays, under another name, and so does its directory."""
+    original, opened = shutil.rmtree, []
+
+    def rmtree(path, *arguments, **options):
+        links = (str(link.readlink()) for link in list(Path("/proc/self/fd").iterdir()) if link.is_symlink())
+        opened.extend(link for link in links if ".mf-qwen3" in link)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    run(job_of(dirs, tmp_path / "out"))
+    assert opened == []
+
+
+def test_a_state_that_can_not_be_removed(dirs, tmp_path, monkeypatch):
+    """What was made is whole all the same."""
+    run(job_of(dirs, tmp_path / "whole"))
+
+    def rmtree(path, *arguments, **options):
+        raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    summary = run(job_of(dirs, tmp_path / "out"))
+    assert_same_directory(tmp_path / "out", tmp_path / "whole")
+    (note,) = (line for line in summary.lines() if line.startswith("note"))
+    assert str(tmp_path / "out" / ".mf-qwen3") in note and "Directory not empty" in note
 
 
 def test_a_disk_that_is_too_small(dirs, tmp_path, monkeypatch):
@@ -379,9 +440,3 @@ def test_a_worker_without_a_number(monkeypatch):
     monkeypatch.delenv("MS_NODE_ID", raising=False)
     with pytest.raises(BridgeError, match="--node_rank"):
         this_worker()
-
-
-def test_the_job_says_what_it_is(dirs, tmp_path):
-    identity = json.loads(job_of(dirs, tmp_path / "out").directory()._job)
-    assert identity.keys() == {"bridge", "from", "to", "sources", "tensors", "other files"}
-    assert isinstance(job_of(dirs, tmp_path / "out").directory(), OutputDirectory)
