@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -233,6 +234,15 @@ def _files_of(directory: Path, num_ranks: int, file_suffix: str | None) -> dict[
     return files
 
 
+@cache
+def _devices_of_places(sharding: Sharding) -> dict[tuple[tuple[int, int], ...], list[int]]:
+    """For each block of a parameter the devices of the stage that hold it."""
+    devices: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for device in range(sharding.num_devices):
+        devices.setdefault(sharding.place(device), []).append(device)
+    return devices
+
+
 def _assemble(
     sharding: Sharding, tensors: Mapping[int, TensorInfo]
 ) -> tuple[tuple[TensorInfo, list[Slice]] | None, str | None]:
@@ -244,15 +254,11 @@ def _assemble(
         return None, "not of one shape and dtype in all ranks' files"
     if len(sharding.tensor_map) != len(some.shape):
         return None, f"shape {some.shape}, the strategy files say {len(sharding.tensor_map)} axes"
-    places: dict[tuple[tuple[int, int], ...], TensorInfo] = {}
-    wanted = set()
-    for device in range(sharding.num_devices):
-        place = sharding.place(device)
-        wanted.add(place)
-        if device in tensors:
-            places.setdefault(place, tensors[device])
-    if missing := len(wanted - places.keys()):
-        return None, f"{missing} of its {len(wanted)} blocks are in no rank's file"
+    devices_of = _devices_of_places(sharding)
+    keepers = {place: next(filter(tensors.__contains__, devices), None) for place, devices in devices_of.items()}
+    places = {place: tensors[device] for place, device in keepers.items() if device is not None}
+    if missing := len(keepers) - len(places):
+        return None, f"{missing} of its {len(keepers)} blocks are in no rank's file"
     shape = tuple(length * parts for length, (_, parts) in zip(some.shape, next(iter(places))))
     slices = []
     for place, tensor in sorted(places.items()):

@@ -48,11 +48,20 @@ class Target:
         """Its size in bytes."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def make(self) -> np.ndarray:
-        """The tensor, its sources read from disk. Whoever makes many keeps a :class:`Transfer` for all."""
+    def make(self, transfer: Transfer | None = None) -> np.ndarray:
+        """The tensor, its sources read from disk.
+
+        Args:
+            transfer: of whoever makes several: its threads and open files serve them all.
+
+        Raises:
+            BridgeError: a file ended early or could not be read.
+        """
+        if transfer is None:
+            with Transfer() as transfer:
+                return self.make(transfer)
         result = np.empty(self.shape, DTYPES[self.dtype])
-        with Transfer() as transfer:
-            transfer.fill(result, self.copies)
+        transfer.fill(result, self.copies)
         return result
 
 

@@ -224,6 +224,7 @@ class _Samples:
 
     side: Side
     rules: tuple[Rule, ...]
+    transfer: Transfer
     rows: dict[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
@@ -242,14 +243,14 @@ class _Samples:
             few = min(_SAMPLE_ROWS if len(shape) > 1 else shape[0], shape[-1] if columns else shape[0])
             box = Box((0, shape[0]), (0, few)) if columns else Box((0, few))
             (target,) = write_slices(self.plans[name], {name: box}).targets
-            array = target.make()
+            array = target.make(self.transfer)
             self.rows[key] = (array.T if columns else array).astype(np.float32)
         return self.rows[key]
 
     def heads(self, name: str) -> np.ndarray:
         """Of queries, keys or values the first row of each head."""
         (target,) = self.plans[name].targets
-        return target.make()[:: self.side.spec.head_dim].astype(np.float32)
+        return target.make(self.transfer)[:: self.side.spec.head_dim].astype(np.float32)
 
 
 def _are_dealt_otherwise(here: np.ndarray, there: np.ndarray) -> bool:
@@ -260,8 +261,15 @@ def _guesses(
     left: Side, right: Side, rules: tuple[Rule, ...], different: Mapping[str, Count]
 ) -> Iterator[tuple[str, str]]:
     """For tensors that differ, what may have happened, judged by their first rows."""
-    mine, theirs = _Samples(left, rules), _Samples(right, rules)
-    my_layouts, their_layouts = _other_layouts(left, right, rules), _other_layouts(right, left, rules)
+    with Transfer() as transfer:
+        yield from _guesses_with(transfer, left, right, rules, different)
+
+
+def _guesses_with(
+    transfer: Transfer, left: Side, right: Side, rules: tuple[Rule, ...], different: Mapping[str, Count]
+) -> Iterator[tuple[str, str]]:
+    mine, theirs = _Samples(left, rules, transfer), _Samples(right, rules, transfer)
+    my_layouts, their_layouts = _other_layouts(mine, theirs), _other_layouts(theirs, mine)
     parts_of = {rule.parameter: rule.tensors for rule in rules}
     fused = {part: rule.tensors for rule in rules if isinstance(rule, RowsRule) and rule.fuses for part in rule.tensors}
     for name in islice(different, _MAX_GUESSES):
@@ -323,11 +331,11 @@ def _guess(name: str, mine: _Samples, theirs: _Samples) -> Iterator[str]:
                 yield f"rows are off by {shift}"
 
 
-def _other_layouts(side: Side, other: Side, rules: tuple[Rule, ...]) -> list[_Samples]:
+def _other_layouts(samples: _Samples, others: _Samples) -> list[_Samples]:
     """The side read as if its QKV and gate/up lay otherwise; not if it bears a stamp, and the other side does not."""
-    layout = side.dialect.layout
-    stamps = [LAYOUT_STAMP in one.checkpoint.metadata for one in (side, other)]
-    if layout is None or (stamps == [True, False] and not other.dialect.is_hf):
+    side, layout = samples.side, samples.side.dialect.layout
+    stamps = [LAYOUT_STAMP in one.side.checkpoint.metadata for one in (samples, others)]
+    if layout is None or (stamps == [True, False] and not others.side.dialect.is_hf):
         return []
-    others = (one for one in training_ranks.layouts(side.spec) if one != layout)
-    return [_Samples(replace(side, dialect=replace(side.dialect, layout=one)), rules) for one in others]
+    layouts = (one for one in training_ranks.layouts(side.spec) if one != layout)
+    return [replace(samples, side=replace(side, dialect=replace(side.dialect, layout=one)), rows={}) for one in layouts]

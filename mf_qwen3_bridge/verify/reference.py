@@ -18,6 +18,7 @@ from mf_qwen3_bridge.model.layouts import Box
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF
 from mf_qwen3_bridge.transfer.blocks import write_slices
+from mf_qwen3_bridge.transfer.copying import Transfer
 from mf_qwen3_bridge.transfer.plan import Plan
 
 _ROWS_OF_OUTPUT = 16 << 10  # of the output layer, read and multiplied at a time
@@ -61,9 +62,14 @@ def forward(
         The embedding, each stage of each layer, and then the logits, float32 (len(token_ids), width). ``linear_qkv`` is
         [q k v], ``linear_fc1`` [gate up]; the router's value is what each expert counts for each token.
     """
-    weights = _Weights(model)
+    with Transfer() as transfer:
+        yield from _stages(model, _Weights(model, transfer), token_ids, given or {})
+
+
+def _stages(
+    model: Model, weights: _Weights, token_ids: Sequence[int], given: Mapping[Stage, np.ndarray]
+) -> Iterator[tuple[Stage, np.ndarray]]:
     rope = _rope(model, len(token_ids))
-    given = given or {}
     stage = EMBEDDED
     hidden = np.stack([weights.rows(EMBEDDING[0], token, token + 1)[0] for token in token_ids])
     yield stage, hidden
@@ -84,6 +90,7 @@ class _Weights:
     """A model's weights, under Hugging Face's names, in float32."""
 
     model: Model
+    transfer: Transfer
 
     @cached_property
     def _plans(self) -> dict[str, Plan]:
@@ -92,12 +99,12 @@ class _Weights:
         return {target.name: replace(plan, targets=(target,)) for target in plan.targets}
 
     def whole(self, name: str) -> np.ndarray:
-        return self._plans[name].targets[0].make()
+        return self._plans[name].targets[0].make(self.transfer)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         (whole,) = self._plans[name].targets
         (part,) = write_slices(self._plans[name], {name: Box((start, min(stop, whole.shape[0])))}).targets
-        return part.make()
+        return part.make(self.transfer)
 
 
 @dataclass(frozen=True)

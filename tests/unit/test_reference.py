@@ -157,3 +157,13 @@ def test_a_picture(tmp_path: Path, begin: Stage | None):
         draw(LayerErrors({LOGITS: 1e-6} | errors), "a model", tmp_path / "nowhere" / "errors.png")
     with pytest.raises(BridgeError, match="xyz"):
         draw(LayerErrors({LOGITS: 1e-6} | errors), "a model", tmp_path / "errors.xyz")
+
+
+def test_one_pool_of_threads_for_all_weights(model, monkeypatch: pytest.MonkeyPatch):
+    from mf_qwen3_bridge.transfer.copying import Transfer
+
+    made = []
+    original = Transfer.__init__
+    monkeypatch.setattr(Transfer, "__init__", lambda self, *rest: (made.append(self), original(self, *rest))[1])
+    assert len(list(forward(model, TOKENS))) > 10
+    assert len(made) == 1
