@@ -20,8 +20,7 @@ from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import SINGLE, ParallelConfig
 from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
-from mf_qwen3_bridge.transfer.blocks import write_slices
-from mf_qwen3_bridge.transfer.plan import Plan, make_plan
+from mf_qwen3_bridge.transfer.plan import Plan, make_plan, write_slices
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
 # 8 query heads and 4 KV heads of 2 rows each; gate and up of 8 rows.

@@ -255,9 +255,9 @@ def _export(
         options["dtype"],
         parse_size(options["max_shard_size"]),
         options["write_tied_lm_head"],
-        layout_is_shown=check_layout(model, ranks.slices if ranks else None),
+        layout_is_shown=check_layout(model),
     )
-    make(jobs.from_ranks(job, ranks) if ranks else job, options["dry_run"])
+    make(job, options["dry_run"])
 
 
 def make(job: Any, dry_run: bool) -> None:

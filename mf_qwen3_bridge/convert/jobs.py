@@ -17,14 +17,12 @@ from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
 from mf_qwen3_bridge.inputs.preflight import Model, first_layers
 from mf_qwen3_bridge.inputs.rank_files import RankFiles
 from mf_qwen3_bridge.model import training_ranks
-from mf_qwen3_bridge.model.layouts import Layout, View
+from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF, INFER, Dialect
-from mf_qwen3_bridge.transfer.blocks import read_from_slices, write_slices
-from mf_qwen3_bridge.transfer.plan import Plan, Target
+from mf_qwen3_bridge.transfer.plan import Plan, Target, as_it_is, write_slices
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, HYPER_PARAMETERS, TensorInfo, read_bytes
-from mf_qwen3_bridge.transfer.tiles import Copy
 
 # What belongs to a model beside its weights and config.json, as transformers and the Hub name it.
 _COMPANIONS = (
@@ -107,8 +105,8 @@ def _job(
     notes: tuple[str, ...],
 ) -> Job:
     """The job whose parts together make what ``plan`` does."""
-    count = plan.num_source_tensors
-    return Job(str(model.dialect), count, str(target), output, tuple(parts), others, plan.ignored, notes=notes)
+    count, ignored = plan.num_source_tensors, (*plan.ignored, *model.checkpoint.left_out)
+    return Job(str(model.dialect), count, str(target), output, tuple(parts), others, ignored, notes=notes)
 
 
 def _with_output_layer(plan: Plan) -> Plan:
@@ -212,13 +210,6 @@ def _refuse(problems: Iterable[Problem]) -> None:
         raise BridgeError("the model can't be divided so", found)
 
 
-def from_ranks(job: Job, ranks: RankFiles) -> Job:
-    """A job that was made as if the ranks' tensors were whole, reading them where they are."""
-    (part,) = job.parts
-    plan = read_from_slices(part.make_plan(), ranks.slices)
-    return replace(job, parts=(Part.of(plan, part.files),), ignored=ranks.left_out)
-
-
 def unify(ranks: RankFiles, output: Path) -> Job:
     """The merged checkpoint of a training run, as ``mindspore.unified_safetensors`` writes it.
 
@@ -235,14 +226,10 @@ def unify(ranks: RankFiles, output: Path) -> Job:
     if odd := [t for t in (*tensors.values(), *ranks.unlisted.values()) if t.dtype not in DTYPES]:
         problems = [Problem(tensor.name, f"dtype {tensor.dtype}", "no weights are stored so") for tensor in odd]
         raise BridgeError(f"{odd[0].file} can't be merged", problems)
-    wholes = {name: (tensor, View.whole(tensor.shape)) for name, tensor in tensors.items()}
-    targets = tuple(
-        Target(name, tensor.shape, tensor.dtype, (Copy(tensor, whole, name, whole),))
-        for name, (tensor, whole) in wholes.items()
-    )
+    targets = tuple(as_it_is(tensor) for tensor in tensors.values())
     stamp = ranks.checkpoint.metadata.get(LAYOUT_STAMP)
     dialect = Dialect(Layout.parse(stamp) if stamp else None)
-    plan = read_from_slices(Plan(dialect, dialect, targets), ranks.slices)
+    plan = Plan(dialect, dialect, targets)
     files, index = mindformers_files(plan, saved_by=ranks.tensor_parallel)
     others = {HYPER_PARAMETERS: _hyper_parameters(ranks.unlisted)} if ranks.unlisted else {}
     parts = (Part.of(plan, files),)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.preflight import Model
-from mf_qwen3_bridge.model.layouts import Layout, View
+from mf_qwen3_bridge.model.layouts import Box, Layout
 from mf_qwen3_bridge.model.rules import HF, Dialect, RowsRule
-from mf_qwen3_bridge.transfer.blocks import Slice, read_from_slices
-from mf_qwen3_bridge.transfer.plan import Target, make_plan
+from mf_qwen3_bridge.transfer.plan import make_plan, write_slices
 from mf_qwen3_bridge.transfer.safetensors import Checkpoint, TensorInfo, open_checkpoint
 
 # Cosine of rows before and after training; of others it is 0, but some rows lie at one place in two layouts.
@@ -21,12 +20,11 @@ _SAMPLED_ENTRIES = 4
 _TENSOR_PARALLEL_SIZES = (1, 2, 4, 8, 16)
 
 
-def check_layout(model: Model, slices: Mapping[str, Sequence[Slice]] | None = None) -> bool:
+def check_layout(model: Model) -> bool:
     """Holds trained weights against those in the Hugging Face directory, if there are any of the same shapes.
 
     Args:
         model: what a training run saved; its ``hf_dir`` may hold the weights that the run began with.
-        slices: where its blocks are, if they are the ranks' files.
 
     Returns:
         Whether they show that the layout is the right one. They don't if the model was not trained from them.
@@ -42,7 +40,7 @@ def check_layout(model: Model, slices: Mapping[str, Sequence[Slice]] | None = No
         rules = [rule for rule in model.rules if isinstance(rule, RowsRule) and rule.fuses == part]
         if not rules:
             continue  # experts lie in one way only
-        alike = _likeness(model, base, rules[0], projection, slices)
+        alike = _likeness(model, base, rules[0], projection)
         mine = _arrangement(layout, part)
         best = max(alike, key=lambda arrangement: alike[arrangement], default=mine)
         shown.append(alike.get(mine, 0.0) > _ALIKE)
@@ -85,9 +83,7 @@ def _base(model: Model) -> Checkpoint | None:
         return None
 
 
-def _likeness(
-    model: Model, base: Checkpoint, rule: RowsRule, projection: str, slices: Mapping[str, Sequence[Slice]] | None
-) -> dict[_Arrangement, float]:
+def _likeness(model: Model, base: Checkpoint, rule: RowsRule, projection: str) -> dict[_Arrangement, float]:
     """For each arrangement how like some rows of ``projection`` are to those of ``base``."""
     (name,) = (name for name in rule.tensors if f".{projection}." in name)
     own = model.dialect.layout
@@ -95,32 +91,23 @@ def _likeness(
     arrangements = [0, *(size for size in sizes if not any(rows % size for rows in (rule.groups, *rule.rows)))]
     entries = min(_SAMPLED_ENTRIES, rule.groups // max(arrangements))  # as many as the smallest block has
     try:
-        expected = _sample(rule, base.tensors, HF, name, entries, None)
+        expected = _sample(rule, base.tensors, HF, name, entries)
     except (BridgeError, KeyError):  # weights of another model
         return {}
     alike = {}
     for arrangement in arrangements:
         layout = Layout(arrangement == 0, arrangement == 0).on(max(arrangement, 1))
         dialect = replace(model.dialect, layout=layout)
-        found = _sample(rule, model.checkpoint.tensors, dialect, name, entries, slices)
+        found = _sample(rule, model.checkpoint.tensors, dialect, name, entries)
         norms = np.linalg.norm(found) * np.linalg.norm(expected)
         alike[arrangement] = float((found * expected).sum() / norms) if norms else 0.0
     return alike
 
 
-def _sample(
-    rule: RowsRule,
-    tensors: Mapping[str, TensorInfo],
-    dialect: Dialect,
-    name: str,
-    entries: int,
-    slices: Mapping[str, Sequence[Slice]] | None,
-) -> np.ndarray:
-    """The first entries of a Hugging Face tensor: float64 (entries, rows, columns)."""
+def _sample(rule: RowsRule, tensors: Mapping[str, TensorInfo], dialect: Dialect, name: str, entries: int) -> np.ndarray:
+    """The rows of the first groups, ``entries`` of them, of a Hugging Face tensor: float64 (rows, columns)."""
     names = {place.tensor for place in rule.places(dialect)}
     plan = make_plan([rule], {tensor: tensors[tensor] for tensor in names}, dialect, HF)
-    copy = next(copy for target in plan.targets if target.name == name for copy in target.copies)
-    copy = copy.cut(0, 0, entries)
-    copy = replace(copy, target_view=View.whole(copy.source_view.shape))
-    plan = replace(plan, targets=(Target(name, copy.source_view.shape, copy.source.dtype, (copy,)),))
-    return (read_from_slices(plan, slices) if slices else plan).targets[0].make().astype(np.float64)
+    rows = rule.rows[rule.tensors.index(name)] // rule.groups * entries
+    (target,) = (target for target in write_slices(plan, {name: Box((0, rows))}).targets if target.name == name)
+    return target.make().astype(np.float64)

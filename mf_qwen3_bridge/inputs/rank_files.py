@@ -12,8 +12,7 @@ from pathlib import Path
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.model.layouts import Box
 from mf_qwen3_bridge.model.parameters import is_counter, is_training_state
-from mf_qwen3_bridge.transfer.blocks import Slice
-from mf_qwen3_bridge.transfer.safetensors import Checkpoint, TensorInfo, read_header
+from mf_qwen3_bridge.transfer.safetensors import Checkpoint, Shard, TensorInfo, read_header
 
 
 @dataclass(frozen=True)
@@ -93,21 +92,17 @@ Strategies = Sequence[Mapping[str, Sharding]]
 
 @dataclass(frozen=True)
 class RankFiles:
-    """The whole tensors, and where their blocks are.
+    """What the ranks saved, as one checkpoint.
 
     Attributes:
-        checkpoint: the tensors as if they were whole; none of them can be read.
-        slices: for each of them the blocks that cover it.
+        checkpoint: the whole tensors, each with the shards that the ranks' files hold of it.
         tensor_parallel: over how many ranks the run spread attention and MLP.
         unlisted: what the first rank holds beside them, such as ``global_step``.
-        left_out: names of what is not wanted.
     """
 
     checkpoint: Checkpoint
-    slices: Mapping[str, Sequence[Slice]]
     tensor_parallel: int
     unlisted: Mapping[str, TensorInfo]
-    left_out: tuple[str, ...]
 
 
 def open_rank_files(
@@ -164,7 +159,6 @@ def open_rank_files(
         remedy = "give the strategy files of this run, of all its stages"
         problems.append(Problem(name, "in the ranks' files, in no strategy file", remedy))
     whole: dict[str, TensorInfo] = {}
-    slices: dict[str, list[Slice]] = {}
     for number, stage in enumerate(strategies):
         for name, sharding in stage.items():
             if name in whole or is_left_out(name) or (name not in found and is_training_state(name, listed)):
@@ -174,17 +168,16 @@ def open_rank_files(
                 for rank, tensor in found.get(name, {}).items()
                 if rank // num_devices == number
             }
-            blocks, fault = _assemble(sharding, mine)
-            if fault:
-                problems.append(Problem(name, fault, "is a rank's file of another step or run, or missing?"))
-            elif blocks:
-                whole[name], slices[name] = blocks
+            try:
+                whole[name] = _assemble(sharding, mine)
+            except ValueError as error:
+                problems.append(Problem(name, str(error), "is a rank's file of another step or run, or missing?"))
     if problems:
         raise BridgeError(f"{directory} does not hold what the strategy files say", _fold(problems))
     shared = set.intersection(*(set(entry.items()) for entry in metadata)) - {("remove_redundancy", "True")}
     unlisted = {name: ranks[0] for name, ranks in found.items() if name not in listed and 0 in ranks}
-    checkpoint = Checkpoint(directory, whole, dict(shared))
-    return RankFiles(checkpoint, slices, _tensor_parallel(strategies), unlisted, tuple(left_out))
+    checkpoint = Checkpoint(directory, whole, dict(shared), tuple(left_out))
+    return RankFiles(checkpoint, _tensor_parallel(strategies), unlisted)
 
 
 def _fold(problems: Iterable[Problem]) -> list[Problem]:
@@ -243,29 +236,28 @@ def _devices_of_places(sharding: Sharding) -> dict[tuple[tuple[int, int], ...], 
     return devices
 
 
-def _assemble(
-    sharding: Sharding, tensors: Mapping[int, TensorInfo]
-) -> tuple[tuple[TensorInfo, list[Slice]] | None, str | None]:
-    """The whole tensor and its blocks, from what the devices of a stage hold; or what is wrong with them."""
+def _assemble(sharding: Sharding, tensors: Mapping[int, TensorInfo]) -> TensorInfo:
+    """The whole tensor, from what the devices of a stage hold.
+
+    Raises:
+        ValueError: they don't make up a whole one; says what is wrong.
+    """
     if not tensors:
-        return None, "in no rank's file"
+        raise ValueError("in no rank's file")
     some = next(iter(tensors.values()))
     if any(tensor.shape != some.shape or tensor.dtype != some.dtype for tensor in tensors.values()):
-        return None, "not of one shape and dtype in all ranks' files"
+        raise ValueError("not of one shape and dtype in all ranks' files")
     if len(sharding.tensor_map) != len(some.shape):
-        return None, f"shape {some.shape}, the strategy files say {len(sharding.tensor_map)} axes"
+        raise ValueError(f"shape {some.shape}, the strategy files say {len(sharding.tensor_map)} axes")
     devices_of = _devices_of_places(sharding)
     keepers = {place: next(filter(tensors.__contains__, devices), None) for place, devices in devices_of.items()}
     places = {place: tensors[device] for place, device in keepers.items() if device is not None}
     if missing := len(keepers) - len(places):
-        return None, f"{missing} of its {len(keepers)} blocks are in no rank's file"
+        raise ValueError(f"{missing} of its {len(keepers)} blocks are in no rank's file")
     shape = tuple(length * parts for length, (_, parts) in zip(some.shape, next(iter(places))))
-    slices = []
+    shards = []
     for place, tensor in sorted(places.items()):
         bounds = [(part * length, (part + 1) * length) for length, (part, _) in zip(some.shape, place)]
-        try:
-            slices.append(Slice(tensor, _box(bounds, [parts for _, parts in place])))
-        except ValueError as error:
-            return None, str(error)
+        shards.append(Shard(tensor, _box(bounds, [parts for _, parts in place])))
     nbytes = some.nbytes * len(places)
-    return (TensorInfo(some.name, shape, some.dtype, some.file, some.start, nbytes), slices), None
+    return TensorInfo(some.name, shape, some.dtype, some.file, some.start, nbytes, tuple(shards))

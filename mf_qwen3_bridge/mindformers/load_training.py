@@ -19,8 +19,7 @@ from mf_qwen3_bridge.mindformers.load import fill_parameters
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parameters import is_training_state
 from mf_qwen3_bridge.model.rules import Dialect
-from mf_qwen3_bridge.transfer.blocks import write_slices
-from mf_qwen3_bridge.transfer.plan import Plan
+from mf_qwen3_bridge.transfer.plan import Plan, write_slices
 
 # What a LoRA adds to a network; it begins as it was initialised.
 _ADAPTER = re.compile(r"\blora_[abAB]\b|_lora_")

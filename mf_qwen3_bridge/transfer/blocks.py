@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from math import prod
 
-from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.model.layouts import Box, View
-from mf_qwen3_bridge.transfer.plan import Plan
-from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 from mf_qwen3_bridge.transfer.tiles import Copy
 
 
@@ -76,59 +72,11 @@ def _clip(view: View, other: View, start: int, stop: int, width: int) -> Iterato
             yield from _clip(view[where], other[where], start, stop, width)
 
 
-@dataclass(frozen=True)
-class Slice:
-    """A block of a whole tensor that lies on disk as a tensor of its own."""
-
-    tensor: TensorInfo
-    box: Box
-
-
-def read_from_slices(plan: Plan, slices: Mapping[str, Sequence[Slice]]) -> Plan:
-    """A plan that reads blocks, instead of the whole tensors they make up.
-
-    Args:
-        plan: made as if the whole tensors were there.
-        slices: for each of them the blocks that cover it.
-    """
-
-    def pieces(copy: Copy) -> Iterator[Copy]:
-        for piece in slices[copy.source.name]:
-            for here, there in within(copy.source_view, copy.target_view, copy.source.shape, piece.box):
-                yield Copy(piece.tensor, here, copy.target, there)
-
-    targets = tuple(
-        replace(target, copies=tuple(piece for copy in target.copies for piece in pieces(copy)))
-        for target in plan.targets
-    )
-    duplicates = []
-    for kept, dropped in plan.duplicates:
-        mine, theirs = slices[kept.name], slices[dropped.name]
-        if [piece.box for piece in mine] != [piece.box for piece in theirs]:
-            raise BridgeError(
-                f"{dropped.name} is tied to {kept.name}, but the ranks cut it otherwise: merge them first (mf-qwen3 "
-                "unify), then export what is merged"
-            )
-        duplicates += [(here.tensor, there.tensor) for here, there in zip(mine, theirs)]
-    return replace(plan, targets=targets, duplicates=tuple(duplicates))
-
-
-def write_slices(plan: Plan, boxes: Mapping[str, Box]) -> Plan:
-    """A plan that makes a block of each target, where there is one for it, instead of all.
-
-    Args:
-        plan: makes whole tensors.
-        boxes: for each of those that are cut the block to make.
-    """
-    targets = []
-    for target in plan.targets:
-        box = boxes.get(target.name)
-        if box is not None:
-            copies = tuple(
-                Copy(copy.source, there, copy.target, here)
-                for copy in target.copies
-                for here, there in within(copy.target_view, copy.source_view, target.shape, box)
-            )
-            target = replace(target, shape=box.shape(target.shape), copies=copies)
-        targets.append(target)
-    return replace(plan, targets=tuple(targets), whole=plan.whole or (lambda: plan))
+def from_shards(copy: Copy) -> Iterator[Copy]:
+    """The copies from the tensors on disk that together are a copy of a whole tensor, which may be stored in shards."""
+    if not copy.source.shards:
+        yield copy
+        return
+    for shard in copy.source.shards:
+        for here, there in within(copy.source_view, copy.target_view, copy.source.shape, shard.box):
+            yield Copy(shard.tensor, here, copy.target, there)

@@ -12,8 +12,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from mf_qwen3_bridge.model.layouts import View
+from mf_qwen3_bridge.transfer.blocks import from_shards
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, TensorInfo
-from mf_qwen3_bridge.transfer.tiles import TILE_BYTES, Copy, Tile, reads, tiles
+from mf_qwen3_bridge.transfer.tiles import Copy, Tile, reads, tiles
 from mf_qwen3_bridge.transfer.values import is_exact, largest_magnitude
 
 # Of all threads together; an expert of the largest model, read and transposed, takes 48 MiB.
@@ -21,6 +23,8 @@ BUFFER_BYTES = 96 << 20
 _MAX_THREADS = 8
 _ROWS_OF_A_TRANSPOSE = 256
 _ALIGNMENT = 64
+# Of two tensors at a time.
+_COMPARED_BYTES = 16 << 20
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -219,19 +223,27 @@ def _transpose(source: np.ndarray, target: np.ndarray) -> None:
         _copy(laid_out[: len(block)], target[start : start + _ROWS_OF_A_TRANSPOSE])
 
 
-def have_equal_bytes(left: TensorInfo, right: TensorInfo, start: int, stop: int) -> bool:
-    """Whether two tensors on disk are of one size and hold the same bytes from ``start`` to ``stop``.
+def have_equal_bytes(left: TensorInfo, right: TensorInfo, number: int = 0, count: int = 1) -> bool:
+    """Whether two tensors on disk are of one shape and dtype and hold the same bytes.
+
+    Args:
+        left, right: the tensors.
+        number, count: which of how many parts, cut along the first axis, is compared.
 
     Raises:
         BridgeError: a file ended early or could not be read.
     """
-    if left.nbytes != right.nbytes:
+    if (left.shape, left.dtype) != (right.shape, right.dtype):
         return False
-    with Reader() as reader:
-        for begin in range(start, stop, TILE_BYTES):
-            pieces = [bytearray(min(TILE_BYTES, stop - begin)) for _ in range(2)]
-            for tensor, piece in zip((left, right), pieces):
-                reader.read(tensor, begin, memoryview(piece))
-            if pieces[0] != pieces[1]:
+    shape = left.shape or (1,)
+    start, stop = shape[0] * number // count, shape[0] * (number + 1) // count
+    step = max(1, _COMPARED_BYTES * shape[0] // max(left.nbytes, 1))
+    with Transfer() as transfer:
+        for begin in range(start, stop, step):
+            view = View.whole(shape)[begin : min(begin + step, stop)]
+            here, there = (np.empty(view.shape, DTYPES[left.dtype]) for _ in range(2))
+            for tensor, piece in (left, here), (right, there):
+                transfer.fill(piece, from_shards(Copy(tensor, view, tensor.name, View.whole(view.shape))))
+            if not np.array_equal(here.view(f"u{here.itemsize}"), there.view(f"u{there.itemsize}")):
                 return False
     return True

@@ -15,10 +15,11 @@ from math import prod
 import numpy as np
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.model.layouts import View
+from mf_qwen3_bridge.model.layouts import Box, View
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT, is_training_state
 from mf_qwen3_bridge.model.rules import Dialect, Place, Rule, shares
+from mf_qwen3_bridge.transfer.blocks import from_shards, within
 from mf_qwen3_bridge.transfer.copying import Transfer, have_equal_bytes
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo
 from mf_qwen3_bridge.transfer.tiles import Copy
@@ -127,12 +128,8 @@ class Plan:
         self, rank: Rank = WHOLE, are_equal: Callable[[TensorInfo, TensorInfo], bool] | None = None
     ) -> list[tuple[TensorInfo, TensorInfo]]:
         """The duplicates whose bytes differ; see :meth:`check_duplicates`."""
-        size, number = rank.tensor_parallel, rank.tensor_rank
-
-        def have_equal_shares(kept: TensorInfo, dropped: TensorInfo) -> bool:
-            return have_equal_bytes(kept, dropped, kept.nbytes * number // size, kept.nbytes * (number + 1) // size)
-
-        return [pair for pair in self.duplicates if not (are_equal or have_equal_shares)(*pair)]
+        compare = are_equal or partial(have_equal_bytes, number=rank.tensor_rank, count=rank.tensor_parallel)
+        return [pair for pair in self.duplicates if not compare(*pair)]
 
     def is_all_zero(self, target: str, source: TensorInfo) -> bool:
         """Whether all of a source tensor that goes into the whole of a target is zero, not only a slice of it."""
@@ -141,6 +138,12 @@ class Plan:
         whole = next(one for one in self.whole().targets if one.name == target)
         with Transfer() as transfer:
             return not any(transfer.magnitudes(copy for copy in whole.copies if copy.source.name == source.name))
+
+
+def as_it_is(tensor: TensorInfo) -> Target:
+    """A tensor of the checkpoint, under its own name and in its own dtype."""
+    whole = View.whole(tensor.shape)
+    return Target(tensor.name, tensor.shape, tensor.dtype, tuple(from_shards(Copy(tensor, whole, tensor.name, whole))))
 
 
 def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Plan | None = None) -> None:
@@ -238,12 +241,33 @@ def make_plan(
     for rule in rules:
         for here, there in _merged(list(shares(rule, rank, source, target))):
             copy = Copy(tensors[here.tensor], here.view, there.tensor, there.view)
-            copies.setdefault((there.tensor, there.shape), []).append(copy)
+            copies.setdefault((there.tensor, there.shape), []).extend(from_shards(copy))
     targets = (
         Target(name, shape, dtype or _common_dtype(parts), tuple(parts)) for (name, shape), parts in copies.items()
     )
     whole = None if rank == WHOLE else partial(make_plan, rules, tensors, source, target, dtype)
     return Plan(source, target, tuple(targets), stock.duplicates, stock.ignored, rank, whole)
+
+
+def write_slices(plan: Plan, boxes: Mapping[str, Box]) -> Plan:
+    """A plan that makes a block of each target, where there is one for it, instead of all.
+
+    Args:
+        plan: makes whole tensors.
+        boxes: for each of those that are cut the block to make.
+    """
+    targets = []
+    for target in plan.targets:
+        box = boxes.get(target.name)
+        if box is not None:
+            copies = tuple(
+                Copy(copy.source, there, copy.target, here)
+                for copy in target.copies
+                for here, there in within(copy.target_view, copy.source_view, target.shape, box)
+            )
+            target = replace(target, shape=box.shape(target.shape), copies=copies)
+        targets.append(target)
+    return replace(plan, targets=tuple(targets), whole=plan.whole or (lambda: plan))
 
 
 def _merged(pairs: list[tuple[Place, Place]]) -> list[tuple[Place, Place]]:

@@ -1,4 +1,4 @@
-"""Directories of safetensors: what is in them, and the bytes. A leaf: it knows nothing of models."""
+"""Directories of safetensors: what is in them, and the bytes. It knows nothing of models."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.model.layouts import Box
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -57,6 +58,8 @@ class TensorInfo:
         file: the file it lies in.
         start: offset of its first byte in the file.
         nbytes: its size in bytes.
+        shards: the blocks that cover it, if these are stored instead of the whole; ``file`` and ``start`` are then
+            those of one of them.
     """
 
     name: str
@@ -65,6 +68,20 @@ class TensorInfo:
     file: Path
     start: int
     nbytes: int
+    shards: tuple[Shard, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A block of a tensor that is stored as a tensor of its own.
+
+    Attributes:
+        tensor: the block as it is stored.
+        box: where it is in the whole.
+    """
+
+    tensor: TensorInfo
+    box: Box
 
 
 class Reader:
@@ -90,7 +107,10 @@ class Reader:
 
         Raises:
             BridgeError: the file ended early or could not be read.
+            ValueError: the tensor is stored in shards, each of which is read by itself.
         """
+        if tensor.shards:
+            raise ValueError(f"{tensor.name} is stored in {len(tensor.shards)} shards")
         done = 0
         try:
             descriptor = self._descriptor(tensor.file)
@@ -126,11 +146,19 @@ def read_bytes(tensor: TensorInfo) -> bytes:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a directory, a file or several, and the files' metadata."""
+    """All tensors of a directory, a file or several, and the files' metadata.
+
+    Attributes:
+        path: the directory or file.
+        tensors: by name.
+        metadata: what all files declare.
+        left_out: names of tensors that are in the files and were not asked for.
+    """
 
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+    left_out: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -20,9 +20,8 @@ from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Box
 from mf_qwen3_bridge.model.parameters import expert_of, look_alikes, with_expert
 from mf_qwen3_bridge.model.rules import HF, Dialect, QkvRule, RowsRule, Rule, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
-from mf_qwen3_bridge.transfer.blocks import write_slices
 from mf_qwen3_bridge.transfer.copying import Transfer, carve, copy_elements, read_nbytes, room
-from mf_qwen3_bridge.transfer.plan import Plan, make_plan
+from mf_qwen3_bridge.transfer.plan import Plan, make_plan, write_slices
 from mf_qwen3_bridge.transfer.progress import progress_bar
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, Checkpoint, Reader, TensorInfo, open_checkpoint
 from mf_qwen3_bridge.transfer.tiles import Tile, tiles, writes

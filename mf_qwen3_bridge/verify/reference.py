@@ -17,9 +17,8 @@ from mf_qwen3_bridge.inputs.preflight import Model
 from mf_qwen3_bridge.model.layouts import Box
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF
-from mf_qwen3_bridge.transfer.blocks import write_slices
 from mf_qwen3_bridge.transfer.copying import Transfer
-from mf_qwen3_bridge.transfer.plan import Plan
+from mf_qwen3_bridge.transfer.plan import Plan, write_slices
 
 _ROWS_OF_OUTPUT = 16 << 10  # of the output layer, read and multiplied at a time
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from mf_qwen3_bridge.cli.main import cli
-from mf_qwen3_bridge.convert.jobs import from_ranks, to_hf, to_mindformers, to_ranks, unify
+from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers, to_ranks, unify
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.preflight import check
@@ -115,7 +115,7 @@ def test_exported_without_a_merge(tmp_path: Path, name):
     strategies, rank_dirs, tensors = trained_run(tmp_path, name)
     hf = write(tmp_path / "hf", {}, hf_config(RUNS[name][0]))
     ranks = open_rank_files(rank_dirs, read_strategies(strategies), SUFFIX)
-    run(from_ranks(to_hf(check_trained(ranks.checkpoint, hf), tmp_path / "direct"), ranks))
+    run(to_hf(check_trained(ranks.checkpoint, hf), tmp_path / "direct"))
     merged = write(tmp_path / "merged", tensors)
     run(to_hf(check_trained(open_checkpoint(merged), hf), tmp_path / "expected"))
     assert_same(contents(tmp_path / "direct"), contents(tmp_path / "expected"))

@@ -1635,7 +1635,7 @@ def test_an_export_from_ranks_is_that_of_the_merged(tmp_path, run_of, has_redund
     ranks = save_ranks(tmp_path / "ranks", whole, run_of, has_redundancy).open()
     directory = write_config(tmp_path / "hf", hf_config(GROUPS))
     model = check_trained(ranks.checkpoint, directory, config, tensor_parallel=ranks.tensor_parallel)
-    run(jobs.from_ranks(jobs.to_hf(model, tmp_path / "out"), ranks))
+    run(jobs.to_hf(model, tmp_path / "out"))
     on_two = training_yaml(tmp_path / "two.yaml", CONTIGUOUS if blocks else {}, **on_ranks(2))
     merged = open_checkpoint(write_merged(tmp_path / "merged", whole))
     run(jobs.to_hf(check_trained(merged, directory, on_two), tmp_path / "from_merged"))
@@ -1654,7 +1654,7 @@ def test_experts_of_four_ranks(tmp_path):
     ranks = open_rank_files(tmp_path / "ranks", [strategy])
     model = check_trained(ranks.checkpoint, tensor_parallel=ranks.tensor_parallel)
     assert model.spec == MOE_SPEC
-    run(jobs.from_ranks(jobs.to_hf(model, tmp_path / "out"), ranks))
+    run(jobs.to_hf(model, tmp_path / "out"))
     assert_same(contents(tmp_path / "out"), hf)
 
 

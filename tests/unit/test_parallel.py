@@ -18,9 +18,8 @@ from mf_qwen3_bridge.model.parallel import ParallelConfig, num_processes
 from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer import tiles
-from mf_qwen3_bridge.transfer.blocks import write_slices
 from mf_qwen3_bridge.transfer.copying import Transfer
-from mf_qwen3_bridge.transfer.plan import Plan, check_values, make_plan
+from mf_qwen3_bridge.transfer.plan import Plan, check_values, make_plan, write_slices
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, open_checkpoint
 from tests.tiny import MOE_SPEC, SPEC, Tensors, random_tensors, write
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from mf_qwen3_bridge.cli.files import convert_weight
 from mf_qwen3_bridge.cli.main import main
-from mf_qwen3_bridge.convert.jobs import from_ranks, to_hf, to_mindformers, to_ranks, unify
+from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers, to_ranks, unify
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.preflight import check
@@ -154,7 +154,7 @@ def test_a_rank_that_saved_zeros(tmp_path):
     held = contents(tmp_path / "ranks" / "rank_1")
     write(tmp_path / "ranks" / "rank_1", {name: np.zeros_like(tensor) for name, tensor in held.items()})
     ranks = open_rank_files(tmp_path / "ranks", strategies, weights_only=True)
-    job = from_ranks(to_hf(check_trained(ranks.checkpoint), tmp_path / "out"), ranks)
+    job = to_hf(check_trained(ranks.checkpoint), tmp_path / "out")
     with pytest.raises(BridgeError, match="all zero"):
         run(job)
     assert not (tmp_path / "out").exists()
@@ -168,7 +168,7 @@ def test_a_rank_whose_tokens_nobody_uses(tmp_path, name):
         tensors[name][rows:] = 0
         directory = tmp_path / str(rows)
         ranks = open_rank_files(directory / "ranks", two_ranks(directory / "ranks", tensors), weights_only=True)
-        job = from_ranks(to_hf(check_trained(ranks.checkpoint), directory / "out"), ranks)
+        job = to_hf(check_trained(ranks.checkpoint), directory / "out")
         if is_refused:
             with pytest.raises(BridgeError, match="all zero"):
                 run(job)
@@ -197,7 +197,9 @@ def test_an_optimizers_state_that_is_not_whole_does_not_matter_to_an_export(tmp_
     write(tmp_path / "ranks" / "rank_1", {name: held[name] for name in tensors})
     with pytest.raises(BridgeError, match="blocks are in no rank's file"):
         open_rank_files(tmp_path / "ranks", strategies)
-    assert open_rank_files(tmp_path / "ranks", strategies, weights_only=True).slices.keys() == tensors.keys()
+    assert (
+        open_rank_files(tmp_path / "ranks", strategies, weights_only=True).checkpoint.tensors.keys() == tensors.keys()
+    )
 
 
 def test_the_flag_for_gate_and_up_says_nothing_of_experts(tmp_path):

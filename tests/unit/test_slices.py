@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mf_qwen3_bridge.model.layouts import Box, Layout, View
-from mf_qwen3_bridge.model.rules import HF, TRAIN, Dialect, model_rules
-from mf_qwen3_bridge.transfer.blocks import Slice, read_from_slices, within, write_slices
-from mf_qwen3_bridge.transfer.plan import make_plan
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
-from tests.tiny import MOE_SPEC, SPEC, random_tensors, write
+from mf_qwen3_bridge.model.rules import EMBEDDING, HF, INFER, OUTPUT, TRAIN, Dialect, model_rules
+from mf_qwen3_bridge.transfer.blocks import within
+from mf_qwen3_bridge.transfer.copying import have_equal_bytes
+from mf_qwen3_bridge.transfer.plan import as_it_is, make_plan, write_slices
+from mf_qwen3_bridge.transfer.safetensors import Reader, Shard, TensorInfo, open_checkpoint
+from tests.tiny import MOE_SPEC, SPEC, Tensors, random_tensors, write
 
 DIALECTS = [Dialect(Layout(qkv, gate_up)) for qkv in (True, False) for gate_up in (True, False)]
 
@@ -36,6 +37,18 @@ def block(array: np.ndarray, box: Box) -> np.ndarray:
     return np.ascontiguousarray(rows[:, slice(*box.columns)] if box.columns else rows)
 
 
+def sharded(directory: Path, whole: Tensors, boxes_of: dict[str, list[Box]]) -> dict[str, TensorInfo]:
+    """The tensors, each in as many files' tensors as it has blocks."""
+    blocks = {f"{name}#{n}": block(whole[name], box) for name in whole for n, box in enumerate(boxes_of[name])}
+    on_disk = open_checkpoint(write(directory, blocks)).tensors
+    tensors = {}
+    for name, array in whole.items():
+        shards = tuple(Shard(on_disk[f"{name}#{n}"], box) for n, box in enumerate(boxes_of[name]))
+        first = shards[0].tensor
+        tensors[name] = replace(first, name=name, shape=array.shape, nbytes=array.nbytes, shards=shards)
+    return tensors
+
+
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), dialect=st.sampled_from(DIALECTS), is_moe=st.booleans(), direction=st.booleans())
 def test_blocks_of_any_size(tmp_path_factory, data, dialect, is_moe, direction):
@@ -44,17 +57,9 @@ def test_blocks_of_any_size(tmp_path_factory, data, dialect, is_moe, direction):
     if direction:
         whole = random_tensors(spec, dialect)
         plan = plan_of(write(directory / "whole", whole), spec, dialect, HF)
-        parts = {
-            name: [(box, block(array, box)) for box in boxes(data.draw, array.shape)] for name, array in whole.items()
-        }
-        blocks = {f"{name}#{n}": part for name, found in parts.items() for n, (_, part) in enumerate(found)}
-        on_disk = open_checkpoint(write(directory / "blocks", blocks)).tensors
-        slices = {
-            name: [Slice(on_disk[f"{name}#{n}"], box) for n, (box, _) in enumerate(found)]
-            for name, found in parts.items()
-        }
         expected = {target.name: target.make() for target in plan.targets}
-        made = read_from_slices(plan, slices)
+        cut = {name: boxes(data.draw, array.shape) for name, array in whole.items()}
+        made = make_plan(model_rules(spec), sharded(directory / "shards", whole, cut), dialect, HF)
     else:
         plan = plan_of(write(directory / "whole", random_tensors(spec)), spec, HF, dialect)
         chosen = {target.name: data.draw(st.sampled_from(boxes(data.draw, target.shape))) for target in plan.targets}
@@ -92,3 +97,32 @@ def test_what_is_not_cut_stays_one_copy(tmp_path):
     cut = write_slices(plan, boxes)
     for before, after in zip(plan.targets, cut.targets, strict=True):
         assert len(after.copies) == len(before.copies)
+
+
+@pytest.mark.parametrize("row", [None, 0, -1])
+@pytest.mark.parametrize("dialect", [HF, TRAIN], ids=str)
+def test_a_tied_output_layer_in_other_shards(tmp_path, dialect, row):
+    """Whatever the embedding and the output layer are cut into, all of their rows are compared."""
+    spec = replace(SPEC, tie_word_embeddings=True)
+    whole = random_tensors(spec, dialect)
+    kept, dropped = dialect.name(EMBEDDING), dialect.name(OUTPUT)
+    whole[dropped] = whole[kept].copy()
+    if row is not None:
+        whole[dropped][row, -1] += 1
+    cut = {name: [Box((0, len(array)))] for name, array in whole.items()}
+    cut[kept] = [Box((0, 7)), Box((7, 16))]
+    cut[dropped] = [Box((0, 9), (0, 5)), Box((0, 9), (5, 12)), Box((9, 16))]
+    plan = make_plan(model_rules(spec), sharded(tmp_path, whole, cut), dialect, INFER)
+    ((embedding, output),) = plan.duplicates
+    assert len(plan.unequal_duplicates()) == (row is not None)
+    for number in range(4):
+        is_unequal = not have_equal_bytes(embedding, output, number, 4)
+        assert is_unequal == (row is not None and number == row % 4)
+
+
+def test_a_whole_tensor_in_shards_can_not_be_read_at_once(tmp_path):
+    whole = {"a": np.arange(8, dtype=np.float32)}
+    tensor = sharded(tmp_path, whole, {"a": [Box((0, 3)), Box((3, 8))]})["a"]
+    with Reader() as reader, pytest.raises(ValueError, match="2 shards"):
+        reader.read(tensor, 0, memoryview(bytearray(32)))
+    np.testing.assert_array_equal(as_it_is(tensor).make(), whole["a"])
