@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.model.layouts import Box
@@ -35,6 +35,16 @@ DTYPES: dict[str, np.dtype] = {
     "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
+}
+# Bits of an element of every dtype that a header may name.
+_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "C64": 64,
 }
 HF_INDEX = "model.safetensors.index.json"
 MINDFORMERS_INDEX = "param_name_map.json"
@@ -169,33 +179,39 @@ class Checkpoint:
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors and the metadata of one safetensors file; no tensor is read.
 
-    Format: 8 bytes little-endian length of the JSON header, the header, the tensors without gaps
-    (https://github.com/huggingface/safetensors, "Format").
+    The safetensors library reads and checks the header. It leaves no gaps between tensors, so their order and their
+    sizes give the offsets, which it does not tell.
 
     Raises:
         BridgeError: the file is truncated, or no safetensors file.
     """
     try:
         size = file.stat().st_size
-        if not file.is_file():
+        if not file.is_file():  # a pipe would keep the library waiting
             raise _damaged(file, "no regular file")
         with open(file, "rb") as stream:
             prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise _damaged(file, *_no_header(file, size))
-            header = json.loads(stream.read(length))
-        metadata = header.pop("__metadata__", {})
-        if not all(isinstance(text, str) for text in metadata.values()):
-            raise TypeError("metadata that is no text")
-        tensors = {name: _tensor_info(name, entry, file, 8 + length) for name, entry in header.items()}
+        with safe_open(file, framework="np") as opened:
+            names = opened.offset_keys()
+            slices = [opened.get_slice(name) for name in names]
+            described = [(slice_.get_dtype(), tuple(slice_.get_shape())) for slice_ in slices]
+            metadata = opened.metadata() or {}
     except OSError as error:
-        raise _damaged(file, f"can't be read: {error.strerror}", "look at its permissions and its disk") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(file, "its header can't be understood") from error
-    _check_extent(file, tensors.values(), 8 + length, size)
-    # MindSpore names there what safetensors has no name for, such as int4, and reads the bytes as that.
-    tensors |= {name: replace(tensors[name], dtype=metadata[name]) for name in tensors.keys() & metadata.keys()}
+        found = f"can't be read: {error.strerror or error}"
+        raise _damaged(file, found, "look at its permissions and its disk") from error
+    except SafetensorError as error:
+        raise _damaged(file, *_why_refused(file, size, str(error))) from error
+    tensors = {}
+    position = 8 + int.from_bytes(prefix, "little")
+    for name, (dtype, shape) in zip(names, described):
+        if dtype not in _BITS:
+            raise _damaged(file, f"{name} has dtype {dtype}: its size is not known", "update mf-qwen3-bridge")
+        nbytes = prod(shape) * _BITS[dtype] // 8
+        # MindSpore names there what safetensors has no name for, such as int4, and reads the bytes as that.
+        tensors[name] = TensorInfo(name, shape, metadata.get(name, dtype), file, position, nbytes)
+        position += nbytes
+    if position != size:
+        raise _damaged(file, _extent(size, position))
     return tensors, metadata
 
 
@@ -203,36 +219,37 @@ def _damaged(file: Path, found: str, remedy: str = "copy the file again") -> Bri
     return BridgeError(f"{file} is damaged", [Problem(file.name, found, remedy)])
 
 
-def _no_header(file: Path, size: int) -> tuple[str, str]:
-    with open(file, "rb") as stream:
-        if stream.read(40).startswith(b"version https://git-lfs"):
+def _extent(size: int, expected: int) -> str:
+    state = "truncated" if size < expected else "longer than its header says"
+    return f"{state}: {size} bytes, {expected} expected"
+
+
+def _why_refused(file: Path, size: int, reason: str) -> tuple[str, ...]:
+    """What is wrong with a file that the library refuses; found out here where it tells no tensor and no bytes."""
+    with suppress(OSError), open(file, "rb") as stream:
+        start = stream.read(40)
+        if start.startswith(b"version https://git-lfs"):
             return "a Git LFS pointer, not the weights", "fetch them with `git lfs pull`"
-    return f"{size} bytes, not a whole safetensors file", "copy the file again"
-
-
-def _tensor_info(name: str, entry: dict[str, Any], file: Path, data_start: int) -> TensorInfo:
-    try:
-        begin, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-            raise ValueError("numbers that are no sizes")
-    except (TypeError, ValueError) as error:
-        raise _damaged(file, f"the header entry of {name} can't be understood") from error
-    dtype = entry["dtype"]
-    if dtype in DTYPES and end - begin != prod(shape) * DTYPES[dtype].itemsize:
-        raise _damaged(file, f"{name} says {dtype} {shape}, but has {end - begin} bytes")
-    return TensorInfo(name, shape, dtype, file, data_start + begin, end - begin)
-
-
-def _check_extent(file: Path, tensors: Iterable[TensorInfo], data_start: int, size: int) -> None:
-    position = data_start
-    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
-        if tensor.start != position:
-            raise _damaged(file, f"{tensor.name} does not begin where the tensor before it ends")
-        position += tensor.nbytes
-    if position != size:
-        state = "truncated" if size < position else "longer than its header says"
-        raise _damaged(file, f"{state}: {size} bytes, {position} expected")
+        length = int.from_bytes(start[:8], "little")
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            return (f"{size} bytes, not a whole safetensors file",)
+        stream.seek(8)
+        text = stream.read(length)
+    if any(kind in reason for kind in ("invalid shape", "invalid offset", "not fully covered")):
+        header = json.loads(text)  # whose entries are of the right types, then
+        header.pop("__metadata__", None)
+        position = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            if prod(entry["shape"]) * _BITS.get(entry["dtype"], 0) != 8 * (end - begin):
+                kind = f"{entry['dtype']} {tuple(entry['shape'])}"
+                return (f"{name} is {kind} by its header, but has {end - begin} bytes",)
+            if begin != position:
+                return (f"{name} does not begin where the tensor before it ends",)
+            position = end
+        if 8 + length + position != size:
+            return (_extent(size, 8 + length + position),)
+    return (f"its header is not valid: {reason.removeprefix('Error while deserializing header: ')}",)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

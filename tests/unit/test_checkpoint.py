@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.transfer import safetensors
 from mf_qwen3_bridge.transfer.safetensors import HYPER_PARAMETERS, open_checkpoint, open_files, read_header, stale_files
 from tests.tiny import NUMPY, random_tensors, read, write
 
@@ -86,7 +88,6 @@ def test_a_file_that_grew(tmp_path: Path):
         b'{"a": {"dtype": "F32", "shape": [1]}}',
         b'{"a": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}}',
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}}',
-        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": null}',
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": [1]}',
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": {"x": [1]}}',
     ],
@@ -95,6 +96,74 @@ def test_a_damaged_header(tmp_path: Path, header):
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
     assert "model.safetensors" in message(file)
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def write_header(file: Path, header: dict | bytes, data: bytes = b"\0" * 8) -> Path:
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    return file
+
+
+def test_metadata_that_is_null_is_none_at_all(tmp_path: Path):
+    """As the safetensors library reads it."""
+    tensors, metadata = read_header(write_header(tmp_path / "x.safetensors", {"a": F32, "__metadata__": None}))
+    assert (list(tensors), metadata) == (["a"], {})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "nbytes"),
+    [("F4", [3, 2], 3), ("F6_E2M3", [4], 3), ("F6_E3M2", [8], 6), ("F8_E8M0", [5], 5), ("C64", [2], 16)],
+)
+def test_dtypes_that_numpy_has_no_name_for(tmp_path: Path, dtype, shape, nbytes):
+    """They are read by inspect and refused, by name, as weights; what lies behind them is found all the same."""
+    header = {
+        "a": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [nbytes, nbytes + 8]},
+    }
+    data = b"\0" * nbytes + np.array([1, 2], np.float32).tobytes()
+    tensors, _ = read_header(write_header(tmp_path / "x.safetensors", header, data))
+    assert (tensors["a"].dtype, tensors["a"].shape, tensors["a"].nbytes) == (dtype, tuple(shape), nbytes)
+    assert read(tensors["b"]).tolist() == [1, 2]
+
+
+def test_a_dtype_that_only_a_later_library_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(safetensors._BITS, "F32")
+    assert "a has dtype F32: its size is not known" in message(write_header(tmp_path / "x.safetensors", {"a": F32}))
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        ({"a": F32 | {"dtype": "I4"}}, "unknown variant `I4`"),
+        ({"a": F32 | {"dtype": None}}, "invalid type: null"),
+        ({"a": F32 | {"dtype": 4}}, "invalid type: integer `4`"),
+        ({"a": F32 | {"shape": [3]}}, "a is F32 (3,) by its header, but has 8 bytes"),
+        ({"a": F32, "b": F32}, "b does not begin where the tensor before it ends"),
+        ({"a": F32 | {"shape": [4], "data_offsets": [0, 16]}}, "truncated: 78 bytes, 86 expected"),
+        ({"a": F32 | {"shape": [1], "data_offsets": [0, 4]}}, "longer than its header says: 77 bytes, 73 expected"),
+        ({"a": F32 | {"shape": [2**62, 2**62]}}, "overflow"),
+        (b'{"a": ' * 9999, "recursion limit"),
+        (b"not json", "invalid JSON"),
+    ],
+)
+def test_what_is_wrong_with_a_header_is_told(tmp_path: Path, header, found):
+    text = message(write_header(tmp_path / "x.safetensors", header))
+    assert "x.safetensors" in text and "copy the file again" in text
+    assert found in text
+
+
+def test_what_is_no_regular_file_keeps_nobody_waiting(tmp_path: Path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "no regular file" in message(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    assert "no regular file" in message(tmp_path)
+    (tmp_path / "model.safetensors").rmdir()
+    (tmp_path / "model.safetensors").symlink_to("nowhere")
+    assert "can't be read: No such file" in message(tmp_path)
 
 
 def test_a_git_lfs_pointer(tmp_path: Path):
