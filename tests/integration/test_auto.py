@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,6 @@ def test_yarn_is_not_trained(monkeypatch: pytest.MonkeyPatch):
 
 def test_others_configs_are_upstreams(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    reading = auto.reading_config(lambda cls, path, **kwargs: (cls, path, kwargs))
+    reading = partial(auto.wrap_config_from_pretrained, lambda cls, path, **kwargs: (cls, path, kwargs))
     assert reading(AutoConfig, str(tmp_path), num_layers=2) == (AutoConfig, str(tmp_path), {"num_layers": 2})
     assert reading(AutoConfig, "qwen3.yaml") == (AutoConfig, "qwen3.yaml", {})

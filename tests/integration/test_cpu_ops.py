@@ -212,15 +212,18 @@ def moe(tokens: np.ndarray, router: np.ndarray, fc1: np.ndarray, fc2: np.ndarray
 
 
 def test_uninstall_gives_everything_back() -> None:
+    declarations = cpu_ops.STAND_INS.declarations
+
     def attributes() -> list[Any]:
-        return [vars(owner)[name] for owner, name, _ in cpu_ops._STAND_INS.entries]
+        return [vars(declared.owner)[declared.name] for declared in declarations]
 
     cpu_ops.uninstall()
     upstream = attributes()
-    assert not {id(value) for value in upstream} & {id(stand_in) for _, _, stand_in in cpu_ops._STAND_INS.entries}
     cpu_ops.install()
+    stand_ins = dict(cpu_ops.STAND_INS.installed)
     cpu_ops.install()
-    assert attributes() == [stand_in for _, _, stand_in in cpu_ops._STAND_INS.entries]
+    assert attributes() == [stand_ins[declared.owner, declared.name] for declared in declarations]
+    assert not {id(value) for value in upstream} & {id(stand_in) for stand_in in stand_ins.values()}
     cpu_ops.uninstall()
     cpu_ops.uninstall()
     assert all(ours is theirs for ours, theirs in zip(attributes(), upstream))
@@ -230,7 +233,7 @@ def test_install_leaves_other_devices_alone(monkeypatch: pytest.MonkeyPatch) -> 
     cpu_ops.uninstall()
     monkeypatch.setattr(cpu_ops.ms, "get_context", {"device_target": "Ascend"}.__getitem__)
     cpu_ops.install()
-    assert not cpu_ops._STAND_INS.upstream
+    assert not cpu_ops.STAND_INS.installed
 
 
 def test_another_device_is_refused() -> None:

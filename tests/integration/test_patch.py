@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
+from fnmatch import fnmatch
 from pathlib import Path
+from types import ModuleType
 
+import mindformers
 import mindspore as ms
 import numpy as np
 import pytest
 from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
 from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
 from mindformers.parallel_core.inference.model_utils import InferModelMixin
+from mindformers.parallel_core.utils.model_mixin import ModelMixin
+from mindformers.trainer.base_trainer import BaseTrainer
+from mindformers.utils import load_checkpoint_utils
 from mindformers.utils.safetensors import convert_safetensors
 from safetensors.numpy import load_file
 
@@ -19,7 +26,9 @@ import mf_qwen3_bridge
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers import conversion
+from mf_qwen3_bridge.mindformers.cpu import inference_ops, training_ops
 from mf_qwen3_bridge.mindformers.patching import patch
+from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS, Replacements
 from mf_qwen3_bridge.model.rules import INFER, TRAIN
 from tests.integration.conftest import CHECKPOINTS, NAMES, bits, empty_network
 from tests.tiny import hf_config, random_tensors, write
@@ -32,18 +41,72 @@ def expected(directory: Path, dialect) -> dict[str, bytes]:
 def test_patching_is_idempotent_reversible_and_touches_nothing_else():
     mf_qwen3_bridge.unpatch()
     bases = [*InferenceQwen3ForCausalLM.__mro__, *TrainingQwen3ForCausalLM.__mro__]
-    owners = list(dict.fromkeys([owner for owner, _, _ in patch._PATCH.entries] + bases))
+    owners = list(dict.fromkeys([declared.owner for declared in HOOKS.declarations] + bases))
     before = [dict(vars(owner)) for owner in owners]
     mf_qwen3_bridge.patch()
+    installed = dict(HOOKS.installed)
     mf_qwen3_bridge.patch()
     for owner, was in zip(owners, before):
-        replaced = {name: value for mine, name, value in patch._PATCH.entries if mine is owner}
+        replaced = {name: value for (mine, name), value in installed.items() if mine is owner}
         assert dict(vars(owner)) == was | replaced
+        assert all(was.get(name) is not value for name, value in replaced.items())
+    is_optional = {(declared.owner, declared.name) for declared in HOOKS.declarations if declared.optional}
+    declared = {(declared.owner, declared.name) for declared in HOOKS.declarations}
+    assert declared - is_optional <= installed.keys() <= declared
     mf_qwen3_bridge.unpatch()
     mf_qwen3_bridge.unpatch()
     assert [dict(vars(owner)) for owner in owners] == before
     with pytest.raises(RuntimeError, match="does not implemented convert_weight_dict"):
         InferenceQwen3ForCausalLM.convert_weight_dict({})
+
+
+@pytest.mark.parametrize(
+    ("module", "replacements"),
+    [(patch, HOOKS), (inference_ops, inference_ops.STAND_INS), (training_ops, training_ops.STAND_INS)],
+)
+def test_the_tables_list_what_is_replaced(module: ModuleType, replacements: Replacements):
+    rows = re.findall(r"^``(\S+?)``", str(module.__doc__), re.MULTILINE)
+    paths = [declared.path for declared in replacements.declarations]
+    assert len(set(paths)) == len(paths)
+    assert [path for path in paths if not any(fnmatch(path, f"*.{row}") for row in rows)] == []
+    assert [row for row in rows if not any(fnmatch(path, f"*.{row}") for path in paths)] == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (BaseTrainer, "count_parameters"),
+        (load_checkpoint_utils, "process_hf_checkpoint"),
+        (InferModelMixin, "load_weights"),
+        (ModelMixin, "convert_weight_dict"),
+    ],
+)
+def test_an_attribute_that_upstream_moved_is_named_and_nothing_is_changed(
+    monkeypatch: pytest.MonkeyPatch, owner, name: str
+):
+    """A hook that nobody calls would look as if the bridge were in place."""
+    before = dict(vars(InferenceQwen3ForCausalLM))
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(BridgeError) as error:
+        mf_qwen3_bridge.patch()
+    assert mindformers.__version__ in error.value.headline
+    assert {problem.subject.split(".")[-1] for problem in error.value.problems} == {name}
+    expected_owner = "InferenceQwen3" if "Mixin" in owner.__name__ else owner.__name__
+    assert all(expected_owner in problem.subject for problem in error.value.problems)
+    assert dict(vars(InferenceQwen3ForCausalLM)) == before
+    assert not patch.is_patched()
+
+
+def test_what_another_library_replaced_before_is_called_and_given_back(monkeypatch: pytest.MonkeyPatch):
+    def theirs(model, output_dir=None, load_checkpoint=None):
+        return f"theirs: {load_checkpoint}"
+
+    monkeypatch.setattr(load_checkpoint_utils, "process_hf_checkpoint", theirs)
+    mf_qwen3_bridge.patch()
+    assert load_checkpoint_utils.process_hf_checkpoint is not theirs
+    assert load_checkpoint_utils.process_hf_checkpoint(None, "output") == "theirs: None"
+    mf_qwen3_bridge.unpatch()
+    assert load_checkpoint_utils.process_hf_checkpoint is theirs
 
 
 @pytest.mark.parametrize("name", NAMES)

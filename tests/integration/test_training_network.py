@@ -107,8 +107,8 @@ def test_logits_are_those_of_transformers_if_the_layout_is_right(
 
 
 def test_install_and_uninstall() -> None:
-    entries = cpu_training_ops._STAND_INS.entries
-    replaced = {(owner, name): vars(owner)[name] for owner, name, _ in entries}
+    declarations = cpu_training_ops.STAND_INS.declarations
+    replaced = {(declared.owner, declared.name): vars(declared.owner)[declared.name] for declared in declarations}
     cpu_training_ops.install()
     try:
         assert all(vars(owner)[name] is not upstream for (owner, name), upstream in replaced.items())
@@ -121,7 +121,7 @@ def test_install_and_uninstall() -> None:
 def test_another_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ms, "get_context", lambda key: "Ascend")
     cpu_training_ops.install()
-    assert not cpu_training_ops._STAND_INS.upstream
+    assert not cpu_training_ops.STAND_INS.installed
 
 
 def run_trainer(directory: Path, scratch: Path, learning_rate: float = 1e-3, **entries: Any) -> tuple[int, str]:

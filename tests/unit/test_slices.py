@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mf_qwen3_bridge.model.layouts import Box, Layout, View
-from mf_qwen3_bridge.model.rules import EMBEDDING, HF, INFER, OUTPUT, TRAIN, Dialect, model_rules
+from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
+from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.transfer.blocks import within
 from mf_qwen3_bridge.transfer.copying import have_equal_bytes
 from mf_qwen3_bridge.transfer.plan import as_it_is, make_plan, write_slices

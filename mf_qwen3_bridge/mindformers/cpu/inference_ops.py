@@ -15,8 +15,8 @@ replaced                       because a CPU lacks                      stand-in
 ``MoeInitRoutingV2.__call__``  the operator                             NumPy, keeps all tokens
 ``GroupedMatmulV4.__call__``   the operator                             NumPy, float32
 ``MoeTokenUnpermute.__call__`` the operator                             NumPy, float32
-``ops.Gather.__call__``        ``Gather`` of bfloat16                   NumPy; other dtypes upstream's
-``ops.MatMul.__call__``        ``MatMul`` of bfloat16                   upstream's in float32, then rounded
+``Gather.__call__``            ``Gather`` of bfloat16                   NumPy; other dtypes upstream's
+``MatMul.__call__``            ``MatMul`` of bfloat16                   upstream's in float32, then rounded
 ``MLP.construct``              ``Sigmoid``, ``Mul`` of bfloat16         likewise
 ``GroupedMLP.construct``       ``Sigmoid``, ``Mul`` of bfloat16         likewise
 ``ops.masked_fill``            ``MaskedFill`` of bfloat16               likewise
@@ -61,26 +61,31 @@ from mindspore import Tensor, mint, ops
 from mindspore.communication import GlobalComm, get_group_size
 from mindspore.ops.auto_generate import GroupedMatmulV4, MoeInitRoutingV2, MoeTokenUnpermute
 
-from mf_qwen3_bridge.mindformers.patching.replacements import Owner, Replacements
+from mf_qwen3_bridge.mindformers.patching.replacements import Replacements
 
 __all__ = ["install", "uninstall"]
+
+STAND_INS = Replacements()
 
 
 def install() -> None:
     """Puts the stand-ins in place; does nothing where they already are, or when the device target isn't CPU."""
     if ms.get_context("device_target") == "CPU":
-        _STAND_INS.install()
+        STAND_INS.install()
 
 
 def uninstall() -> None:
     """Gives every replaced attribute its upstream value again; does nothing when nothing is installed."""
-    _STAND_INS.uninstall()
+    STAND_INS.uninstall()
 
 
 # ---------------------------------------------------------------------------------------------------------- the phase
 
 
-def _gpt_model_construct(self: GPTModel, *args: Any, context_lens_tensor: Tensor, **kwargs: Any) -> Tensor:
+@STAND_INS.wraps_upstream(GPTModel, "construct")
+def _gpt_model_construct(
+    upstream: Callable[..., Tensor], self: GPTModel, *args: Any, context_lens_tensor: Tensor, **kwargs: Any
+) -> Tensor:
     """Chooses between prefill and decode by what the inputs say, then runs upstream's ``GPTModel.construct``.
 
     A batch is a prefill when no sequence has tokens in the cache yet: ``context_lens_tensor``, int32 (B,), is all
@@ -88,12 +93,13 @@ def _gpt_model_construct(self: GPTModel, *args: Any, context_lens_tensor: Tensor
     graph per phase then; in PyNative mode the prefill of the second ``generate()`` would run as a decode.
     """
     self.is_prefill = not context_lens_tensor.asnumpy().any()
-    return _STAND_INS.upstream[GPTModel, "construct"](self, *args, context_lens_tensor=context_lens_tensor, **kwargs)
+    return upstream(self, *args, context_lens_tensor=context_lens_tensor, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------- norm, rotary, attention
 
 
+@STAND_INS.replaces(RMSNorm, "construct")
 def _rms_norm_construct(self: RMSNorm, x: Tensor) -> Tensor:
     """``RmsNorm`` over the last axis of ``x`` (..., hidden_size); returns ``x``'s shape and dtype.
 
@@ -105,6 +111,7 @@ def _rms_norm_construct(self: RMSNorm, x: Tensor) -> Tensor:
     return _tensor(normed, self.compute_type).astype(x.dtype)
 
 
+@STAND_INS.replaces(RotaryEmbedding, "construct")
 def _rotary_embedding_construct(
     self: RotaryEmbedding,
     query: Tensor,
@@ -145,6 +152,7 @@ def _rotate(x: Tensor, cos: np.ndarray, sin: np.ndarray) -> Tensor:
     return _tensor(rotated.reshape(x.shape), x.dtype)
 
 
+@STAND_INS.replaces(FlashAttention, "construct")
 def _flash_attention_construct(
     self: FlashAttention,
     query: Tensor,
@@ -224,6 +232,7 @@ def _causal_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, sca
 # ------------------------------------------------------------------------------------------------ mixture of experts
 
 
+@STAND_INS.replaces(MoeInitRoutingV2, "__call__")
 def _moe_init_routing(
     self: MoeInitRoutingV2,
     x: Tensor,
@@ -261,6 +270,7 @@ def _moe_init_routing(
     return copies, *(_tensor(array, ms.int32) for array in (np.argsort(order), counts_or_cumsum, counts))
 
 
+@STAND_INS.replaces(GroupedMatmulV4, "__call__")
 def _grouped_matmul(
     self: GroupedMatmulV4,
     x: Sequence[Tensor],
@@ -308,6 +318,7 @@ def _grouped_matmul(
     return [_tensor(np.concatenate(products), rows.dtype)]
 
 
+@STAND_INS.replaces(MoeTokenUnpermute, "__call__")
 def _moe_token_unpermute(
     self: MoeTokenUnpermute,
     permuted_tokens: Tensor,
@@ -337,24 +348,27 @@ def _moe_token_unpermute(
 # --------------------------------------------------------------------------------------- bfloat16 arithmetic in float32
 
 
-def _gather(self: ops.Gather, input_params: Tensor, input_indices: Tensor, axis: int) -> Tensor:
+@STAND_INS.wraps_upstream(ops.Gather, "__call__")
+def _gather(
+    upstream: Callable[..., Tensor], self: ops.Gather, input_params: Tensor, input_indices: Tensor, axis: int
+) -> Tensor:
     """Slices ``input_indices`` (any shape, int) of ``input_params`` along ``axis``, without batch dimensions."""
     if input_params.dtype != ms.bfloat16:
-        return _STAND_INS.upstream[ops.Gather, "__call__"](self, input_params, input_indices, axis)
+        return upstream(self, input_params, input_indices, axis)
     return Tensor.from_numpy(input_params.asnumpy().take(input_indices.asnumpy(), axis))
 
 
-def _in_float32(owner: Owner, name: str) -> Callable[..., Tensor]:
+@STAND_INS.wraps_upstream(ops.MatMul, "__call__")
+@STAND_INS.wraps_upstream(MLP, "construct")
+@STAND_INS.wraps_upstream(GroupedMLP, "construct")
+@STAND_INS.wraps_upstream(ops, "masked_fill")
+@STAND_INS.wraps_upstream(mint, "nan_to_num")
+def _compute_in_float32(upstream: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Upstream's, on float32 if it is given bfloat16; as on Ascend, sums are then kept in float32 and rounded once."""
-
-    def stand_in(*args: Any, **kwargs: Any) -> Tensor:
-        upstream = _STAND_INS.upstream[owner, name]
-        if not any(map(_is_bfloat16, args)):
-            return upstream(*args, **kwargs)
-        widened = (arg.astype(ms.float32) if _is_bfloat16(arg) else arg for arg in args)
-        return upstream(*widened, **kwargs).astype(ms.bfloat16)
-
-    return stand_in
+    if not any(map(_is_bfloat16, args)):
+        return upstream(*args, **kwargs)
+    widened = (arg.astype(ms.float32) if _is_bfloat16(arg) else arg for arg in args)
+    return upstream(*widened, **kwargs).astype(ms.bfloat16)
 
 
 def _is_bfloat16(arg: Any) -> bool:
@@ -364,53 +378,65 @@ def _is_bfloat16(arg: Any) -> bool:
 # ------------------------------------------------------------------------------------------------- several processes
 
 
+@STAND_INS.replaces(layers, "all_reduce")
 def _all_reduce(tensor: Tensor, op: str = ops.ReduceOp.SUM, group: str | None = None) -> tuple[Tensor, None]:
     """The sum of all processes' tensors."""
     return ops.AllReduce(op, group)(tensor), None
 
 
-@property  # type: ignore[misc]
-def _group(self: ProcessGroup) -> str:
-    """The name of the group. A CPU knows one group only, that of all processes."""
-    if self.size != get_group_size():
-        raise NotImplementedError(f"on CPUs all processes form one group, not {self.global_ranks}")
-    return str(GlobalComm.WORLD_COMM_GROUP)
+@STAND_INS.derives(ProcessGroup, "group")
+def _group(upstream: property) -> property:
+    """The name of a group. A CPU knows one group only, that of all processes."""
+
+    def group(self: ProcessGroup) -> str:
+        if self.size != get_group_size():
+            raise NotImplementedError(f"on CPUs all processes form one group, not {self.global_ranks}")
+        return str(GlobalComm.WORLD_COMM_GROUP)
+
+    return property(group)
 
 
 # --------------------------------------------------------------------------------------------------- mindspore.mint
 
 
+@STAND_INS.replaces(mint, "cumsum")
 def _cumsum(input: Tensor, dim: int, dtype: Any = None) -> Tensor:
     return ops.cumsum(input, dim, dtype)
 
 
+@STAND_INS.replaces(mint, "argmax")
 def _argmax(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
     return ops.argmax(input, dim, keepdim)
 
 
+@STAND_INS.replaces(mint, "topk")
 def _topk(input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
     return ops.topk(input, k, dim, largest, sorted)
 
 
+@STAND_INS.replaces(mint, "index_select")
 def _index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
     return ops.gather(input, index, dim)
 
 
+@STAND_INS.replaces(mint, "sort")
 def _sort(input: Tensor, *, dim: int = -1, descending: bool = False, stable: bool = False) -> tuple[Tensor, Tensor]:
     return ops.sort(input, dim, descending)
 
 
-def _zeros(size: Any, *, dtype: Any = None) -> Tensor:
+@STAND_INS.wraps_upstream(mint, "zeros")
+def _zeros(upstream: Callable[..., Tensor], size: Any, *, dtype: Any = None) -> Tensor:
     """NumPy's zeros take memory when they are first written to: upstream's default KV cache is several GB."""
     floats = {None: np.float32, ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: ml_dtypes.bfloat16}
     numpy_dtype = floats.get(dtype)
     if numpy_dtype is None:
-        return _STAND_INS.upstream[mint, "zeros"](size, dtype=dtype)
+        return upstream(size, dtype=dtype)
     return Tensor.from_numpy(np.zeros(size, numpy_dtype))
 
 
-def _empty(*size: Any, device: str | None = None, **kwargs: Any) -> Tensor:
-    return _STAND_INS.upstream[mint, "empty"](*size, device=device or "CPU", **kwargs)
+@STAND_INS.wraps_upstream(mint, "empty")
+def _empty(upstream: Callable[..., Tensor], *size: Any, device: str | None = None, **kwargs: Any) -> Tensor:
+    return upstream(*size, device=device or "CPU", **kwargs)
 
 
 # --------------------------------------------------------------------------------------------------------- conversions
@@ -422,34 +448,3 @@ def _float32(x: Tensor) -> np.ndarray:
 
 def _tensor(array: np.ndarray, dtype: Any) -> Tensor:
     return Tensor.from_numpy(array).astype(dtype)
-
-
-_BFLOAT16_IN_FLOAT32: tuple[tuple[Owner, str], ...] = (
-    (ops.MatMul, "__call__"),
-    (MLP, "construct"),
-    (GroupedMLP, "construct"),
-    (ops, "masked_fill"),
-    (mint, "nan_to_num"),
-)
-_STAND_INS = Replacements(
-    (
-        (GPTModel, "construct", _gpt_model_construct),
-        (RMSNorm, "construct", _rms_norm_construct),
-        (RotaryEmbedding, "construct", _rotary_embedding_construct),
-        (FlashAttention, "construct", _flash_attention_construct),
-        (ops.Gather, "__call__", _gather),
-        (MoeInitRoutingV2, "__call__", _moe_init_routing),
-        (GroupedMatmulV4, "__call__", _grouped_matmul),
-        (MoeTokenUnpermute, "__call__", _moe_token_unpermute),
-        *((owner, name, _in_float32(owner, name)) for owner, name in _BFLOAT16_IN_FLOAT32),
-        (layers, "all_reduce", _all_reduce),
-        (ProcessGroup, "group", _group),
-        (mint, "cumsum", _cumsum),
-        (mint, "argmax", _argmax),
-        (mint, "topk", _topk),
-        (mint, "index_select", _index_select),
-        (mint, "sort", _sort),
-        (mint, "zeros", _zeros),
-        (mint, "empty", _empty),
-    )
-)

@@ -8,10 +8,10 @@ replaced                                        because a CPU lacks        stand
 =============================================== ========================== ===========================================
 ``norm.FusedRMSNorm.construct``                 ``RmsNorm``                the same with ``ReduceMean`` and ``rsqrt``
 ``rotary_pos_embedding.Outer``                  ``Outer``                  a product of a column and a row
-``attention.aclnn_ops``: ``SplitWithSize``      ``SplitWithSize`` (2.7)    ``ops.split``
-``attention.aclnn_ops``: ``Cast``               (nothing: float16 costs    leaves float32 where float16 is asked for
-                                                digits)
-``activation.aclnn_ops``: ``SplitWithSize``     ``SplitWithSize`` (2.7)    ``ops.split``
+``attention.aclnn_ops``                         ``SplitWithSize`` (2.7)    ``ops.split``
+                                                (float16 costs digits)     a ``Cast`` that leaves float32 where float16
+                                                                           is asked for
+``activation.aclnn_ops``                        ``SplitWithSize`` (2.7)    ``ops.split``
 ``activation.Swiglu_op``                        ``Swiglu``                 ``ops.split``, ``sigmoid``
 ``mlp.SplitWithSize``                           ``SplitWithSize`` (2.7)    ``ops.split``
 ``flash_attention.FlashAttentionScore``         ``FlashAttentionScore``    ``matmul``, ``softmax``, ``matmul``
@@ -24,8 +24,7 @@ replaced                                        because a CPU lacks        stand
 ``ffn.GroupedMatmul``                           ``GroupedMatmul``          every expert multiplies all rows, the others'
                                                                            being zeros
 ``ffn.Swiglu``                                  ``Swiglu``                 as above
-``TrainOneStepWithLossScaleCell``:              ``NPUGetFloatStatusV2``    ``isfinite``
-``get_overflow_status``
+``*LossScaleCell.get_overflow_status``          ``NPUGetFloatStatusV2``    ``isfinite``
 =============================================== ========================== ===========================================
 
 The classes are those of ``mindformers.parallel_core.training_graph`` in MindFormers 1.7.0, 1.8.0 and 1.9.0, in graph
@@ -57,6 +56,8 @@ from mf_qwen3_bridge.mindformers.patching.replacements import Replacements
 
 __all__ = ["install", "uninstall"]
 
+STAND_INS = Replacements()
+
 # What is added to the scores of masked positions: exp() of it is 0.
 _MASKED = -1e30
 
@@ -64,12 +65,12 @@ _MASKED = -1e30
 def install() -> None:
     """Puts the stand-ins in place; does nothing where they already are, or when the device target isn't CPU."""
     if ms.get_context("device_target") == "CPU":
-        _STAND_INS.install()
+        STAND_INS.install()
 
 
 def uninstall() -> None:
     """Gives every replaced attribute its upstream value again; does nothing when nothing is installed."""
-    _STAND_INS.uninstall()
+    STAND_INS.uninstall()
 
 
 class _Operator(nn.Cell):
@@ -91,6 +92,7 @@ class _Operator(nn.Cell):
 # ------------------------------------------------------------------------------------- norm, rotary, attention, MLP
 
 
+@STAND_INS.replaces(norm.FusedRMSNorm, "construct")
 def _rms_norm_construct(self: norm.FusedRMSNorm, x: Tensor) -> Tensor:
     """``RmsNorm`` over the last axis of ``x``; returns ``x``'s shape and dtype."""
     rows = ops.cast(x, self.compute_type)
@@ -98,11 +100,13 @@ def _rms_norm_construct(self: norm.FusedRMSNorm, x: Tensor) -> Tensor:
     return ops.cast(rows * ops.rsqrt(variance + self.eps) * self.weight, x.dtype)
 
 
+@STAND_INS.replaces(rotary_pos_embedding, "Outer")
 class _Outer(_Operator):
     def construct(self, input: Tensor, vec2: Tensor) -> Tensor:
         return input.reshape((-1, 1)) * vec2.reshape((1, -1))
 
 
+@STAND_INS.replaces(mlp, "SplitWithSize")
 class _SplitWithSize(_Operator):
     def construct(self, input: Tensor, split_sizes: tuple[int, ...], dim: int = 0) -> tuple[Tensor, ...]:
         return ops.split(input, split_sizes, dim)
@@ -117,12 +121,15 @@ class _CastButToFloat16(_Operator):
         return ops.cast(input, dtype)
 
 
+@STAND_INS.replaces(activation, "Swiglu_op")
+@STAND_INS.replaces(ffn, "Swiglu")
 class _Swiglu(_Operator):
     def construct(self, input: Tensor, dim: int = -1) -> Tensor:
         gate, up = ops.split(input, input.shape[dim] // 2, dim)
         return gate * ops.sigmoid(gate) * up
 
 
+@STAND_INS.replaces(flash_attention, "FlashAttentionScore")
 class _FlashAttentionScore(_Operator):
     """``FlashAttentionScore`` with a mask that says everything, without dropout."""
 
@@ -172,6 +179,7 @@ class _FlashAttentionScore(_Operator):
         return None, None, None, ops.cast(context, query.dtype)
 
 
+@STAND_INS.replaces(mint.nn.functional, "embedding")
 def _embedding(
     input: Tensor,
     weight: Tensor,
@@ -187,6 +195,7 @@ def _embedding(
 # ------------------------------------------------------------------------------------------------ mixture of experts
 
 
+@STAND_INS.replaces(router, "TopkExt")
 class _TopkExt(_Operator):
     def construct(
         self, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
@@ -194,6 +203,7 @@ class _TopkExt(_Operator):
         return ops.topk(input, k, dim, largest, sorted)
 
 
+@STAND_INS.replaces(token_dispatcher, "SortExt")
 class _SortExt(_Operator):
     def construct(
         self, input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False
@@ -201,16 +211,19 @@ class _SortExt(_Operator):
         return ops.sort(input, dim, descending)
 
 
+@STAND_INS.replaces(token_dispatcher, "IndexSelect")
 class _IndexSelect(_Operator):
     def construct(self, input: Tensor, dim: int, index: Tensor) -> Tensor:
         return ops.gather(input, index, dim)
 
 
+@STAND_INS.replaces(token_dispatcher, "CumsumExt")
 class _CumsumExt(_Operator):
     def construct(self, input: Tensor, dim: int, dtype: Any = None) -> Tensor:
         return ops.cumsum(input, dim, dtype)
 
 
+@STAND_INS.replaces(token_dispatcher, "FmodScalar")
 class _FmodScalar(_Operator):
     """The remainder of integers that aren't negative."""
 
@@ -218,6 +231,7 @@ class _FmodScalar(_Operator):
         return input - input // other * other
 
 
+@STAND_INS.replaces(ffn, "GroupedMatmul")
 class _GroupedMatmul(_Operator):
     """Multiplies the rows of each expert, which lie one expert after the other, by the expert's matrix."""
 
@@ -253,6 +267,7 @@ class _GroupedMatmul(_Operator):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
+@STAND_INS.replaces(nn.TrainOneStepWithLossScaleCell, "get_overflow_status")
 def _get_overflow_status(
     self: nn.TrainOneStepWithLossScaleCell, status: Tensor, compute_output: tuple[Tensor, ...]
 ) -> Tensor:
@@ -263,30 +278,18 @@ def _get_overflow_status(
     return count > 0
 
 
-def _but(module: ModuleType, **replaced: Any) -> ModuleType:
+@STAND_INS.derives(attention, "aclnn_ops")
+def _with_split_and_cast(module: ModuleType) -> ModuleType:
+    return _copy_with(module, SplitWithSize=_SplitWithSize, Cast=_CastButToFloat16)
+
+
+@STAND_INS.derives(activation, "aclnn_ops")
+def _with_split(module: ModuleType) -> ModuleType:
+    return _copy_with(module, SplitWithSize=_SplitWithSize)
+
+
+def _copy_with(module: ModuleType, **replaced: Any) -> ModuleType:
     """A module like ``module``, but for some attributes: upstream writes ``module.Operator()``."""
     other = ModuleType(module.__name__)
     vars(other).update(vars(module) | replaced)
     return other
-
-
-_STAND_INS = Replacements(
-    (
-        (norm.FusedRMSNorm, "construct", _rms_norm_construct),
-        (rotary_pos_embedding, "Outer", _Outer),
-        (attention, "aclnn_ops", _but(attention.aclnn_ops, SplitWithSize=_SplitWithSize, Cast=_CastButToFloat16)),
-        (activation, "aclnn_ops", _but(activation.aclnn_ops, SplitWithSize=_SplitWithSize)),
-        (activation, "Swiglu_op", _Swiglu),
-        (mlp, "SplitWithSize", _SplitWithSize),
-        (flash_attention, "FlashAttentionScore", _FlashAttentionScore),
-        (mint.nn.functional, "embedding", _embedding),
-        (router, "TopkExt", _TopkExt),
-        (token_dispatcher, "SortExt", _SortExt),
-        (token_dispatcher, "IndexSelect", _IndexSelect),
-        (token_dispatcher, "CumsumExt", _CumsumExt),
-        (token_dispatcher, "FmodScalar", _FmodScalar),
-        (ffn, "GroupedMatmul", _GroupedMatmul),
-        (ffn, "Swiglu", _Swiglu),
-        (nn.TrainOneStepWithLossScaleCell, "get_overflow_status", _get_overflow_status),
-    )
-)

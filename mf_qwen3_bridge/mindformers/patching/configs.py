@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from functools import wraps
 from pathlib import Path
 from typing import Any
+
+from mindformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from mindformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
 from mf_qwen3_bridge.inputs.mindformers_yaml import ADDITIONS, LAYOUT_FLAGS
 from mf_qwen3_bridge.mindformers.cpu.device import builds_training_networks, forget_earlier_networks, prepare_device
+from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
 
 # Of a config.json, what upstream's config classes take although it says nothing of the weights.
 _TAKEN = frozenset({"architectures", "attention_dropout", "output_router_logits", "router_aux_loss_coef"})
@@ -24,18 +27,15 @@ _NEEDED_TO_TRAIN_EXPERTS = {"moe_grouped_gemm": True, "routed_scaling_factor": 1
 _SAID: dict[int, dict[str, Any]] = {}
 
 
-def understanding(upstream: Callable[..., None]) -> Callable[..., None]:
+@HOOKS.wraps_upstream(Qwen3Config, "__init__")
+@HOOKS.wraps_upstream(Qwen3MoeConfig, "__init__")
+def wrap_config_init(upstream: Callable[..., None], config: Any, *args: Any, **model_config: Any) -> None:
     """``__init__`` of ``Qwen3Config`` or ``Qwen3MoeConfig`` that understands what transformers writes today."""
-
-    @wraps(upstream)
-    def init(config: Any, *args: Any, **model_config: Any) -> None:
-        _SAID[id(config)] = {flag: model_config[flag] for flag in LAYOUT_FLAGS if flag in model_config}
-        weakref.finalize(config, _SAID.pop, id(config), None)
-        forget_earlier_networks()
-        prepare_device()  # the network is built next
-        upstream(config, *args, **understood(model_config))
-
-    return init
+    _SAID[id(config)] = {flag: model_config[flag] for flag in LAYOUT_FLAGS if flag in model_config}
+    weakref.finalize(config, _SAID.pop, id(config), None)
+    forget_earlier_networks()
+    prepare_device()  # the network is built next
+    upstream(config, *args, **understood(model_config))
 
 
 def understood(model_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import wraps
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,19 @@ from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausal
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3MoeForCausalLM
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.tools.logger import logger
+from mindformers.trainer import base_trainer
+from mindformers.utils import load_checkpoint_utils
 
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
 from mf_qwen3_bridge.inputs.mindformers_yaml import LAYOUT_FLAGS
 from mf_qwen3_bridge.inputs.preflight import Model, check_weights
+from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
 from mf_qwen3_bridge.mindformers.load_training import load_training_network
 from mf_qwen3_bridge.mindformers.patching import compat
 from mf_qwen3_bridge.mindformers.patching.configs import said_of_layout
+from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
 from mf_qwen3_bridge.model.parameters import is_hf_name
 from mf_qwen3_bridge.transfer.safetensors import HF_INDEX, HYPER_PARAMETERS, TensorInfo, open_checkpoint, read_header
 
@@ -31,6 +35,27 @@ INFERENCE_NETWORKS = (InferenceQwen3ForCausalLM, InferenceQwen3MoeForCausalLM)
 NETWORKS = (*INFERENCE_NETWORKS, TrainingQwen3ForCausalLM, TrainingQwen3MoeForCausalLM)
 
 
+class ClassOrInstanceMethod:
+    """A method whose first argument is the instance, or the class when it is called on the class.
+
+    Upstream calls the same hook both ways, depending on where it comes from.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __get__(self, instance: object | None, owner: type) -> Callable[..., Any]:
+        return partial(self.function, owner if instance is None else instance)
+
+
+# The inference classes have these from ``ModelMixin``, where they say that they are not implemented.
+for _network in INFERENCE_NETWORKS:
+    for _function in (conversion.convert_weight_dict, conversion.convert_map_dict, conversion.obtain_name_map):
+        HOOKS.replaces(_network, _function.__name__, inherited=True)(ClassOrInstanceMethod(_function))
+
+
+@HOOKS.replaces(InferenceQwen3ForCausalLM, "load_weights", inherited=True)
+@HOOKS.replaces(InferenceQwen3MoeForCausalLM, "load_weights", inherited=True)
 def load_weights(
     network: Any,
     weights_path: str | Path | None = None,
@@ -59,134 +84,115 @@ def load_weights(
         raise BridgeError(f"weights_path {str(weights_path)!r} does not exist, and no weights are given")
 
 
-def generating(upstream: Callable[..., Any]) -> Callable[..., Any]:
+@HOOKS.wraps_upstream(InferenceQwen3ForCausalLM, "generate", inherited=True)
+@HOOKS.wraps_upstream(InferenceQwen3MoeForCausalLM, "generate", inherited=True)
+def wrap_generate(upstream: Callable[..., Any], network: Any, *args: Any, **kwargs: Any) -> Any:
     """``generate``, but not from weights that were never loaded.
 
     Stands for ``generate`` of ``mindformers/generation/text_generator.py`` (1.7 to 1.9). MindFormers generates from
     zeros when it finds no weights, or is not asked for any.
     """
-
-    @wraps(upstream)
-    def generate(network: Any, *args: Any, **kwargs: Any) -> Any:
-        if network not in FILLED:
-            name, some = next((n, p) for n, p in network.parameters_dict().items() if n.endswith("linear_qkv.weight"))
-            if not some.asnumpy().any():
-                raise BridgeError(
-                    f"{name} is all zero: no weights were loaded. Does pretrained_model_dir hold *.safetensors, or "
-                    "load_checkpoint name weights?"
-                )
-            FILLED.add(network)
-        return upstream(network, *args, **kwargs)
-
-    return generate
+    if network not in FILLED:
+        name, some = next((n, p) for n, p in network.parameters_dict().items() if n.endswith("linear_qkv.weight"))
+        if not some.asnumpy().any():
+            raise BridgeError(
+                f"{name} is all zero: no weights were loaded. Does pretrained_model_dir hold *.safetensors, or "
+                "load_checkpoint name weights?"
+            )
+        FILLED.add(network)
+    return upstream(network, *args, **kwargs)
 
 
-def passing_on_hf(upstream: Callable[..., str]) -> Callable[..., str]:
+@HOOKS.wraps_upstream(load_checkpoint_utils, "process_hf_checkpoint")
+def wrap_process_hf_checkpoint(
+    upstream: Callable[..., str], model: Any, output_dir: str | None = None, load_checkpoint: str | None = None
+) -> str:
     """``process_hf_checkpoint``, which converts nothing for Qwen3: the loaders below read Hugging Face's files.
 
     Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9), which MindFormers calls
     when a YAML says ``qkv_concat: True``: it starts a process for each file, which wait for each other, for ever if
     need be, and writes all weights anew.
     """
-
-    @wraps(upstream)
-    def process_hf_checkpoint(model: Any, output_dir: str | None = None, load_checkpoint: str | None = None) -> str:
-        if load_checkpoint is None or qwen3_network(model) is None:
-            return upstream(model, output_dir, load_checkpoint)
-        return load_checkpoint
-
-    return process_hf_checkpoint
+    if load_checkpoint is None or qwen3_network(model) is None:
+        return upstream(model, output_dir, load_checkpoint)
+    return load_checkpoint
 
 
-def loading_safetensors(upstream: Callable[..., None]) -> Callable[..., None]:
+@HOOKS.wraps_upstream(load_checkpoint_utils, "load_safetensors_checkpoint")
+def wrap_load_safetensors_checkpoint(
+    upstream: Callable[..., None],
+    config: Any,
+    load_checkpoint_files: Sequence[str],
+    network: Any,
+    strategy_path: str,
+    load_ckpt_path: str,
+    optimizer: Any,
+) -> None:
     """``load_safetensors_checkpoint``, which fills Qwen3 networks from whatever the bridge knows to read.
 
     Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9). MindFormers calls it when
     the network is built and, in a parallel run, compiled. Checkpoints of MindFormers that bear no stamp are upstream's.
     """
-
-    @wraps(upstream)
-    def load_safetensors_checkpoint(
-        config: Any,
-        load_checkpoint_files: Sequence[str],
-        network: Any,
-        strategy_path: str,
-        load_ckpt_path: str,
-        optimizer: Any,
-    ) -> None:
-        qwen3 = qwen3_network(network)
-        if qwen3 is None or not is_known(Path(load_ckpt_path)):
-            upstream(config, load_checkpoint_files, network, strategy_path, load_ckpt_path, optimizer)
-            return
-        if config.resume_training:
-            raise BridgeError(f"{load_ckpt_path} holds weights alone: resume_training has to be False")
-        fill_network(qwen3, Path(load_ckpt_path))
-
-    return load_safetensors_checkpoint
+    qwen3 = qwen3_network(network)
+    if qwen3 is None or not is_known(Path(load_ckpt_path)):
+        upstream(config, load_checkpoint_files, network, strategy_path, load_ckpt_path, optimizer)
+        return
+    if config.resume_training:
+        raise BridgeError(f"{load_ckpt_path} holds weights alone: resume_training has to be False")
+    fill_network(qwen3, Path(load_ckpt_path))
 
 
-def loading_hf(upstream: Callable[..., None]) -> Callable[..., None]:
+@HOOKS.wraps_upstream(base_trainer, "load_checkpoint")
+@HOOKS.wraps_upstream(base_trainer, "load_hf_checkpoint", optional=True)  # 1.9 and later
+def wrap_load_checkpoint(upstream: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """What MindFormers calls when a YAML has a ``checkpoint`` section, or ``use_legacy_format: False``.
 
     Stands for ``load_hf_checkpoint`` (1.9) and ``load_checkpoint`` (1.7 to 1.9) of
     ``mindformers/checkpoint/checkpoint.py``, which ignore layout flags or experts. The directory is the first argument.
     """
-
-    @wraps(upstream)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> None:
-        called = signature(upstream).bind(*args, **kwargs).arguments
-        directory, network = Path(next(iter(called.values()))), qwen3_network(called["network"])
-        if network is None or not is_known(directory):
-            upstream(*args, **kwargs)
-            return
-        if called.get("optimizer") is not None:
-            raise BridgeError(f"{directory} holds weights alone, and nothing of an optimizer to resume with")
-        fill_network(network, directory)
-
-    return load_checkpoint
+    called = signature(upstream).bind(*args, **kwargs).arguments
+    directory, network = Path(next(iter(called.values()))), qwen3_network(called["network"])
+    if network is None or not is_known(directory):
+        upstream(*args, **kwargs)
+        return
+    if called.get("optimizer") is not None:
+        raise BridgeError(f"{directory} holds weights alone, and nothing of an optimizer to resume with")
+    fill_network(network, directory)
 
 
-def recognising_hf(upstream: Callable[..., bool]) -> Callable[..., bool]:
+@HOOKS.wraps_upstream(load_checkpoint_utils, "is_hf_safetensors_dir")
+def wrap_is_hf_safetensors_dir(upstream: Callable[..., bool], safetensors_dir: str, model_cls_or_instance: Any) -> bool:
     """``is_hf_safetensors_dir``, which opens files of which none need be whole, and says nothing of where they lie.
 
     Stands for that function of ``mindformers/utils/safetensors/utils.py`` (1.7 to 1.9). What the bridge's loader reads
     is not opened before it: it names the file that is damaged.
     """
-
-    @wraps(upstream)
-    def is_hf_safetensors_dir(safetensors_dir: str, model_cls_or_instance: Any) -> bool:
-        directory, network = Path(safetensors_dir), model_cls_or_instance
-        if not isinstance(network, ms.nn.Cell) or qwen3_network(network) is None or not is_known(directory):
-            return upstream(safetensors_dir, model_cls_or_instance)
-        return not bears_stamp(directory)
-
-    return is_hf_safetensors_dir
+    directory, network = Path(safetensors_dir), model_cls_or_instance
+    if not isinstance(network, ms.nn.Cell) or qwen3_network(network) is None or not is_known(directory):
+        return upstream(safetensors_dir, model_cls_or_instance)
+    return not bears_stamp(directory)
 
 
-def counting_parameters(upstream: Callable[..., None]) -> Callable[..., None]:
+@HOOKS.wraps_upstream(base_trainer.BaseTrainer, "count_parameters")
+def wrap_count_parameters(upstream: Callable[..., None], trainer: Any) -> None:
     """``BaseTrainer.count_parameters``, which refuses to fine-tune from nothing.
 
     Stands for that method of ``mindformers/trainer/base_trainer.py`` (1.7 to 1.9), which the trainer calls when the
     network is built. MindFormers trains random weights where it finds none, whatever was asked for.
     """
-
-    @wraps(upstream)
-    def count_parameters(trainer: Any) -> None:
-        upstream(trainer)
-        config, network = trainer.config, trainer.network
-        is_asked_for = config.run_mode == "finetune" and not config.only_save_strategy
-        if not is_asked_for or compat.weights_to_load(config) or network is None or qwen3_network(network) is None:
-            return
-        directory = Path(config.pretrained_model_dir or "")
-        if config.pretrained_model_dir and (directory / HF_INDEX).is_file():
-            open_checkpoint(directory)  # says which files are missing
-        raise BridgeError(
-            "nothing to fine-tune: MindFormers would load no weights, and train random ones. Set load_checkpoint to a "
-            f"directory that holds *.safetensors (pretrained_model_dir is {config.pretrained_model_dir or 'empty'}), "
-            "and leave out checkpoint.load_path or set it too; or, to begin with random weights, set run_mode: train"
-        )
-
-    return count_parameters
+    upstream(trainer)
+    config, network = trainer.config, trainer.network
+    is_asked_for = config.run_mode == "finetune" and not config.only_save_strategy
+    if not is_asked_for or compat.weights_to_load(config) or network is None or qwen3_network(network) is None:
+        return
+    directory = Path(config.pretrained_model_dir or "")
+    if config.pretrained_model_dir and (directory / HF_INDEX).is_file():
+        open_checkpoint(directory)  # says which files are missing
+    raise BridgeError(
+        "nothing to fine-tune: MindFormers would load no weights, and train random ones. Set load_checkpoint to a "
+        f"directory that holds *.safetensors (pretrained_model_dir is {config.pretrained_model_dir or 'empty'}), "
+        "and leave out checkpoint.load_path or set it too; or, to begin with random weights, set run_mode: train"
+    )
 
 
 def qwen3_network(network: Any) -> Any:

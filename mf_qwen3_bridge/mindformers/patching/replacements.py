@@ -1,47 +1,146 @@
-"""Attributes of upstream's classes and modules that are replaced for a while; upstream's files stay as they are."""
+"""Replaces attributes of upstream's classes and modules, and gives them back; upstream's files stay as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from inspect import getattr_static
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+import mindformers
+import mindspore as ms
+
+from mf_qwen3_bridge.errors import BridgeError, Problem
 
 Owner = type | ModuleType
+Declared = TypeVar("Declared")
 # Stands for upstream's value where it has no such attribute.
 ABSENT = object()
 
 
-class Replacements:
-    """A set of attributes that are replaced together.
-
-    Args:
-        entries: (whose attribute, its name, what stands in its place).
+@dataclass(frozen=True)
+class Declaration:
+    """One attribute that is to be replaced.
 
     Attributes:
-        entries: these.
-        upstream: the replaced values, while they are replaced.
+        owner: whose attribute it is.
+        name: of the attribute.
+        make: makes the replacement from what is there when it is installed.
+        inherited: the owner is a class that has it from one of its bases, and gets one of its own.
+        optional: some of upstream's versions lack it; there it is left out.
     """
 
-    def __init__(self, entries: Iterable[tuple[Owner, str, Any]]) -> None:
-        self.entries = tuple(entries)
-        self.upstream: dict[tuple[Owner, str], Any] = {}
+    owner: Owner
+    name: str
+    make: Callable[[Any], Any]
+    inherited: bool
+    optional: bool
+
+    @property
+    def path(self) -> str:
+        """Where upstream has it: module, class and name."""
+        owner = self.owner
+        prefix = owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
+        return f"{prefix}.{self.name}"
+
+    def upstream(self) -> Any:
+        """What is there now; ``ABSENT`` if nothing is."""
+        if self.inherited:
+            return getattr_static(self.owner, self.name, ABSENT)
+        return vars(self.owner).get(self.name, ABSENT)
+
+
+class Replacements:
+    """Attributes that are replaced together. The decorators below declare them, once, where the replacement is defined.
+
+    Attributes:
+        declarations: what the decorators declared.
+        installed: the replacements, by owner and name, while they are in place.
+    """
+
+    def __init__(self) -> None:
+        self.declarations: list[Declaration] = []
+        self.installed: dict[tuple[Owner, str], Any] = {}
+        self._upstream: dict[tuple[Owner, str], Any] = {}
+
+    def replaces(self, owner: Owner, name: str, *, inherited: bool = False) -> Callable[[Declared], Declared]:
+        """Declares that what is decorated, a function or class, takes an attribute's place."""
+
+        def declare(replacement: Declared) -> Declared:
+            self.declarations.append(Declaration(owner, name, lambda upstream: replacement, inherited, False))
+            return replacement
+
+        return declare
+
+    def wraps_upstream(
+        self, owner: Owner, name: str, *, inherited: bool = False, optional: bool = False
+    ) -> Callable[[Declared], Declared]:
+        """Declares a wrapper: a function that is called with upstream's, then with the arguments of the call.
+
+        Upstream's is what is there when the wrapper is installed. Of a classmethod it is the function within.
+        """
+
+        def declare(function: Any) -> Any:
+            def make(upstream: Any) -> Any:
+                called = upstream.__func__ if isinstance(upstream, classmethod) else upstream
+
+                @wraps(called)
+                def wrapper(*args: Any, **kwargs: Any) -> Any:
+                    return function(called, *args, **kwargs)
+
+                return classmethod(wrapper) if isinstance(upstream, classmethod) else wrapper
+
+            self.declarations.append(Declaration(owner, name, make, inherited, optional))
+            return function
+
+        return declare
+
+    def derives(self, owner: Owner, name: str) -> Callable[[Declared], Declared]:
+        """Declares a function that makes the replacement from upstream's value, when it is installed."""
+
+        def declare(make: Any) -> Any:
+            self.declarations.append(Declaration(owner, name, make, False, False))
+            return make
+
+        return declare
 
     def install(self) -> None:
-        """Replaces them all; does nothing where that has been done."""
-        if self.upstream:
+        """Replaces them all; does nothing where that has been done.
+
+        Raises:
+            BridgeError: upstream lacks some of them (all are listed). Nothing is changed then.
+        """
+        if self.installed:
             return
-        # Look everything up before changing anything: what upstream moved must not leave half of it replaced.
-        self.upstream.update({(owner, name): vars(owner).get(name, ABSENT) for owner, name, _ in self.entries})
-        for owner, name, replacement in self.entries:
-            setattr(owner, name, replacement)
+        found = [(declared, declared.upstream()) for declared in self.declarations]
+        moved = [declared for declared, upstream in found if upstream is ABSENT and not declared.optional]
+        if moved:
+            remedy = "use MindFormers 1.7 to 1.9; in later ones it may have another name or place"
+            raise BridgeError(
+                f"MindFormers {mindformers.__version__} with MindSpore {ms.__version__} lacks what the bridge replaces",
+                [Problem(declared.path, "does not exist", remedy) for declared in moved],
+            )
+        replacements = [(declared, declared.make(value)) for declared, value in found if value is not ABSENT]
+        for declared, replacement in replacements:
+            key = declared.owner, declared.name
+            self._upstream[key] = vars(declared.owner).get(declared.name, ABSENT)
+            self.installed[key] = replacement
+            setattr(declared.owner, declared.name, replacement)
 
     def uninstall(self) -> None:
         """Gives every attribute its upstream value again, unless somebody else has replaced it since."""
-        for owner, name, replacement in self.entries if self.upstream else ():
+        for (owner, name), replacement in self.installed.items():
             if vars(owner).get(name) is not replacement:
                 continue
-            if self.upstream[owner, name] is ABSENT:
+            if self._upstream[owner, name] is ABSENT:
                 delattr(owner, name)
             else:
-                setattr(owner, name, self.upstream[owner, name])
-        self.upstream.clear()
+                setattr(owner, name, self._upstream[owner, name])
+        self.installed.clear()
+        self._upstream.clear()
+
+
+# What mf_qwen3_bridge.patch() installs.
+HOOKS = Replacements()
