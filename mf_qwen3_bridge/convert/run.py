@@ -11,18 +11,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mf_qwen3_bridge import __version__
 from mf_qwen3_bridge.convert.file_layout import OutputFile
 from mf_qwen3_bridge.convert.output_directory import OutputDirectory
 from mf_qwen3_bridge.convert.workers import ALONE, Worker, Workers
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.transfer.copying import BUFFER_BYTES, Transfer, carve, copy_elements, read_nbytes, room
+from mf_qwen3_bridge.transfer.copying import BUFFER_BYTES, LoadedTile, Transfer
 from mf_qwen3_bridge.transfer.plan import Plan, check_values
 from mf_qwen3_bridge.transfer.progress import progress_bar, size_text
-from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo
-from mf_qwen3_bridge.transfer.tiles import Tile, tiles, writes
+from mf_qwen3_bridge.transfer.safetensors import TensorInfo
+from mf_qwen3_bridge.transfer.tiles import Tile, tiles
 from mf_qwen3_bridge.transfer.values import Casts, casts_of, is_exact, largest_magnitude
 
 
@@ -209,66 +207,51 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
     return Summary(job.num_tensors, directory.nbytes, seconds, dict(findings.casts), tuple(directory.notes))
 
 
-def _share(job: Job, worker: Worker) -> Iterator[tuple[Tile, Mapping[str, TensorInfo]]]:
-    """This worker's tiles, and where each target goes. Each worker gets as many bytes."""
+def _shares(job: Job, worker: Worker) -> Iterator[tuple[Iterator[Tile], Mapping[str, TensorInfo]]]:
+    """Of each part this worker's tiles, and where each target goes. Each worker gets as many bytes."""
     done, total = 0, max(job.source_nbytes, 1)
+
+    def mine(plan: Plan) -> Iterator[Tile]:
+        nonlocal done
+        for tile in tiles((copy for target in plan.targets for copy in target.copies), to_files=True):
+            if done * worker.count // total == worker.number:
+                yield tile
+            done += sum(copy.nbytes for copy in tile)
+
     for part in job.parts:
         places = {name: tensor for file in part.files for name, tensor in file.tensors.items()}
-        for tile in tiles((copy for target in part.make_plan().targets for copy in target.copies), to_files=True):
-            if done * worker.count // total == worker.number:
-                yield tile, places
-            done += sum(copy.nbytes for copy in tile)
+        yield mine(part.make_plan()), places
 
 
 def _write(job: Job, directory: OutputDirectory) -> Findings:
+    """Reads this worker's tiles, permutes them, and writes them."""
     findings = Findings()
     nbytes = job.source_nbytes // directory.worker.count
     with progress_bar("writing", nbytes) as advance, Transfer(advance) as transfer:
+        for share, places in _shares(job, directory.worker):
 
-        def carry_out(share: tuple[Tile, Mapping[str, TensorInfo]]) -> tuple[Tile, Findings]:
-            tile, places = share
-            seen = _carry_out(tile, places, transfer, directory)
-            return tile, seen if job.checks_values else Findings()
+            def look(loaded: LoadedTile, places: Mapping[str, TensorInfo] = places) -> Findings:
+                for made in loaded.made:
+                    target = places[made.target]
+                    for start, elements in made.runs(made.elements):
+                        directory.put(str(target.file), target.start + start * elements.itemsize, elements)
+                return _look_at_values(loaded) if job.checks_values else Findings()
 
-        for tile, seen in transfer.map(carry_out, _share(job, directory.worker)):
-            findings.add(seen)
-            transfer.advance(tile)
+            for seen in transfer.each(share, look, {name: place.dtype for name, place in places.items()}):
+                findings.add(seen)
         directory.sync(transfer.map)
     return findings
 
 
-def _carry_out(
-    tile: Tile, places: Mapping[str, TensorInfo], transfer: Transfer, directory: OutputDirectory
-) -> Findings:
-    """Reads a tile, permutes it, and writes it."""
+def _look_at_values(loaded: LoadedTile) -> Findings:
     findings = Findings()
-
-    def put(target: TensorInfo, start: int, elements: np.ndarray) -> None:
-        directory.put(str(target.file), target.start + start * elements.itemsize, elements)
-
-    stretches = [(copies, stretch, places[copies[0].target]) for copies, stretch in writes(tile)]
-    is_copied = len(tile) == 1 and tile[0].lies_alike and tile[0].source.dtype == places[tile[0].target].dtype
-    nbytes_read = read_nbytes(tile)
-    nbytes_made = 0 if is_copied else sum(room(stretch.size, DTYPES[target.dtype]) for _, stretch, target in stretches)
-    with transfer.buffers.lend(nbytes_read + nbytes_made) as memory:
-        gathered = dict(zip(tile, transfer.gather(tile, memory)))
-        free = memory[nbytes_read:]
-        for copies, stretch, target in stretches:
-            if is_copied:
-                made = gathered[copies[0]]
-            else:
-                made, free = carve(free, stretch.size, DTYPES[target.dtype])
-            for copy, view in zip(copies, stretch.views):
-                elements = gathered[copy]
-                place = copy.target, copy.source
-                findings.magnitudes[place] = max(findings.magnitudes[place], largest_magnitude(elements))
-                if not is_copied:
-                    copy_elements(elements, view.of(made))
-                if not is_exact(elements.dtype, made.dtype):
-                    cast = casts_of(copy.target, elements, view.of(made))
-                    findings.casts[copy.source.dtype, target.dtype] += cast
-            for start, run_elements in zip(stretch.starts.tolist(), made.reshape(len(stretch.starts), -1)):
-                put(target, start, run_elements)
+    for made in loaded.made:
+        for copy, elements, place in made.parts:
+            key = copy.target, copy.source
+            findings.magnitudes[key] = max(findings.magnitudes[key], largest_magnitude(elements))
+            if not is_exact(elements.dtype, place.dtype):
+                dtypes = copy.source.dtype, made.dtype
+                findings.casts[dtypes] += casts_of(copy.target, elements, place)
     return findings
 
 

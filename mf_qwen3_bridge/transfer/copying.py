@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Condition
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ import numpy as np
 from mf_qwen3_bridge.model.layouts import View
 from mf_qwen3_bridge.transfer.blocks import from_shards
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, TensorInfo
-from mf_qwen3_bridge.transfer.tiles import Copy, Tile, reads, tiles
+from mf_qwen3_bridge.transfer.tiles import Copy, Tile, reads, tiles, writes
 from mf_qwen3_bridge.transfer.values import is_exact, largest_magnitude
 
 # Of all threads together; an expert of the largest model, read and transposed, takes 48 MiB.
@@ -63,6 +64,46 @@ class Buffers:
         return np.empty(nbytes, np.uint8)
 
 
+@dataclass(frozen=True)
+class Made:
+    """A stretch of a target that a tile makes, as runs of neighbouring elements.
+
+    Attributes:
+        target: the target's name.
+        dtype: its dtype as safetensors spells it.
+        starts: index of each run's first element in the target.
+        elements: the runs one after the other, in the target's dtype.
+        spare: an array like it, with anything in it; None unless it was asked for.
+        parts: the copies that it is made of: each with the elements as they were read, and their place in ``elements``.
+    """
+
+    target: str
+    dtype: str
+    starts: Sequence[int]
+    elements: np.ndarray
+    spare: np.ndarray | None
+    parts: Sequence[tuple[Copy, np.ndarray, np.ndarray]]
+
+    def runs(self, elements: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """For each run its start, and its part of an array of all of them."""
+        return zip(self.starts, elements.reshape(len(self.starts), -1))
+
+
+@dataclass(frozen=True)
+class LoadedTile:
+    """A tile in memory.
+
+    Attributes:
+        tile: its copies.
+        elements: for each copy the elements that it takes, as they are stored.
+        made: what it makes, if that was asked for.
+    """
+
+    tile: Tile
+    elements: list[np.ndarray]
+    made: list[Made]
+
+
 class Transfer:
     """Carries out copies. ``with Transfer() as transfer: ...`` ends its threads and closes the files.
 
@@ -103,21 +144,65 @@ class Transfer:
         for tile, magnitudes in self.map(lambda tile: (tile, self._fill(tile, target)), tiles(copies)):
             for copy, magnitude in zip(tile, magnitudes):
                 largest[copy.source] = max(largest.get(copy.source, 0.0), magnitude)
-            self.advance(tile)
+            self._advance(sum(copy.nbytes for copy in tile))
         return largest
+
+    def each(
+        self,
+        tiles_to_read: Iterable[Tile],
+        look: Callable[[LoadedTile], Result],
+        dtypes: Mapping[str, str] | None = None,
+        with_spare: bool = False,
+    ) -> Iterator[Result]:
+        """Reads tile by tile, by all threads, and has each looked at while it is in memory.
+
+        Args:
+            tiles_to_read: the tiles.
+            look: is called in the thread that read the tile. What it is given is overwritten when it has returned.
+            dtypes: of the targets, as safetensors spells them; only with it is made what the tiles make.
+            with_spare: whether ``look`` needs as much memory again, see :class:`Made`.
+
+        Yields:
+            What ``look`` returned, in the order of the tiles.
+
+        Raises:
+            BridgeError: a file ended early or could not be read.
+        """
+
+        def work(tile: Tile) -> tuple[Tile, Result]:
+            made = [(*made, dtypes[made[0][0].target]) for made in writes(tile)] if dtypes else []
+            is_plain = len(tile) == 1 and tile[0].lies_alike
+            is_made_by_reading = is_plain and all(dtype == tile[0].source.dtype for *_, dtype in made)
+            arrays = (not is_made_by_reading) + with_spare
+            nbytes_read = read_nbytes(tile)
+            nbytes_made = arrays * sum(room(stretch.size, DTYPES[dtype]) for _, stretch, dtype in made)
+            with self.buffers.lend(nbytes_read + nbytes_made) as memory:
+                elements = dict(zip(tile, self.gather(tile, memory)))
+                memory = memory[nbytes_read:]
+                loaded = LoadedTile(tile, list(elements.values()), [])
+                for copies, stretch, dtype in made:
+                    spare = None
+                    if with_spare:
+                        spare, memory = carve(memory, stretch.size, DTYPES[dtype])
+                    if is_made_by_reading:
+                        array = loaded.elements[0].reshape(-1)
+                    else:
+                        array, memory = carve(memory, stretch.size, DTYPES[dtype])
+                    places = [view.of(array) for view in stretch.views]
+                    if not is_made_by_reading:
+                        for copy, place in zip(copies, places):
+                            copy_elements(elements[copy], place)
+                    parts = [(copy, elements[copy], place) for copy, place in zip(copies, places)]
+                    loaded.made.append(Made(copies[0].target, dtype, stretch.starts.tolist(), array, spare, parts))
+                return tile, look(loaded)
+
+        for tile, result in self.map(work, tiles_to_read):
+            yield result
+            self._advance(sum(copy.nbytes for copy in tile))
 
     def magnitudes(self, copies: Iterable[Copy]) -> Iterator[float]:
         """The largest magnitudes in what the copies read, tile by tile."""
-
-        def magnitude(tile: Tile) -> float:
-            with self.buffers.lend(read_nbytes(tile)) as memory:
-                return max(map(largest_magnitude, self.gather(tile, memory)))
-
-        return self.map(magnitude, tiles(copies))
-
-    def advance(self, tile: Tile) -> None:
-        """Says that a tile is done."""
-        self._advance(sum(copy.nbytes for copy in tile))
+        return self.each(tiles(copies), lambda loaded: max(map(largest_magnitude, loaded.elements)))
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """``function`` of each item, by all threads, in order; takes only a few items in advance."""
@@ -135,7 +220,7 @@ class Transfer:
         (copy, place), *others = zip(tile, places)
         dtype = DTYPES[copy.source.dtype]
         if not others and copy.lies_alike and dtype == target.dtype:
-            self._read(copy.source, copy.source_view.offset, place)
+            self.read(copy.source, copy.source_view.offset, place)
             return [largest_magnitude(place)]
         with self.buffers.lend(read_nbytes(tile)) as memory:
             gathered = self.gather(tile, memory)
@@ -161,11 +246,12 @@ class Transfer:
             source = copies[0].source
             elements, memory = carve(memory, stretch.size, DTYPES[source.dtype])
             for number, start in enumerate(stretch.starts.tolist()):
-                self._read(source, start, elements[number * stretch.length : (number + 1) * stretch.length])
+                self.read(source, start, elements[number * stretch.length : (number + 1) * stretch.length])
             found |= {copy: view.of(elements) for copy, view in zip(copies, stretch.views)}
         return [found[copy] for copy in tile]
 
-    def _read(self, source: TensorInfo, start: int, out: np.ndarray) -> None:
+    def read(self, source: TensorInfo, start: int, out: np.ndarray) -> None:
+        """Fills a C-contiguous array with the elements of a tensor from number ``start`` on."""
         memory = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         self._reader.read(source, start * out.itemsize, memory)
 

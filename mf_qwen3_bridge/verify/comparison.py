@@ -20,11 +20,11 @@ from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Box
 from mf_qwen3_bridge.model.parameters import expert_of, look_alikes, with_expert
 from mf_qwen3_bridge.model.rules import HF, Dialect, QkvRule, RowsRule, Rule, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
-from mf_qwen3_bridge.transfer.copying import Transfer, carve, copy_elements, read_nbytes, room
+from mf_qwen3_bridge.transfer.copying import LoadedTile, Made, Transfer
 from mf_qwen3_bridge.transfer.plan import Plan, make_plan, write_slices
 from mf_qwen3_bridge.transfer.progress import progress_bar
-from mf_qwen3_bridge.transfer.safetensors import DTYPES, Checkpoint, Reader, TensorInfo, open_checkpoint
-from mf_qwen3_bridge.transfer.tiles import Tile, tiles, writes
+from mf_qwen3_bridge.transfer.safetensors import Checkpoint, TensorInfo, open_checkpoint
+from mf_qwen3_bridge.transfer.tiles import tiles
 
 # Rows of a tensor by which it is recognised: enough to tell tensors apart, few enough to look at many.
 _SAMPLE_ROWS = 4
@@ -176,42 +176,34 @@ def _compare(plan: Plan, theirs: Mapping[str, TensorInfo], by_source: bool) -> d
     """Carries the plan out in memory, tile by tile, and holds what it makes against what is there."""
     counts: dict[str, Count] = defaultdict(Count)
     copies = (copy for target in plan.targets for copy in target.copies)
-    with progress_bar("comparing", plan.source_nbytes) as advance, Transfer(advance) as transfer, Reader() as reader:
+    dtypes = {name: tensor.dtype for name, tensor in theirs.items()}
+    with progress_bar("comparing", plan.source_nbytes) as advance, Transfer(advance) as transfer:
 
-        def look(tile: Tile) -> tuple[Tile, list[tuple[str, int, int]]]:
-            return tile, list(_differences(tile, theirs, by_source, transfer, reader))
+        def look(loaded: LoadedTile) -> list[tuple[str, int, int]]:
+            return [found for made in loaded.made for found in _differences(made, theirs, by_source, transfer)]
 
-        for tile, seen in transfer.map(look, tiles(copies, to_files=True)):
+        for seen in transfer.each(tiles(copies, to_files=True), look, dtypes, with_spare=True):
             for name, elements, different in seen:
                 counts[name].elements += elements
                 counts[name].different += different
-            transfer.advance(tile)
     return counts
 
 
 def _differences(
-    tile: Tile, theirs: Mapping[str, TensorInfo], by_source: bool, transfer: Transfer, reader: Reader
+    made: Made, theirs: Mapping[str, TensorInfo], by_source: bool, transfer: Transfer
 ) -> Iterator[tuple[str, int, int]]:
-    """For each copy of a tile: the tensor's name, elements, and how many differ."""
-    stretches = [(copies, stretch, theirs[copies[0].target]) for copies, stretch in writes(tile)]
-    nbytes = sum(2 * room(stretch.size, DTYPES[target.dtype]) for _, stretch, target in stretches)
-    nbytes_read = read_nbytes(tile)
-    with transfer.buffers.lend(nbytes_read + nbytes) as memory:
-        gathered = dict(zip(tile, transfer.gather(tile, memory)))
-        free = memory[nbytes_read:]
-        for copies, stretch, target in stretches:
-            made, free = carve(free, stretch.size, DTYPES[target.dtype])
-            there, free = carve(free, stretch.size, DTYPES[target.dtype])
-            for number, start in enumerate(stretch.starts.tolist()):
-                piece = there[number * stretch.length : (number + 1) * stretch.length]
-                reader.read(target, start * there.itemsize, memoryview(piece.view(np.uint8)))  # type: ignore[arg-type]
-            for copy, view in zip(copies, stretch.views):
-                copy_elements(gathered[copy], view.of(made))
-            raw = np.dtype(f"u{made.itemsize}")
-            unequal = None if np.array_equal(made.view(raw), there.view(raw)) else made.view(raw) != there.view(raw)
-            for copy, view in zip(copies, stretch.views):
-                name = copy.source.name if by_source else copy.target
-                yield name, view.size, 0 if unequal is None else int(view.of(unequal).sum())
+    """For each copy of what a tile makes: the tensor's name, elements, and how many differ."""
+    there = made.spare
+    assert there is not None
+    for start, run in made.runs(there):
+        transfer.read(theirs[made.target], start, run)
+    raw = np.dtype(f"u{there.itemsize}")
+    are_equal = np.array_equal(made.elements.view(raw), there.view(raw))
+    if not are_equal:
+        np.not_equal(made.elements.view(raw), there.view(raw), out=made.elements.view(raw), casting="unsafe")
+    for copy, elements, place in made.parts:
+        name = copy.source.name if by_source else copy.target
+        yield name, elements.size, 0 if are_equal else int(np.count_nonzero(place.view(raw)))
 
 
 # --------------------------------------------------------------------------------------------------- what has happened

@@ -14,10 +14,10 @@ import numpy as np
 from mf_qwen3_bridge.errors import fold_names
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF, model_rules
-from mf_qwen3_bridge.transfer.copying import Transfer, read_nbytes
+from mf_qwen3_bridge.transfer.copying import LoadedTile, Transfer
 from mf_qwen3_bridge.transfer.plan import check_values
 from mf_qwen3_bridge.transfer.progress import progress_bar
-from mf_qwen3_bridge.transfer.tiles import Tile, tiles
+from mf_qwen3_bridge.transfer.tiles import tiles
 from mf_qwen3_bridge.transfer.values import largest_magnitude
 from mf_qwen3_bridge.verify.comparison import Side
 
@@ -115,16 +115,14 @@ def measure(side: Side) -> dict[str, Statistics]:
     plan.check_duplicates()
     found: dict[str, Statistics] = defaultdict(Statistics)
     copies = (copy for target in plan.targets for copy in target.copies)
+
+    def look(loaded: LoadedTile) -> list[tuple[str, Statistics]]:
+        return [(copy.target, statistics_of(elements)) for copy, elements in zip(loaded.tile, loaded.elements)]
+
     with progress_bar("reading", plan.source_nbytes) as advance, Transfer(advance) as transfer:
-
-        def look(tile: Tile) -> tuple[Tile, list[Statistics]]:
-            with transfer.buffers.lend(read_nbytes(tile)) as memory:
-                return tile, [statistics_of(elements) for elements in transfer.gather(tile, memory)]
-
-        for tile, several in transfer.map(look, tiles(copies)):
-            for copy, one in zip(tile, several):
-                found[copy.target] += one
-            transfer.advance(tile)
+        for several in transfer.each(tiles(copies), look):
+            for name, one in several:
+                found[name] += one
     check_values({t.name: {copy.source: found[t.name].magnitude for copy in t.copies} for t in plan.targets})
     return dict(found)
 
