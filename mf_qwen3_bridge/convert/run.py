@@ -7,7 +7,9 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +85,24 @@ class Job:
         """Number of tensors that are written."""
         return sum(len(file.tensors) for part in self.parts for file in part.files)
 
-    def directory(self, worker: Worker = ALONE) -> OutputDirectory:
-        """The directory that this job makes."""
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that decides what its bytes will be."""
         sources = frozenset.union(*(part.sources for part in self.parts))
-        files = [file for part in self.parts for file in part.files]
-        identity = {
+        return {
             "bridge": __version__,
             "from": self.source,
             "to": self.target,
             "sources": {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in sources},
-            "tensors": {file.name: hashlib.sha256(file.header).hexdigest() for file in files},
+            "tensors": {
+                file.name: hashlib.sha256(file.header).hexdigest() for part in self.parts for file in part.files
+            },
             "other files": {name: hashlib.sha256(content).hexdigest() for name, content in self.others.items()},
         }
-        return OutputDirectory(self.output, files, identity, worker)
+
+    def directory(self, worker: Worker = ALONE) -> OutputDirectory:
+        """The directory that this job makes."""
+        return OutputDirectory(self.output, [file for part in self.parts for file in part.files], self.identity, worker)
 
 
 @dataclass
@@ -187,7 +194,8 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
         workers = Workers(directory.state, worker)
         with workers.alive():
             if worker.number == 0:
-                _check_duplicates(job, directory)
+                with _discarding(directory):
+                    job.parts[0].make_plan().check_duplicates()
             findings = _write(job, directory)
             if worker.number > 0:
                 workers.report(findings.to_json())
@@ -195,13 +203,9 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
                 return None
             for content in workers.wait_for_reports():
                 findings.add(Findings.from_json(content))
-            try:
-                if job.checks_values:
+            if job.checks_values:
+                with _discarding(directory):
                     _check_values(findings)
-            except BridgeError:
-                if worker.count == 1:  # others are still looking at it
-                    directory.discard()
-                raise
             directory.complete(job.others)
     seconds = time.monotonic() - started
     return Summary(job.num_tensors, directory.nbytes, seconds, dict(findings.casts), tuple(directory.notes))
@@ -255,10 +259,11 @@ def _look_at_values(loaded: LoadedTile) -> Findings:
     return findings
 
 
-def _check_duplicates(job: Job, directory: OutputDirectory) -> None:
-    """Before anything is written."""
+@contextmanager
+def _discarding(directory: OutputDirectory) -> Iterator[None]:
+    """What is written of weights that are refused is of no use; but other workers still look into the directory."""
     try:
-        job.parts[0].make_plan().check_duplicates()
+        yield
     except BridgeError:
         if directory.worker.count == 1:
             directory.discard()

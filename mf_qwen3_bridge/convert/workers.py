@@ -1,4 +1,4 @@
-"""Several processes that share out a job: which of them this is, and how they know of each other."""
+"""Identifies the processes that share a job, and tells each what became of the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from mf_qwen3_bridge.errors import BridgeError
 
 _BEAT_SECONDS = 1.0
-# A worker that gives no sign for so long is taken for dead.
+# A worker without a heartbeat for so long is assumed to be dead.
 PATIENCE_SECONDS = 60.0
 
 
@@ -58,9 +58,10 @@ def write_whole(path: Path, content: bytes, temporary: str = "tmp") -> None:
 
 
 class Workers:
-    """Signs of life of the workers of one job, in files of the unfinished directory.
+    """The workers of one job and what each has found, in a file for each in the unfinished directory.
 
-    What an earlier run left does not count: a sign is one that was seen to change.
+    A worker touches its file every second, its heartbeat. The file is empty until the worker is done or has failed.
+    Files that an earlier run left don't count: only one that is seen to change does.
 
     Args:
         state: the folder for them, in the unfinished directory.
@@ -70,97 +71,90 @@ class Workers:
     def __init__(self, state: Path, worker: Worker) -> None:
         self._state = state
         self._worker = worker
-        self._news: dict[str, Any] = {}
+        self._others = [number for number in range(worker.count) if number != worker.number]
         self._stopped = Event()
-        self._old = {number: self._read(number) for number in self._others}
-
-    @property
-    def _others(self) -> list[int]:
-        return [number for number in range(self._worker.count) if number != self._worker.number]
+        self._old = {number: self._read(number)[0] for number in self._others}
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Gives signs of life, the last of them that this worker failed if it does."""
+        """Sends heartbeats; if this worker fails, tells the others."""
         if not self._others:
             yield
             return
-        beating = Thread(target=self._beat, daemon=True)
-        beating.start()
+        self._write("")
+        heart = Thread(target=self._beat, daemon=True)
+        heart.start()
         try:
             yield
         except BaseException as error:
-            self._news = {"failed": str(error) or type(error).__name__}
+            with suppress(OSError):
+                self._write(json.dumps({"failed": str(error) or type(error).__name__}))
             raise
         finally:
             self._stopped.set()
-            beating.join()
+            heart.join()
 
-    def report(self, content: Any) -> None:
-        """Says to the first worker that this one is done, and what it has seen."""
-        write_whole(self._state / f"report.{self._worker.number}", json.dumps(content).encode())
-        self._news = {"done": True}
+    def report(self, found: Any) -> None:
+        """Tells the first worker that this one is done, and what it has found."""
+        self._write(json.dumps({"found": found}))
+
+    def _file(self, number: int) -> Path:
+        return self._state / f"worker.{number}"
+
+    def _write(self, text: str) -> None:
+        """Not synced to disk: behind gigabytes that are, it would come too late."""
+        partial = self._state / f"worker.{self._worker.number}.tmp"
+        partial.write_text(text)
+        partial.rename(self._file(self._worker.number))
 
     def _beat(self) -> None:
-        while True:
-            stopped = self._stopped.wait(_BEAT_SECONDS)
-            if not self._state.is_dir():
-                return  # all is done, and the directory has its name
-            sign = json.dumps({"at": time.time_ns(), **self._news})
-            partial = self._state / f"worker.{self._worker.number}.tmp"
-            # Not synced: behind gigabytes that are, it would come too late.
-            with suppress(OSError):
-                partial.write_text(sign)
-                partial.rename(partial.with_suffix(""))
-            if stopped:
-                return
+        while not self._stopped.wait(_BEAT_SECONDS):
+            with suppress(OSError):  # when all is done, the directory gets its name
+                os.utime(self._file(self._worker.number))
 
-    def _read(self, number: int) -> dict[str, Any]:
+    def _read(self, number: int) -> tuple[int, str]:
+        """When a worker's file was changed, in ns, and what is in it. NFS asks its server when a file is opened."""
         try:
-            sign: dict[str, Any] = json.loads((self._state / f"worker.{number}").read_text())
-        except (OSError, json.JSONDecodeError):
-            return {}
-        return sign
+            with self._file(number).open() as stream:
+                return os.fstat(stream.fileno()).st_mtime_ns, stream.read()
+        except OSError:
+            return 0, ""
 
     def wait_for_reports(self) -> list[Any]:
-        """What each of the others has seen, when all are done.
+        """What each of the others has found, when all are done.
 
         Raises:
-            BridgeError: one of them failed, or gives no sign of life.
+            BridgeError: one of them failed, or sends no heartbeat.
         """
-        for _ in self._watch():
-            if sum("done" in sign for sign in self._signs().values()) == len(self._others):
-                break
-        return [json.loads((self._state / f"report.{number}").read_text()) for number in self._others]
+        reports = next(reports for reports in self._watch() if len(reports) == len(self._others))
+        return [report["found"] for report in reports.values()]
 
     def wait_for_the_end(self) -> None:
         """Returns when the first worker has given the directory its name.
 
         Raises:
-            BridgeError: it failed, or gives no sign of life.
+            BridgeError: it failed, or sends no heartbeat.
         """
-        for _ in self._watch():
-            if not self._state.is_dir():
-                break
+        next(None for _ in self._watch() if not self._state.is_dir())
 
-    def _signs(self) -> dict[int, dict[str, Any]]:
-        return {n: sign for n in self._others if (sign := self._read(n)) and sign != self._old[n]}
-
-    def _watch(self) -> Iterator[None]:
-        """Looks at the others again and again."""
-        last: dict[int, tuple[Any, float]] = {}
-        started = time.monotonic()
+    def _watch(self) -> Iterator[dict[int, Any]]:
+        """Looks at the others again and again; yields the reports so far."""
+        reports: dict[int, Any] = {}
+        last = {number: (self._old[number], time.monotonic()) for number in self._others}
         while True:
-            yield
-            signs, now = self._signs(), time.monotonic()
             for number in self._others:
-                sign = signs.get(number, {})
-                if "failed" in sign:
-                    raise BridgeError(f"worker {number} of {self._worker.count} failed: {sign['failed']}")
-                if last.get(number, (None, 0))[0] != sign.get("at"):
-                    last[number] = (sign.get("at"), now)
-                if now - last.get(number, (None, started))[1] > PATIENCE_SECONDS and self._state.is_dir():
+                (changed, text), now = self._read(number), time.monotonic()
+                if changed != last[number][0]:
+                    last[number] = changed, now
+                    if text and number not in reports:
+                        reports[number] = json.loads(text)
+                name = f"worker {number} of {self._worker.count}"
+                if "failed" in reports.get(number, ()):
+                    raise BridgeError(f"{name} failed: {reports[number]['failed']}")
+                if now - last[number][1] > PATIENCE_SECONDS and self._state.is_dir():
                     raise BridgeError(
-                        f"worker {number} of {self._worker.count} gives no sign of life for {PATIENCE_SECONDS:.0f} s: "
-                        "look at its log, and start all again with the same command: they go on"
+                        f"{name} has sent no heartbeat for {PATIENCE_SECONDS:.0f} s: look at its log, and start all "
+                        "again with the same command: they go on"
                     )
+            yield reports
             time.sleep(_BEAT_SECONDS / 4)

@@ -377,7 +377,7 @@ def test_a_dead_worker_is_noticed_and_the_rest_is_done(dirs, tmp_path, monkeypat
     child = in_child(dies)
     text = refusal(job, Worker(0, 2))
     assert exit_code(child) == -signal.SIGKILL
-    assert "worker 1 of 2 gives no sign of life" in text
+    assert "worker 1 of 2 has sent no heartbeat" in text
     assert_nothing_loads(out)
     children = [in_child(lambda number=number: run(job, Worker(number, 2))) for number in (0, 1)]
     assert [exit_code(child) for child in children] == [0, 0]
