@@ -32,9 +32,10 @@ class BridgeError(ValueError):
         super().__init__(headline)
 
     def __str__(self) -> str:
+        headline = _printable(self.headline)
         if not self.problems:
-            return self.headline
-        return f"{self.headline}\n{table(('what', 'found', 'what to do'), map(_row, self.problems))}"
+            return headline
+        return f"{headline}\n{table(('what', 'found', 'what to do'), map(_row, self.problems))}"
 
 
 def _row(problem: Problem) -> tuple[str, str, str]:
@@ -51,12 +52,22 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], style: str =
     """
     from tabulate import tabulate  # only a report needs it
 
-    return tabulate(
-        [list(map(str, row)) for row in rows], headers=headers, tablefmt=style, maxcolwidths=60, disable_numparse=True
-    )
+    cells = [list(map(_printable, row)) for row in rows]
+    return tabulate(cells, headers=headers, tablefmt=style, maxcolwidths=60, disable_numparse=True)
 
 
-_NUMBER = re.compile(r"(?<=\.)(?:\d+|\{[\d,.]+\})(?=\.)")
+_LONGEST = 2000
+
+
+def _printable(value: object) -> str:
+    """Text as a terminal may show it: no control characters and no half surrogates, and not endlessly long."""
+    text = str(value)
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}... ({len(text)} characters)"
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+_NUMBER = re.compile(r"(?<=\.)(?:[0-9]{1,9}|\{[0-9,.]+\})(?=\.)")
 
 
 def fold_names(names: Iterable[str]) -> list[str]:

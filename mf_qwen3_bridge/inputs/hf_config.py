@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.inputs.documents import read_document
 
 # What a normalised config holds: the key, and the value that transformers takes when a config.json leaves it out
 # (None: it has to be there).
@@ -59,12 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         BridgeError: it can't be read, or is none.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BridgeError(f"can't read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BridgeError(f"{path} is not valid JSON ({error}): copy it again") from error
+    content = read_document(path, json.loads, "JSON")
     if not isinstance(content, dict):
         raise BridgeError(f"{path} holds no JSON object: copy it again")
     return content
@@ -189,6 +185,15 @@ def _bad_numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     eps = raw.get("rms_norm_eps")
     if eps is not None and not _is_number(eps, at_least=0):
         yield "rms_norm_eps", repr(eps), "a number, such as 1e-06"
+    if not _is_number(raw.get("initializer_range") or 0, at_least=0):
+        yield "initializer_range", repr(raw["initializer_range"]), "a number, such as 0.02"
+    for key in ("torch_dtype", "dtype"):
+        if not isinstance(raw.get(key) or "", str):
+            yield key, repr(raw[key]), "a name, such as bfloat16"
+    for key in _TOKENS:
+        tokens = raw.get(key)
+        if any(type(token) is not int for token in (tokens if isinstance(tokens, list) else [tokens or 0])):
+            yield key, repr(tokens), "a token's number, or a list of them"
     tie = raw.get("tie_word_embeddings")
     if tie not in (None, True, False):
         yield "tie_word_embeddings", repr(tie), "true or false"
@@ -203,8 +208,9 @@ def _bad_numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         )
     if raw.get("head_dim", keys["head_dim"]) % 2:
         yield "head_dim", str(raw.get("head_dim", keys["head_dim"])), "must be even (rotary embedding)"
-    if (chosen := raw.get("num_experts_per_tok", 0)) > raw.get("num_experts", chosen):
-        yield "num_experts_per_tok", f"{chosen}, with num_experts {raw['num_experts']}", "see the model's card"
+    if "num_experts" in keys and raw["num_experts_per_tok"] > raw["num_experts"]:
+        found = f"{raw['num_experts_per_tok']}, with num_experts {raw['num_experts']}"
+        yield "num_experts_per_tok", found, "see the model's card"
 
 
 def _is_number(value: Any, at_least: float) -> bool:

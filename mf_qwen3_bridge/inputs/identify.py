@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
@@ -82,7 +83,7 @@ def holds_experts(checkpoint: Checkpoint) -> bool:
 def saved_by_ranks(checkpoint: Checkpoint) -> int | None:
     """How many tensor parallel ranks saved what the bridge merged, if the files say it."""
     stamp = checkpoint.metadata.get(RANKS_STAMP, "")
-    return int(stamp) if stamp.isdigit() else None
+    return int(stamp) if re.fullmatch("[1-9][0-9]{0,8}", stamp) else None
 
 
 def spec_of(tensors: Mapping[str, TensorInfo], dialect: Dialect, tied: bool | None = None) -> ModelSpec:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.inputs.documents import read_document
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.spec import HF_NAME, ModelSpec
 
@@ -141,6 +142,11 @@ class MindFormersYaml:
         """Whether it runs the training network: then its options of the run are not inference's."""
         return self.document.get("run_mode") in _TRAINING_MODES
 
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the document; empty if there is none, or something else has its name."""
+        found = self.document.get(name)
+        return found if isinstance(found, dict) else {}
+
     @property
     def training_layout(self) -> Layout | None:
         """The layout of what a training run with this YAML saves; None if it doesn't say.
@@ -182,8 +188,7 @@ class MindFormersYaml:
 
     def slice_problems(self) -> Iterator[Problem]:
         """What a training run with this YAML cuts in ways that a directory per rank, as the bridge makes it, is not."""
-        sections = (self.document.get(name) for name in ("parallel_config", "parallel"))
-        config, parallel = (section if isinstance(section, dict) else {} for section in sections)
+        config, parallel = self.section("parallel_config"), self.section("parallel")
         remedy = "convert without --tp and --ep, and let auto_trans_ckpt cut the weights"
         for key in ("pipeline_stage", "context_parallel"):
             if config.get(key) not in (None, 1):
@@ -194,8 +199,7 @@ class MindFormersYaml:
     @property
     def training_tensor_parallel(self) -> int:
         """Over how many tensor parallel ranks a training run with this YAML is spread."""
-        config = self.document.get("parallel_config") or {}
-        size = config.get("model_parallel") if isinstance(config, dict) and self.document.get("use_parallel") else 1
+        size = self.section("parallel_config").get("model_parallel") if self.document.get("use_parallel") else 1
         return size if self.is_for_training and type(size) is int and size > 0 else 1
 
     def parallel_sizes(self) -> tuple[dict[str, int], list[Problem]]:
@@ -206,8 +210,8 @@ class MindFormersYaml:
         """
         sizes: dict[str, int] = {}
         problems: list[Problem] = []
-        config = self.document.get("parallel_config") or {}
-        if self.is_for_training or not self.document.get("use_parallel") or not isinstance(config, dict):
+        config = self.section("parallel_config")
+        if self.is_for_training or not self.document.get("use_parallel"):
             return sizes, problems
         for key, field_name in PARALLEL_SIZES.items():
             value = config.get(key)
@@ -240,16 +244,36 @@ class MindFormersYaml:
             for key in (name, *COMPUTED_NAMES.get(name, ())):
                 if self.model_config.get(key) is not None:
                     value = self.model_config[key]
-                    with suppress(ValueError):  # YAML takes 1e-6 for a string; what is no number is refused later
-                        value = float(value) if name in ("rms_norm_eps", "rope_theta") else value
+                    if name in ("rms_norm_eps", "rope_theta") and isinstance(value, str):
+                        with suppress(ValueError):  # YAML takes 1e-6 for a string; what is no number is refused later
+                            value = float(value)
                     config[name] = value
         return config, [name for name in required if name not in config]
 
     @property
     def pretrained_model_dir(self) -> Path | None:
         """The Hugging Face directory that it names."""
-        named = self.document.get("pretrained_model_dir")
-        return Path(str(named)) if named else None
+        return self.named_path("pretrained_model_dir")
+
+    def named_path(self, key: str) -> Path | None:
+        """The path that a top-level key names.
+
+        Raises:
+            BridgeError: no file can have that name.
+        """
+        named = self.document.get(key)
+        if not named:
+            return None
+        try:
+            if not isinstance(named, str):
+                raise ValueError("no text")
+            Path(named).stat()
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            found = f"{named!r} ({getattr(error, 'strerror', None) or error})"
+            raise BridgeError(f"{self.origin} can't be used", [Problem(key, found, "a path that exists")]) from error
+        return Path(named)
 
 
 def read_mindformers_yaml(path: Path) -> MindFormersYaml:
@@ -260,14 +284,9 @@ def read_mindformers_yaml(path: Path) -> MindFormersYaml:
     """
     import yaml  # only those who have a YAML need it
 
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BridgeError(f"can't read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise BridgeError(f"{path} is not valid YAML: {error}") from error
+    document = read_document(path, yaml.safe_load, "YAML")
     model = document.get("model") if isinstance(document, dict) else None
     model_config = model.get("model_config") if isinstance(model, dict) else None
     if not isinstance(model_config, dict):
         raise BridgeError(f"{path} has no model.model_config section: is it a MindFormers YAML?")
-    return MindFormersYaml(str(path), {str(key): value for key, value in model_config.items()}, document)
+    return MindFormersYaml(str(path), model_config, document)

@@ -233,13 +233,13 @@ def notes_on(checkpoint: Checkpoint, hf_dir: Path, yaml: MindFormersYaml) -> Ite
     unused = sorted(yaml.model_config.keys() - OPTIONS - _NAMES - LAYOUT_FLAGS - {"auto_register"})
     if unused and not yaml.is_for_training:
         yield f"not used: {', '.join(unused)} of {yaml.origin}"
-    sizes = yaml.document.get("parallel_config") or {}
+    sizes = yaml.section("parallel_config")
     is_parallel = yaml.is_for_training or yaml.document.get("use_parallel")
     if not is_parallel and any(sizes.get(key) not in (None, 1) for key in PARALLEL_SIZES):
         yield f"parallel_config of {yaml.origin} is not used: use_parallel is not True"
     for key, used in (("pretrained_model_dir", hf_dir), ("load_checkpoint", checkpoint.path)):
-        named = yaml.document.get(key)
-        if named and Path(str(named)).resolve() != used.resolve():
+        named = yaml.named_path(key)
+        if named and named.resolve() != used.resolve():
             yield f"{yaml.origin} names {key} {named}; used is {used}"
 
 

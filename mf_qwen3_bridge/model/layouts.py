@@ -17,6 +17,7 @@ the part's rows; the same view read from right to left splits the tensor again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -255,7 +256,7 @@ class Layout:
         """
         flags, _, blocks = text.partition(",tensor_parallel=")
         for layout in cls.kinds():
-            if str(layout) == flags and (blocks.isdigit() or not blocks):
+            if str(layout) == flags and re.fullmatch("|[1-9][0-9]{0,8}", blocks):
                 return layout.on(int(blocks or 1))
         raise ValueError(f"unknown layout {text!r}")
 

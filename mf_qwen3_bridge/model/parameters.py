@@ -134,8 +134,8 @@ def is_expert_name(name: str) -> bool:
     return ".experts." in name
 
 
-_LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
-_EXPERT_NUMBER = re.compile(r"\bexperts\.(\d+)\.")
+_LAYER_NUMBER = re.compile(r"\blayers\.([0-9]{1,9})\.")
+_EXPERT_NUMBER = re.compile(r"\bexperts\.([0-9]{1,9})\.")
 
 
 def layer_of(name: str) -> int | None:

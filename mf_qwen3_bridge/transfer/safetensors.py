@@ -341,7 +341,7 @@ def _open_indexed(directory: Path, index: Path) -> Checkpoint:
         file = directory / name
         if Path(name).name != name:
             problems.append(Problem(name, f"{index.name} names a file outside {directory}", "mend the index"))
-        elif not file.is_file():
+        elif not _is_file(file):
             count = sum(1 for value in weight_map.values() if value == name)
             problems.append(
                 Problem(name, f"missing; {index.name} says it holds {count} tensors", "download or copy the file")
@@ -379,6 +379,13 @@ def _open_indexed(directory: Path, index: Path) -> Checkpoint:
     return checkpoint
 
 
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _refuse_second_checkpoint(checkpoint: Checkpoint, index: Path) -> None:
     """transformers takes ``model.safetensors`` where there is one, whatever the index says."""
     single = index.parent / "model.safetensors"
@@ -395,7 +402,7 @@ def _read_index(index: Path) -> dict[str, str]:
         weight_map = content.get("weight_map", content)
         if all(isinstance(name, str) and isinstance(file, str) for name, file in weight_map.items()):
             return dict(weight_map)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         pass
     raise BridgeError(f"{index} can't be read, or is not an index of safetensors: copy it again")
 

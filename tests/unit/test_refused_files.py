@@ -20,6 +20,7 @@ from mf_qwen3_bridge.inputs.trained import check_trained
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
+from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import contents
 
@@ -228,3 +229,37 @@ def test_a_yaml_whose_sections_are_numbers(tmp_path, hf):
     with pytest.raises(SystemExit) as done:
         main(["convert", "--model_dir", str(hf), "--tp", "2", "--config", str(tmp_path / "odd.yaml"), *out])
     assert done.value.code == 0
+
+
+def test_sections_that_are_none(tmp_path, capsys, hf):
+    """Each ended in a traceback: AttributeError, AttributeError, TypeError."""
+    for content in ("parallel_config: [1]", "run_mode: predict\nparallel_config: x", "pretrained_model_dir: [x]"):
+        (tmp_path / "odd.yaml").write_text(f"{content}\nmodel: {{model_config: {{}}}}\n")
+        with pytest.raises(SystemExit) as done:
+            main(["check", "--model_dir", str(hf), "--config", str(tmp_path / "odd.yaml")])
+        assert done.value.code == (2 if "pretrained" in content else 0)
+    assert "pretrained_model_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [None, [8], {"of": 128}, "8"])
+def test_experts_of_a_dense_model_mean_nothing(tmp_path, value):
+    config = hf_config(EVEN, num_experts_per_tok=value, num_local_experts=None)
+    assert check(write(tmp_path / "hf", random_tensors(EVEN), config)).spec == EVEN
+
+
+@pytest.mark.parametrize("value", ["0", "²", "-1", "9" * 5000])
+def test_metadata_of_no_number_of_ranks(tmp_path, capsys, value):
+    layout = {"mf_qwen3_bridge.layout": f"qkv=contiguous,gate_up=contiguous,tensor_parallel={value}"}
+    directory = write(tmp_path / "mf", random_tensors(EVEN, TRAIN), metadata=layout)
+    assert "unknown layout" in refusal(capsys, "inspect", directory)
+    ranks = {"mf_qwen3_bridge.tensor_parallel": value}
+    with_ranks = write(tmp_path / "ranks", random_tensors(EVEN, TRAIN), metadata=ranks)
+    config = training_yaml(tmp_path, use_contiguous_weight_layout_attention=True)
+    assert check_trained(open_checkpoint(with_ranks), config=config).dialect == Dialect(Layout(False, True))
+
+
+def test_a_yaml_that_contains_itself_or_a_billion_values(tmp_path, capsys, hf):
+    laughs = "\n".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}' if n else 'ha'] * 10)}]" for n in range(10))
+    for content, found in (("unknown: &a [*a]", "in itself"), (laughs, "more than 100000 values")):
+        (tmp_path / "odd.yaml").write_text(f"{content}\nmodel: {{model_config: {{}}}}\n")
+        assert found in refusal(capsys, "check", "--model_dir", hf, "--config", tmp_path / "odd.yaml")

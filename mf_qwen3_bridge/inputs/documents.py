@@ -1,0 +1,85 @@
+"""Reads JSON and YAML documents into plain values, whatever they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mf_qwen3_bridge.errors import BridgeError
+
+# Far more than any config has; YAML's aliases make more than that of a few lines.
+_MOST_VALUES = 100_000
+_LONGEST_NUMBER = 1024
+
+
+def read_document(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
+    """What a file holds, as null, booleans, numbers, text, lists, and mappings with text for keys.
+
+    Args:
+        path: the file.
+        parse: the parser; whatever error it raises means that the document is not valid.
+        kind: ``JSON`` or ``YAML``, for messages.
+
+    Raises:
+        BridgeError: it can't be read, is not valid, contains itself, or holds numbers or text that nothing can print.
+    """
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe might never end
+            raise BridgeError(f"can't read {path}: no regular file")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BridgeError(f"can't read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BridgeError(f"{path} is not valid {kind} ({error}): copy it again, or correct it") from error
+    try:
+        return _Plain().value(parse(text))
+    except RecursionError as error:
+        raise BridgeError(f"{path} is not valid {kind}: nested too deeply, or in itself") from error
+    except Exception as error:  # PyYAML lets through whatever its constructors meet: IndexError, AttributeError...
+        raise BridgeError(f"{path} is not valid {kind} ({error}): copy it again, or correct it") from error
+
+
+class _Plain:
+    """Copies a document, each of its containers once."""
+
+    def __init__(self) -> None:
+        self._done: dict[int, tuple[Any, int]] = {}
+
+    def value(self, value: Any) -> Any:
+        """A copy of a value.
+
+        Raises:
+            ValueError: it can't be printed.
+            RecursionError: it contains itself.
+        """
+        return self._copy(value)[0]
+
+    def _copy(self, value: Any) -> tuple[Any, int]:
+        """A copy, and how many values it has, those that occur several times counted each time."""
+        if value is None or isinstance(value, (bool, float)):
+            return value, 1
+        if isinstance(value, int):
+            if value.bit_length() > _LONGEST_NUMBER:
+                raise ValueError("a number of several hundred digits")
+            return value, 1
+        if not isinstance(value, (Mapping, list, tuple, set)):  # text, and YAML's dates and bytes
+            return _text(value), 1
+        if id(value) not in self._done:
+            if isinstance(value, Mapping):
+                pairs = [(_text(key), self._copy(entry)) for key, entry in value.items()]
+                copied: Any = {key: entry for key, (entry, _) in pairs}
+                size = 1 + sum(count for _, (_, count) in pairs)
+            else:
+                entries = [self._copy(entry) for entry in value]
+                copied, size = [entry for entry, _ in entries], 1 + sum(count for _, count in entries)
+            if size > _MOST_VALUES:
+                raise ValueError(f"more than {_MOST_VALUES} values")
+            self._done[id(value)] = copied, size
+        return self._done[id(value)]
+
+
+def _text(value: object) -> str:
+    text = str(value)
+    text.encode()  # JSON and YAML can both write half of a surrogate pair, which no file and no terminal takes
+    return text
