@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.hf_config import read_json
 from mf_qwen3_bridge.inputs.preflight import Model, check
@@ -34,6 +32,13 @@ def from_pretrained(
 
     ``network.generate`` ends a text where the checkpoint's generation_config.json says. It wants the prompts of a batch
     padded on the right with -1 to one length, and cuts what exceeds ``seq_length`` (4096) without an error.
+
+    Of the process this changes what MindFormers and MindSpore have one of: where there was no MindFormers context, the
+    one for inference is built and stays (``mindformers.set_context(run_mode="finetune")`` before a training network is
+    built); on a CPU, MindSpore's mode is PyNative from then on, and the stand-ins for Ascend's operators are in place
+    until a training network's config is built. The environment and numpy's random numbers are as before:
+    ``network.generate`` sets ``RUN_MODE=predict`` and, on a CPU, ``ENFORCE_EAGER=true`` while it runs. Set them to call
+    the network itself.
 
     Args:
         model_dir: a Hugging Face directory.
@@ -75,8 +80,6 @@ def build_network(model: Model, device_target: str = "auto") -> Any:
     )
     network.generation_config.eos_token_id = end_tokens
     network.generation_config.pad_token_id = NO_TOKEN
-    if model.parallel.world_size > 1:
-        np.random.seed(0)  # upstream samples with numpy; processes that draw different tokens share one model no more
     return network
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, TypeAlias
 
 import mindspore as ms
 import numpy as np
-from mindformers import build_context, set_context
+from mindformers import build_context, get_context, set_context
 from mindformers.core.context.build_context import Context
 from mindformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
@@ -18,9 +19,35 @@ from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3
 from mindspore.communication import get_rank
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.mindformers.cpu.device import forget_earlier_networks, prepare_device, set_cpu_environment
+from mf_qwen3_bridge.mindformers.cpu.device import (
+    forget_earlier_networks,
+    inference_device,
+    predict_environment,
+    prepare_device,
+)
 from mf_qwen3_bridge.mindformers.ranks import rank_of
 from mf_qwen3_bridge.model.parallel import SINGLE, ParallelConfig
+
+
+class _Generates:
+    """Sets what upstream reads of the environment while ``generate`` runs, and only then.
+
+    Attributes:
+        draws: the random numbers to sample with; numpy's global generator unless :func:`share_random_draws` was called.
+    """
+
+    draws: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        with inference_device(), self.draws():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+@cache
+def _self_contained(network_class: type) -> type:
+    """Upstream's class, by its own name, with that ``generate``."""
+    return type(network_class.__name__, (_Generates, network_class), {"__doc__": network_class.__doc__})
+
 
 InferenceNetwork: TypeAlias = InferenceQwen3ForCausalLM | InferenceQwen3MoeForCausalLM
 
@@ -73,14 +100,18 @@ def build_inference_network(
             f"expert parallel {parallel.expert_parallel} of {parallel.world_size} processes needs several groups of "
             "processes, and CPUs know one: use 1 or all"
         )
-    _enter_predict_mode(target, parallel)
-    prepare_device()
-    forget_earlier_networks()
     merged = _FLOAT32_DTYPES | _DTYPES[target] | dict(model_config) | overrides
     config_class, network_class = _CLASSES[merged["model_type"]]
-    network = network_class(config_class(**copy.deepcopy(merged)))  # upstream writes into rope_scaling
+    with predict_environment(target), _predict_context(target, parallel):
+        prepare_device()
+        forget_earlier_networks()
+        network = _self_contained(network_class)(
+            config_class(**copy.deepcopy(merged))
+        )  # upstream writes into rope_scaling
     if parallel.world_size > 1 and rank_of(network) != parallel.rank(get_rank()):
         raise BridgeError(f"this process is {rank_of(network)} of another run, which has no place in {parallel}")
+    if parallel.world_size > 1:
+        share_random_draws(network)
     return network
 
 
@@ -90,6 +121,11 @@ def network_logits(network: InferenceNetwork, token_ids: Sequence[int]) -> np.nd
     Upstream's own forward gathers the last position's before the output layer. PyNative mode only: a compiled graph
     would not notice ``return_hidden_states``.
     """
+    with inference_device():
+        return _network_logits(network, token_ids)
+
+
+def _network_logits(network: InferenceNetwork, token_ids: Sequence[int]) -> np.ndarray:
     model = network.model
     num_tokens, block_size = len(token_ids), network.config.block_size
     network._set_kv_cache()
@@ -119,14 +155,45 @@ def _device_target(requested: str) -> str:
     return chosen if requested == "auto" else requested
 
 
-def _enter_predict_mode(target: str, parallel: ParallelConfig) -> None:
-    """Sets what MindFormers keeps per process: environment, its context, MindSpore's mode and device. Repeatable.
+def share_random_draws(network: InferenceNetwork) -> None:
+    """Makes ``network.generate`` draw the same random numbers in every process of a run.
 
-    A context that somebody else built (run_mindformer.py, a parallel run) is kept.
+    Upstream samples with numpy's global generator; processes that draw different tokens share one model no more. The
+    network gets a sequence of its own, and the global generator is given back after each call.
     """
-    os.environ["RUN_MODE"] = "predict"  # upstream's jit decorator refuses anything else
-    if target == "CPU":
-        set_cpu_environment()
+    states = [np.random.RandomState(0).get_state()]
+
+    @contextmanager
+    def own_draws() -> Iterator[None]:
+        of_process = np.random.get_state()
+        np.random.set_state(states[0])
+        try:
+            yield
+        finally:
+            states[0] = np.random.get_state()
+            np.random.set_state(of_process)
+
+    network.draws = own_draws
+
+
+@contextmanager
+def _predict_context(target: str, parallel: ParallelConfig) -> Iterator[None]:
+    """MindFormers' context for inference, while a network is built; afterwards an older one has its ``run_mode`` again.
+
+    A context that somebody else built (run_mindformer.py, a parallel run) is kept; one that is built here stays,
+    because MindFormers knows one for each process, and its networks go on reading it.
+    """
+    run_mode = get_context("run_mode") if Context.is_exists() else "predict"
+    _enter_predict_mode(target, parallel)
+    try:
+        yield
+    finally:
+        if run_mode is not None:
+            set_context(run_mode=run_mode)
+
+
+def _enter_predict_mode(target: str, parallel: ParallelConfig) -> None:
+    """Sets MindFormers' context, MindSpore's mode and device. Repeatable."""
     if Context.is_exists():
         set_context(run_mode="predict", use_legacy=False)
     else:

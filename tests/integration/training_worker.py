@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindformers import build_context
+from mindformers import build_context, set_context
 from mindformers.models.build_config import get_model_config
 from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
@@ -28,6 +29,7 @@ from mindformers.tools.register import MindFormerConfig
 from mindformers.utils import load_checkpoint_utils
 
 import mf_qwen3_bridge
+from mf_qwen3_bridge.mindformers.cpu import inference_ops
 from mf_qwen3_bridge.model.parameters import is_counter
 
 CLASSES = {"qwen3": TrainingQwen3ForCausalLM, "qwen3_moe": TrainingQwen3MoeForCausalLM}
@@ -54,7 +56,8 @@ def network_of(job: dict[str, Any]) -> Any:
     return network
 
 
-def main(jobs: Path) -> None:
+def start_training() -> None:
+    """A process that does nothing else."""
     os.environ["RUN_MODE"] = "finetune"
     ms.set_context(device_target="CPU")
     build_context(
@@ -66,13 +69,40 @@ def main(jobs: Path) -> None:
             "parallel_config": {},
         }
     )
+
+
+def start_with_inference(directory: str) -> Callable[[], list[int]]:
+    """A process that has generated before; returns a function that generates again."""
+    network = mf_qwen3_bridge.from_pretrained(directory, device_target="CPU")
+
+    def generate() -> list[int]:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+        (output,) = network.generate(input_ids=[[1, 2, 3]], max_new_tokens=8, do_sample=False, eos_token_id=[-1])
+        ms.set_context(mode=ms.GRAPH_MODE)
+        set_context(run_mode="finetune")
+        return list(map(int, output))
+
+    return generate
+
+
+def main(jobs: Path, *flags: str) -> None:
+    jobs_to_do = json.loads(jobs.read_text())
+    generate = None
+    if "--after_inference" in flags:
+        generate = start_with_inference(jobs_to_do[0]["hf_dir"])
+        before = generate()
+    else:
+        start_training()
     mf_qwen3_bridge.patch()
-    for job in json.loads(jobs.read_text()):
+    for job in jobs_to_do:
         tokens = ms.Tensor(np.array(job["tokens"], np.int32))
         network = network_of(job)
         logits = network(tokens, labels=tokens).asnumpy()  # MindFormers 1.7.0 wants labels, whatever they are
         np.save(job["output"], logits.reshape(*tokens.shape, -1))
+    if generate is not None:
+        assert not inference_ops.STAND_INS.installed, "a training network got the stand-ins for inference"
+        assert generate() == before
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,10 +1,13 @@
-"""What a process needs before it builds a network of MindFormers."""
+"""Prepares a process, its environment and its device for MindFormers' networks."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mindspore as ms
+from mindformers import get_context
 from mindformers.core.context.build_context import Context
 from mindformers.parallel_core import transformer_config_utils
 from mindformers.parallel_core.inference.base_models.common.embeddings import rope_utils
@@ -18,12 +21,49 @@ def set_cpu_environment() -> None:
     os.environ.setdefault("CPU_AFFINITY", "False")  # else upstream pins the process to CPUs 0 to n-1
 
 
+@contextmanager
+def predict_environment(device_target: str) -> Iterator[None]:
+    """Sets the variables that upstream reads while it builds an inference network, and while that computes.
+
+    Mirrors ``jit`` of ``mindformers/models/utils.py`` and ``is_pynative`` of ``mindformers/tools/utils.py`` (1.7 to
+    1.9). Afterwards the environment is as it was: left behind, ``RUN_MODE`` would make MindFormers build inference
+    networks where training networks are asked for.
+    """
+    before = {name: os.environ.get(name) for name in ("RUN_MODE", "ENFORCE_EAGER", "CPU_AFFINITY")}
+    os.environ["RUN_MODE"] = "predict"
+    if device_target == "CPU":
+        set_cpu_environment()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def inference_device() -> Iterator[None]:
+    """The environment and, on a CPU, the stand-ins for an inference network that computes in a process of any kind."""
+    is_installed = bool(inference_ops.STAND_INS.installed)
+    with predict_environment(ms.get_context("device_target")):
+        inference_ops.install()
+        try:
+            yield
+        finally:
+            if not is_installed:
+                inference_ops.uninstall()
+
+
 def builds_training_networks() -> bool:
     """Whether MindFormers, in the run that this process is part of, takes the training classes.
 
-    Mirrors ``__new__`` of ``Qwen3ForCausalLM`` (``mindformers/models/qwen3/modeling_qwen3.py``, 1.7 to 1.9).
+    Mirrors ``__new__`` of ``Qwen3ForCausalLM`` (``mindformers/models/qwen3/modeling_qwen3.py``, 1.7 to 1.9), which
+    reads ``RUN_MODE``. Where that is not set, MindFormers' context tells a training run from a process in which
+    :func:`mf_qwen3_bridge.from_pretrained` built a network.
     """
-    return Context.is_exists() and os.environ.get("RUN_MODE") != "predict"
+    return Context.is_exists() and (os.environ.get("RUN_MODE") or get_context("run_mode")) != "predict"
 
 
 def prepare_device() -> None:
@@ -33,6 +73,7 @@ def prepare_device() -> None:
     if builds_training_networks():
         from mf_qwen3_bridge.mindformers.cpu import training_ops  # imports modules that inference does without
 
+        inference_ops.uninstall()  # of an earlier network; it gets them back when it generates
         training_ops.install()
     else:
         set_cpu_environment()

@@ -23,6 +23,7 @@ from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
 from mf_qwen3_bridge.inputs.mindformers_yaml import LAYOUT_FLAGS
 from mf_qwen3_bridge.inputs.preflight import Model, check_weights
 from mf_qwen3_bridge.mindformers import conversion
+from mf_qwen3_bridge.mindformers.cpu.device import inference_device
 from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
 from mf_qwen3_bridge.mindformers.load_training import load_training_network
 from mf_qwen3_bridge.mindformers.patching import compat
@@ -100,7 +101,8 @@ def wrap_generate(upstream: Callable[..., Any], network: Any, *args: Any, **kwar
                 "load_checkpoint name weights?"
             )
         FILLED.add(network)
-    return upstream(network, *args, **kwargs)
+    with inference_device():
+        return upstream(network, *args, **kwargs)
 
 
 @HOOKS.wraps_upstream(load_checkpoint_utils, "process_hf_checkpoint")
