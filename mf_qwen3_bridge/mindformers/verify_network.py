@@ -23,6 +23,8 @@ from mf_qwen3_bridge.model import training_ranks
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.parallel import SINGLE, WHOLE
 from mf_qwen3_bridge.model.rules import INFER, Dialect
+from mf_qwen3_bridge.transfer.copying import Transfer
+from mf_qwen3_bridge.transfer.plan import Target
 from mf_qwen3_bridge.transfer.safetensors import DTYPES
 from mf_qwen3_bridge.verify import reference
 from mf_qwen3_bridge.verify.layer_errors import NUM_TOKENS, LayerErrors, layer_errors, tokens_for
@@ -49,7 +51,7 @@ def verify_network(network: InferenceNetwork, model_dir: str | Path) -> LayerErr
             from.
     """
     model = model_of(network, Path(model_dir))  # RoPE too, of which few tokens show little
-    problems = list(misplaced(network, model))
+    problems = list(wrong_parameters(network, model))
     found = errors_of(network, model)
     if found.begin or problems:
         raise BridgeError(f"the network does not compute {model_dir}: {found.summary}", problems)
@@ -143,20 +145,39 @@ def _shares(router: Any, _: Any, output: tuple[ms.Tensor, ms.Tensor]) -> np.ndar
     return shares
 
 
-def misplaced(network: InferenceNetwork, model: Model) -> Iterator[Problem]:
+def wrong_parameters(network: InferenceNetwork, model: Model) -> Iterator[Problem]:
     """The parameters of a network that do not hold what they should, and what they look like, folded."""
     parameters = network.parameters_dict()
-    others = {name: {t.name: t for t in model.plan(dialect, "F32").targets} for name, dialect in _other_layouts(model)}
+    others = _OtherLayouts(model)
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for target in model.plan(INFER, "F32").targets:
-        there = parameters[target.name].float().asnumpy()
-        if not _holds(parameters[target.name], target.make()):
-            look = (name for name in others if _holds(parameters[target.name], others[name][target.name].make()))
-            appearance = "all zero: never loaded" if not there.any() else next(look, "other values")
-            alike[appearance, _LOAD].append(target.name)
+    with Transfer() as transfer:
+        for target in model.plan(INFER).targets:
+            found = _values(parameters[target.name])
+            if not _holds(found, target, transfer):
+                look = (name for name, targets in others if _holds(found, targets[target.name], transfer))
+                appearance = next(look, "other values") if found.any() else "all zero: never loaded"
+                alike[appearance, _LOAD].append(target.name)
     for (appearance, remedy), names in alike.items():
         for name in fold_names(names):
             yield Problem(name, appearance, remedy)
+
+
+class _OtherLayouts:
+    """(Its name, targets by name) of each layout that somebody may have converted to for another reader.
+
+    Each is planned when it is asked for: most networks are right.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._dialects = list(_other_layouts(model))
+        self._planned: dict[str, dict[str, Target]] = {}
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Target]]]:
+        for name, dialect in self._dialects:
+            if name not in self._planned:
+                self._planned[name] = {target.name: target for target in self._model.plan(dialect).targets}
+            yield name, self._planned[name]
 
 
 def _other_layouts(model: Model) -> Iterator[tuple[str, Dialect]]:
@@ -172,9 +193,14 @@ def _inference(layout: Layout) -> Dialect:
     return Dialect(layout, stacked_experts=True)
 
 
-def _holds(parameter: ms.Parameter, values: np.ndarray) -> bool:
-    """Whether a parameter is what casting ``values`` to its dtype makes."""
-    dtype = {ms.float32: DTYPES["F32"], ms.float16: DTYPES["F16"], ms.bfloat16: DTYPES["BF16"]}[parameter.dtype]
-    with np.errstate(over="ignore"):
-        expected = values.astype(dtype).astype(np.float32)
-    return np.array_equal(parameter.float().asnumpy(), expected)
+def _values(parameter: ms.Parameter) -> np.ndarray:
+    """A view of them, on a CPU. MindSpore has a NumPy dtype of its own for bfloat16."""
+    array: np.ndarray = parameter.asnumpy()
+    return array.view(DTYPES["BF16"]) if parameter.dtype == ms.bfloat16 else array
+
+
+def _holds(found: np.ndarray, target: Target, transfer: Transfer) -> bool:
+    """Whether a parameter's values are those that loading gives it, in its dtype."""
+    expected = np.empty(target.shape, found.dtype)
+    transfer.fill(expected, target.copies)
+    return np.array_equal(found, expected)

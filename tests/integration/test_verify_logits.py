@@ -16,12 +16,13 @@ from mf_qwen3_bridge.cli.main import cli
 from mf_qwen3_bridge.convert.jobs import to_mindformers
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.preflight import check, first_layers
+from mf_qwen3_bridge.inputs.preflight import Model, check, first_layers
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
-from mf_qwen3_bridge.mindformers.verify_network import errors_of_checkpoint
+from mf_qwen3_bridge.mindformers.verify_network import errors_of_checkpoint, wrong_parameters
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
+from mf_qwen3_bridge.transfer.plan import Plan
 from mf_qwen3_bridge.verify.layer_errors import tokens_for
 from mf_qwen3_bridge.verify.reference import ATTENTION, FC1, LOGITS, MLP, PROJ, QKV, ROUTER, Stage
 from tests.integration.conftest import CHECKPOINTS, NAMES, SMALL_CACHE, TOLERANCE
@@ -152,6 +153,26 @@ def test_what_few_tokens_do_not_reach():
     with pytest.raises(BridgeError, match="errors up to") as error:
         mf_qwen3_bridge.verify_network(network, CHECKPOINTS / "untied_fp32")
     assert [problem.subject for problem in error.value.problems] == ["embedding.word_embeddings.weight"]
+
+
+def test_what_a_wrong_parameter_looks_like_is_asked_when_one_is_wrong(monkeypatch: pytest.MonkeyPatch):
+    """A plan for each other layout takes seconds for a large model, and most networks are right."""
+    planned: list[Dialect] = []
+    plan = Model.plan
+
+    def counting(self: Model, dialect: Dialect, *args: object, **kwargs: object) -> Plan:
+        planned.append(dialect)
+        return plan(self, dialect, *args, **kwargs)
+
+    monkeypatch.setattr(Model, "plan", counting)
+    network = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "mha")
+    planned.clear()
+    assert list(wrong_parameters(network, check(CHECKPOINTS / "mha"))) == []
+    assert planned == [INFER]
+    parameter = network.parameters_dict()["decoder.layers.1.self_attention.linear_proj.weight"]
+    parameter.set_data(ms.Tensor(parameter.asnumpy()[::-1].copy()))
+    assert [problem.found for problem in wrong_parameters(network, check(CHECKPOINTS / "mha"))] == ["other values"]
+    assert len(planned) > 2 and len(set(map(str, planned))) == len(planned) - 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
