@@ -31,7 +31,8 @@ from pathlib import Path
 import numpy as np
 
 from mf_qwen3_bridge.errors import table
-from mf_qwen3_bridge.transfer.safetensors import Reader, TensorInfo, open_checkpoint
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.transfer.safetensors import Reader, TensorInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -45,7 +46,7 @@ BRIDGE = [sys.executable, "-m", "mf_qwen3_bridge.cli"]
 
 def floor(source: Path, output: Path) -> None:
     """Reads and writes every tensor, in pieces of 4 MiB; an expert's matrix as a whole, transposed."""
-    tensors = list(open_checkpoint(source).tensors.values())
+    tensors = list(open_source(source).tensors.values())
     moves: list[tuple[TensorInfo, int, int, int]] = []
     position = 0
     for tensor in tensors:
@@ -136,7 +137,7 @@ def command_of(road: str, hf: Path, source: Path, output: Path) -> list[object]:
         return [*BRIDGE, "export", "--input_path", source, "--output_path", output, "--hf_config", hf]
     if road == "bridge":
         return [*BRIDGE, "convert", "--model_dir", hf, "--output_dir", output]
-    names = open_checkpoint(source).tensors
+    names = open_source(source).tensors
     layers = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("decoder.layers."))
     model = "qwen3-moe" if any(".experts." in name for name in names) else "qwen3"
     command: list[object] = [sys.executable, "convert_weight.py", "--model", model, "--reversed", "--dtype", "bf16"]
@@ -170,7 +171,7 @@ def compare(arguments: argparse.Namespace) -> Iterator[list[str]]:
             medians = {road: statistics.median(seconds for seconds, _ in found) for road, found in results.items()}
             for road, found in results.items():
                 yield [
-                    f"{model} ({open_checkpoint(hf).nbytes / 1e9:.1f} GB)",
+                    f"{model} ({open_source(hf).nbytes / 1e9:.1f} GB)",
                     "convert" if source == hf else "export",
                     road,
                     f"{medians[road]:.2f}",

@@ -36,7 +36,8 @@ import ml_dtypes
 import numpy as np
 
 from mf_qwen3_bridge.errors import table
-from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, TensorInfo, open_checkpoint
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, TensorInfo
 from mf_qwen3_bridge.transfer.tiles import TILE_BYTES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -91,7 +92,7 @@ def floor(directory: Path, dtype: np.dtype) -> list[np.ndarray]:
             np.copyto(piece, buffer.view(ml_dtypes.bfloat16), casting="unsafe")
 
     kept = []
-    tensors = open_checkpoint(directory).tensors.values()
+    tensors = open_source(directory).tensors.values()
     with Reader() as reader, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for file in sorted({tensor.file for tensor in tensors}):
             of_file = [tensor for tensor in tensors if tensor.file == file]
@@ -146,7 +147,7 @@ def compare(arguments: Arguments) -> Iterator[list[str]]:
     for model in arguments.models:
         directory = arguments.work_dir / model.replace(", ", "-").replace(" ", "-")
         make_checkpoint(directory, MODELS[model])
-        nbytes = open_checkpoint(directory).nbytes
+        nbytes = open_source(directory).nbytes
         for params_dtype in arguments.params_dtypes:
             results: dict[str, list[dict[str, float]]] = {road: [] for road in arguments.roads}
             for number in range(arguments.rounds + 1):  # the first warms the page cache

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mf_qwen3_bridge.errors import table
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
+from mf_qwen3_bridge.inputs.opening import open_source
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -56,7 +56,7 @@ def compare(model: str, work_dir: Path, rounds: int) -> Iterator[list[str]]:
             print(model, road, f"{results[road][-1][0]:.2f} s", file=sys.stderr, flush=True)
     shutil.rmtree(copy)
     medians = {road: statistics.median(seconds for seconds, _ in found) for road, found in results.items()}
-    size = f"{model} ({open_checkpoint(hf).nbytes / 1e9:.1f} GB)"
+    size = f"{model} ({open_source(hf).nbytes / 1e9:.1f} GB)"
     for road, found in results.items():
         ratio, peak = medians[road] / medians["cmp"], max(peak for _, peak in found) / MIB
         yield [size, road, f"{medians[road]:.2f}", f"{ratio:.2f}", f"{peak:.0f}"]

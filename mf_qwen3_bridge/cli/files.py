@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,34 +11,27 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.errors import BridgeError, Problem
 
 if TYPE_CHECKING:
-    from mf_qwen3_bridge.inputs.rank_files import RankFiles
+    from mf_qwen3_bridge.convert.run import Job
+    from mf_qwen3_bridge.inputs.mindformers_yaml import MindFormersYaml
+    from mf_qwen3_bridge.inputs.source import Source
 
 DIRECTORY = click.Path(path_type=Path)
 _DTYPE = click.Choice(["bf16", "fp16", "fp32"])
-# Flags of SPEC's numbers, and the values of Qwen3-30B-A3B and Qwen3-0.6B.
-_DEFAULTS: dict[str, dict[str, int]] = {
-    "qwen3-moe": {
-        "num_layers": 48,
-        "num_attention_heads": 32,
-        "num_query_groups": 4,
-        "kv_channels": 128,
-        "num_routed_experts": 128,
-        "hidden_size": 2048,
-        "moe_ffn_hidden_size": 768,
-    },
-    "qwen3": {
-        "num_layers": 28,
-        "num_attention_heads": 16,
-        "num_query_groups": 8,
-        "kv_channels": 128,
-        "hidden_size": 1024,
-        "ffn_hidden_size": 3072,
-    },
-}
-NUMBERS = tuple(dict.fromkeys(name for defaults in _DEFAULTS.values() for name in defaults))
+# What MindFormers' own script asks for, under its names; here the tensors' shapes show them.
+NUMBERS = (
+    "num_layers",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_routed_experts",
+    "hidden_size",
+    "moe_ffn_hidden_size",
+    "ffn_hidden_size",
+)
+LAYOUT_OPTIONS = ("use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp")
 
 
 _command = partial(click.command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,7 +48,28 @@ def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
 
 _config = click.option("--config", type=DIRECTORY, metavar="YAML", help="MindFormers YAML of the training run.")
 _dry_run = click.option("--dry_run", is_flag=True, help="Say what would be done; write nothing.")
-_number_options = _options(*(click.option(f"--{name}", type=click.IntRange(1), metavar="N") for name in NUMBERS))
+_number_options = _options(
+    *(
+        click.option(f"--{name}", type=click.IntRange(1), metavar="N", help="Held against the tensors.")
+        for name in NUMBERS
+    )
+)
+_layout_options = _options(
+    *(click.option(f"--{name}", type=bool, metavar="BOOL", help="Of the training YAML.") for name in LAYOUT_OPTIONS),
+    click.option("--model_parallel", type=click.IntRange(1), metavar="N", help="Of the training YAML."),
+)
+
+
+def _without_effect(name: str, reason: str, **kwargs: Any) -> Callable[..., Any]:
+    """An option of MindFormers' own script that makes no difference here; a note says why."""
+
+    def note(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        if context.get_parameter_source(name) != ParameterSource.DEFAULT:
+            click.echo(f"note        --{name} makes no difference: {reason}")
+
+    return click.option(f"--{name}", callback=note, expose_value=False, help="Makes no difference.", **kwargs)
+
+
 _strategies = partial(
     click.option, "--src_strategy_dirs", type=DIRECTORY, metavar="DIR", help="The run's strategy folder."
 )
@@ -70,6 +84,7 @@ _export_options = _options(
     click.option("--hf_config", type=DIRECTORY, metavar="DIR", help="Hugging Face directory of the model."),
     _config,
     _number_options,
+    _layout_options,
     click.option("--dtype", type=_DTYPE, default="bf16", show_default=True, help="Of the tensors that are written."),
     click.option("--max_shard_size", default="5GB", show_default=True, metavar="SIZE", help="Of a Hugging Face file."),
     click.option("--write_tied_lm_head", is_flag=True, help="Store lm_head although it is tied to the embedding."),
@@ -110,20 +125,34 @@ def convert(
     from mf_qwen3_bridge.model.parallel import ParallelConfig
     from mf_qwen3_bridge.model.rules import INFER, Dialect
 
-    model = preflight.check(model_dir, config, load_checkpoint)
-    trained = model.training_layout or TRAINING_DEFAULT
-    if layout == "train" and tp and trained.tensor_parallel not in (1, tp):
-        raise BridgeError(f"--tp {tp}: {config} says model_parallel {trained.tensor_parallel}; leave out one")
     yaml = read_mindformers_yaml(config) if config else MindFormersYaml()
-    if layout == "train" and (tp or ep) and (problems := list(yaml.slice_problems())):
+    model = preflight.check(model_dir, yaml, load_checkpoint)
+    is_for_training = layout == "train"
+    sizes = yaml.training_sizes() if is_for_training else yaml.parallel_sizes()[0]
+    problems = list(_contradicted_sizes(yaml, sizes, tp, ep))
+    problems += yaml.slice_problems() if (tp or ep) and is_for_training else ()
+    if problems:
         raise BridgeError(f"a run with {config} needs other slices", problems)
+    trained = model.yaml_layout or TRAINING_DEFAULT
     target = INFER if layout == "infer" else Dialect(trained.on(tp or trained.tensor_parallel))
     if tp or ep:
-        size = tp or (yaml.training_tensor_parallel if layout == "train" else 1)
-        job = jobs.to_ranks(model, target, output_dir, ParallelConfig(size, ep or 1), dtype)
+        parallel = ParallelConfig(tp or sizes.get("tensor_parallel", 1), ep or sizes.get("expert_parallel", 1))
+        job = jobs.to_ranks(model, target, output_dir, parallel, dtype)
     else:
         job = jobs.to_mindformers(model, target, output_dir, dtype)
     make(job, dry_run)
+
+
+def _contradicted_sizes(
+    yaml: MindFormersYaml, sizes: Mapping[str, int], tp: int | None, ep: int | None
+) -> Iterator[Problem]:
+    """Sizes on the command line that are not those of the YAML's run."""
+    for flag, key, size, value in (
+        ("--tp", "model_parallel", sizes.get("tensor_parallel"), tp),
+        ("--ep", "expert_parallel", sizes.get("expert_parallel"), ep),
+    ):
+        if value and size and value != size:
+            yield Problem(flag, f"{value}\n{yaml.origin}: {key} {size}", "leave out one of them")
 
 
 @_command()
@@ -150,11 +179,11 @@ def export(
         raise click.UsageError("give --input_path, or --mindspore_ckpt_dir and --src_strategy_dirs")
     if input_path and file_suffix:
         raise click.UsageError("--file_suffix chooses among ranks' files; --input_path is merged")
-    if mindspore_ckpt_dir and src_strategy_dirs:
-        ranks = _ranks(src_strategy_dirs, mindspore_ckpt_dir, file_suffix, weights_only=True)
-        _export(ranks, output_path, options)
-    elif input_path:
-        _export(input_path, output_path, options)
+    from mf_qwen3_bridge.inputs.opening import open_source
+
+    path = input_path or mindspore_ckpt_dir
+    assert path
+    _export(open_source(path, src_strategy_dirs, file_suffix, weights_only=True), output_path, options)
 
 
 @_command()
@@ -162,7 +191,11 @@ def export(
 @click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Holds the result's directory.")
 @_file_suffix
 @click.option("--filter_out_param_prefix", metavar="PREFIX", help="Leave these out: adam_, the optimizer's state.")
-@click.option("--has_redundancy", type=bool, default=True, show_default=True, help="Taken for compatibility.")
+@_without_effect(
+    "has_redundancy", "each part of a parameter is taken from whichever rank's file holds it", type=bool, metavar="BOOL"
+)
+@_without_effect("max_process_num", "one process merges, with several threads", type=click.IntRange(1), metavar="N")
+@click.option("--format", "file_format", type=click.Choice(["safetensors"]), default="safetensors", show_default=True)
 @_dry_run
 def unify(
     src_strategy_dirs: Path,
@@ -170,85 +203,70 @@ def unify(
     output_dir: Path,
     file_suffix: str | None,
     filter_out_param_prefix: str | None,
-    has_redundancy: bool,
+    file_format: str,
     dry_run: bool,
 ) -> None:
     """Merge what the ranks of a training run saved.
 
-    The result is in OUTPUT_DIR/FILE_SUFFIX_ckpt_convert/unified_safe. Each part of each parameter is taken from
-    whichever rank's file holds it, so --has_redundancy makes no difference.
+    The result is in OUTPUT_DIR/FILE_SUFFIX_ckpt_convert/unified_safe.
     """
     from mf_qwen3_bridge.convert import jobs
+    from mf_qwen3_bridge.inputs.opening import open_source
 
-    ranks = _ranks(src_strategy_dirs, mindspore_ckpt_dir, file_suffix, without_prefix=filter_out_param_prefix)
+    ranks = open_source(mindspore_ckpt_dir, src_strategy_dirs, file_suffix, without_prefix=filter_out_param_prefix)
     output = output_dir / (f"{file_suffix}_ckpt_convert" if file_suffix else "ckpt_convert") / "unified_safe"
     make(jobs.unify(ranks, output), dry_run)
 
 
-def _ranks(src_strategy_dirs: Path, mindspore_ckpt_dir: Path, file_suffix: str | None, **which: Any) -> RankFiles:
-    from mf_qwen3_bridge.inputs.rank_files import open_rank_files
-    from mf_qwen3_bridge.inputs.strategies import read_strategies
-
-    return open_rank_files(mindspore_ckpt_dir, read_strategies(src_strategy_dirs), file_suffix, **which)
-
-
 @_command()
-@click.option("--model", "kind", type=click.Choice(list(_DEFAULTS)), required=True)
+@click.option("--model", "kind", type=click.Choice(["qwen3-moe", "qwen3"]), required=True)
 @click.option("--input_path", type=DIRECTORY, metavar="DIR", required=True, help="The checkpoint to convert.")
 @click.option("--output_path", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
 @click.option(
     "--reversed", "is_reversed", type=bool, is_flag=False, flag_value=True, default=False, help="MindFormers to HF."
 )
+@_without_effect("max_worker", "one process converts, with several threads", type=click.IntRange(1), metavar="N")
+@_without_effect("qkv_concat", "MindFormers' Qwen3 always fuses q, k and v", type=bool, metavar="BOOL")
+@_without_effect("is_lora", "tensors of a LoRA are found by their names, and refused", type=bool, metavar="BOOL")
 @_export_options
 def convert_weight(kind: str, input_path: Path, output_path: Path, is_reversed: bool, **options: Any) -> None:
     """Convert Hugging Face to MindFormers (training layout) or, with --reversed, a merged training checkpoint back.
 
-    Numbers that neither --hf_config nor --config gives are those of Qwen3-30B-A3B or Qwen3-0.6B.
+    The tensors' shapes show the model's numbers; those that are given are held against them.
     """
     from mf_qwen3_bridge.convert import jobs
     from mf_qwen3_bridge.inputs import preflight
-    from mf_qwen3_bridge.inputs.identify import holds_experts
+    from mf_qwen3_bridge.inputs.opening import open_source
     from mf_qwen3_bridge.model.rules import TRAIN
-    from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 
-    has_experts = holds_experts(open_checkpoint(input_path))
-    if has_experts != (kind == "qwen3-moe"):
-        found = "has experts (qwen3-moe)" if has_experts else "has no experts (qwen3)"
+    source = open_source(input_path)
+    if source.has_experts != (kind == "qwen3-moe"):
+        found = "has experts (qwen3-moe)" if source.has_experts else "has no experts (qwen3)"
         raise BridgeError(f"--model {kind}: {input_path} {found}")
     context = click.get_current_context()
-    for name in () if is_reversed else ("max_shard_size", "write_tied_lm_head"):
+    for name in () if is_reversed else ("max_shard_size", "write_tied_lm_head", *LAYOUT_OPTIONS, "model_parallel"):
         if context.get_parameter_source(name) != ParameterSource.DEFAULT:
             raise click.UsageError(f"--{name} needs --reversed")
     if is_reversed:
-        _export(input_path, output_path, options, defaults=_DEFAULTS[kind])
+        _export(source, output_path, options)
         return
-    config = options["config"]
-    model = preflight.check(options["hf_config"] or input_path, config, input_path, _numbers(options))
-    target = replace(TRAIN, layout=model.training_layout or TRAIN.layout)
+    model = preflight.check(options["hf_config"] or input_path, options["config"], source, _numbers(options))
+    target = replace(TRAIN, layout=model.yaml_layout or TRAIN.layout)
     make(jobs.to_mindformers(model, target, output_path, options["dtype"]), options["dry_run"])
 
 
-def _numbers(options: Mapping[str, Any]) -> dict[str, int]:
-    return {name: options[name] for name in NUMBERS if options[name] is not None}
+def _numbers(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in (*NUMBERS, *LAYOUT_OPTIONS) if options[name] is not None}
 
 
-def _export(
-    source: Path | RankFiles, output_path: Path, options: Mapping[str, Any], defaults: Mapping[str, int] | None = None
-) -> None:
+def _export(source: Source, output_path: Path, options: Mapping[str, Any]) -> None:
     from mf_qwen3_bridge.convert import jobs
     from mf_qwen3_bridge.convert.file_layout import parse_size
-    from mf_qwen3_bridge.inputs.layout_evidence import check_layout
-    from mf_qwen3_bridge.inputs.trained import check_trained
-    from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
+    from mf_qwen3_bridge.inputs.layout_detection import check_layout
+    from mf_qwen3_bridge.inputs.preflight import check_trained
 
-    ranks = None if isinstance(source, Path) else source
-    checkpoint = ranks.checkpoint if ranks else open_checkpoint(Path(str(source)))
-    hf_config, config, numbers = options["hf_config"], options["config"], _numbers(options)
-    origin = "arguments"
-    beside = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    if defaults and not (hf_config or config or (beside / "config.json").is_file()):
-        numbers, origin = {**defaults, **numbers}, "arguments and defaults"
-    model = check_trained(checkpoint, hf_config, config, numbers, ranks.tensor_parallel if ranks else None, origin)
+    numbers = _numbers(options)
+    model = check_trained(source, options["hf_config"], options["config"], numbers, options["model_parallel"])
     job = jobs.to_hf(
         model,
         output_path,
@@ -260,7 +278,7 @@ def _export(
     make(job, options["dry_run"])
 
 
-def make(job: Any, dry_run: bool) -> None:
+def make(job: Job, dry_run: bool) -> None:
     """Carries out a job, or says what it would do."""
     from mf_qwen3_bridge.convert.run import describe, run
     from mf_qwen3_bridge.convert.workers import this_worker
@@ -273,11 +291,14 @@ def make(job: Any, dry_run: bool) -> None:
         click.echo(line)
     if dry_run:
         click.echo("result      nothing was written (--dry_run)")
-        return
-    try:
-        summary = run(job, worker)
-    except KeyboardInterrupt:
-        click.echo(f"interrupted: {job.directory().incomplete} is kept, and the same command goes on with it", err=True)
-        raise
-    for line in summary.lines() if summary else ():
-        click.echo(line)
+    else:
+        try:
+            summary = run(job, worker)
+        except KeyboardInterrupt:
+            kept = job.directory().incomplete
+            click.echo(f"interrupted: {kept} is kept, and the same command goes on with it", err=True)
+            raise
+        for line in summary.lines() if summary else ():
+            click.echo(line)
+    if job.warning:
+        click.echo(f"warning     {job.warning}")

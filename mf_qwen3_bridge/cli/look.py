@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -15,7 +14,6 @@ from mf_qwen3_bridge.cli.files import DIRECTORY, make
 from mf_qwen3_bridge.errors import BridgeError, fold_names, table
 
 if TYPE_CHECKING:
-    from mf_qwen3_bridge.inputs.preflight import Model
     from mf_qwen3_bridge.verify.layer_errors import LayerErrors
 
 
@@ -85,15 +83,15 @@ def verify(
 
 
 def _verify_one(path: Path, config: Path | None) -> None:
-    from mf_qwen3_bridge.inputs.trained import check_trained
-    from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
+    from mf_qwen3_bridge.inputs.identify import open_weights
+    from mf_qwen3_bridge.inputs.opening import open_source
+    from mf_qwen3_bridge.inputs.preflight import check_trained
     from mf_qwen3_bridge.verify import statistics as weight_statistics
-    from mf_qwen3_bridge.verify.comparison import Side, open_side
 
     has_config = (path / "config.json").is_file()
-    side = Side.of(check_trained(open_checkpoint(path), path, config)) if has_config else open_side(path, config)
-    statistics = weight_statistics.measure(side)
-    click.echo(f"checkpoint  {side.dialect}, {len(side.checkpoint.tensors)} tensors")
+    weights = check_trained(open_source(path), path, config) if has_config else open_weights(path, config)
+    statistics = weight_statistics.measure(weights)
+    click.echo(f"checkpoint  {weights.dialect}, {len(weights.source.tensors)} tensors")
     headers = ["tensors", "number", "RMS: least, median, greatest", "mean", "values"]
     click.echo(table(headers, weight_statistics.rows(statistics), "simple"))
     for line in weight_statistics.outliers(statistics):
@@ -102,10 +100,11 @@ def _verify_one(path: Path, config: Path | None) -> None:
 
 
 def _verify_two(first: Path, second: Path, config: Path | None) -> None:
+    from mf_qwen3_bridge.inputs.identify import open_weights
     from mf_qwen3_bridge.transfer.progress import size_text
-    from mf_qwen3_bridge.verify.comparison import compare, open_side
+    from mf_qwen3_bridge.verify.comparison import compare
 
-    report = compare(open_side(first, config), open_side(second, config))
+    report = compare(open_weights(first, config), open_weights(second, config))
     if not report.is_equal:
         raise BridgeError(f"{first} and {second} do not hold the same weights", report.problems())
     if report.ignored:
@@ -122,18 +121,17 @@ def _verify_logits(
     layers: int | None,
     picture: Path | None,
 ) -> None:
-    from mf_qwen3_bridge.inputs.preflight import first_layers
     from mf_qwen3_bridge.mindformers.quiet import upstream_kept_quiet
-    from mf_qwen3_bridge.verify.comparison import Side, compare
-    from mf_qwen3_bridge.verify.layer_errors import layers_that_fit
+    from mf_qwen3_bridge.verify.comparison import compare
+    from mf_qwen3_bridge.verify.layer_errors import check_comparable, layers_that_fit
 
     if picture and not picture.parent.is_dir():
         raise BridgeError(f"{picture.parent} does not exist: --picture needs a directory that does")
     paths = [path for path in (first, second) if path]
-    models = _models(paths, config, hf_config)
+    models = check_comparable(paths, config, hf_config)
     num_layers = layers or layers_that_fit(models[0])
     total = models[0].spec.num_layers
-    models = [first_layers(model, num_layers) for model in models]
+    models = [model.first_layers(num_layers) for model in models]
 
     with upstream_kept_quiet():  # takes seconds
         from mf_qwen3_bridge.mindformers.verify_network import errors_of_checkpoint
@@ -143,37 +141,11 @@ def _verify_logits(
     click.echo(table(["layer", *found.stages], found.rows(), "simple"))
     _draw(found, first, picture)
     # What 16 tokens did not reach: rows of the embedding, experts.
-    report = compare(*map(Side.of, models)) if second else None
+    report = compare(*models) if second else None
     if found.begin or (report and report.counts):
         what = "does not compute the same" if found.begin else "computes the same for some tokens, from other weights"
         raise BridgeError(f"{first} {what}: {found.summary}", report.problems() if report else ())
     click.echo(f"result      {found.summary}")
-
-
-def _models(paths: Sequence[Path], config: Path | None, hf_config: Path | None) -> list[Model]:
-    """The checkpoints, each with its own config.json if it has one; they have to be of one model."""
-    from mf_qwen3_bridge.inputs.disagreements import config_rows
-    from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
-    from mf_qwen3_bridge.inputs.trained import check_trained
-    from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
-
-    own = [path for path in paths if (path / "config.json").is_file()]
-    models = []
-    for path in paths:
-        checkpoint = open_checkpoint(path)
-        hf_dir = path if path in own else hf_config or next(iter(own), None)
-        models.append(check_trained(checkpoint, hf_dir, None if LAYOUT_STAMP in checkpoint.metadata else config))
-    first = models[0]
-    if not first.hf_config:
-        raise BridgeError(f"no config.json beside {paths[0]}: name the model's Hugging Face directory with --hf_config")
-    if len(paths) == 1 and not first.dialect.is_hf and LAYOUT_STAMP not in first.checkpoint.metadata:
-        raise BridgeError(
-            f"nothing in {paths[0]} says how QKV and gate/up lie, and by themselves its weights can't show it: name "
-            "what they should be as well, such as the Hugging Face directory (mf-qwen3 verify A B --logits)"
-        )
-    if rows := list(config_rows({str(path): model.hf_config for path, model in zip(paths, models)})):
-        raise BridgeError("these do not compute the same: their config.json differ", rows)
-    return models
 
 
 def _draw(found: LayerErrors, first: Path, picture: Path | None) -> None:

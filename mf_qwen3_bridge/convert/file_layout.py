@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP, RANKS_STAMP
+from mf_qwen3_bridge.inputs.source import LAYOUT_KEY, TENSOR_PARALLEL_KEY
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.transfer.plan import Plan, Target
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, HF_INDEX, MINDFORMERS_INDEX, TensorInfo
@@ -71,9 +71,9 @@ def hf_files(plan: Plan, max_bytes: int = HF_SHARD_BYTES) -> tuple[list[OutputFi
 
 def mindformers_metadata(layout: Layout | None, saved_by: int | None = None) -> dict[str, str]:
     """What every file of a MindFormers checkpoint says of itself: its layout, or how many ranks saved it."""
-    stamp = {LAYOUT_STAMP: str(layout)} if layout else {}
+    stamp = {LAYOUT_KEY: str(layout)} if layout else {}
     if saved_by:
-        stamp[RANKS_STAMP] = str(saved_by)
+        stamp[TENSOR_PARALLEL_KEY] = str(saved_by)
     return {"format": "ms", "remove_redundancy": "False", **stamp}
 
 

@@ -13,11 +13,9 @@ from mf_qwen3_bridge.convert.file_layout import HF_SHARD_BYTES, hf_files, mindfo
 from mf_qwen3_bridge.convert.run import Job, Part
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
-from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
-from mf_qwen3_bridge.inputs.preflight import Model, first_layers
-from mf_qwen3_bridge.inputs.rank_files import RankFiles
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
+from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model import training_ranks
-from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF, INFER, Dialect
@@ -41,7 +39,7 @@ _COMPANIONS = (
 DTYPE_NAMES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
 
 
-def to_mindformers(model: Model, target: Dialect, output: Path, dtype: str | None = None) -> Job:
+def to_mindformers(model: CheckedCheckpoint, target: Dialect, output: Path, dtype: str | None = None) -> Job:
     """A MindFormers checkpoint.
 
     Args:
@@ -61,7 +59,7 @@ def to_mindformers(model: Model, target: Dialect, output: Path, dtype: str | Non
 
 
 def to_hf(
-    model: Model,
+    model: CheckedCheckpoint,
     output: Path,
     dtype: str | None = None,
     max_shard_bytes: int = HF_SHARD_BYTES,
@@ -82,7 +80,7 @@ def to_hf(
         BridgeError: the checkpoint is Hugging Face's already.
     """
     if model.dialect.is_hf:
-        raise BridgeError(f"{model.checkpoint.path} holds Hugging Face weights already")
+        raise BridgeError(f"{model.source.path} holds Hugging Face weights already")
     plan = model.plan(HF, DTYPE_NAMES[dtype][0] if dtype else None)
     if write_tied_output and model.spec.tie_word_embeddings:
         plan = _with_output_layer(plan)
@@ -91,12 +89,23 @@ def to_hf(
     others = {file.name: file.read_bytes() for file in _companions(model)}
     if config:
         others["config.json"] = json.dumps(config, indent=2).encode()
-    said = _export_notes(model, others, layout_is_shown)
-    return _job(model, plan, HF, output, [Part.of(plan, files)], others | index, (*model.notes, *said))
+    notes = (*model.notes, *_export_notes(model, others, layout_is_shown))
+    job = _job(model, plan, HF, output, [Part.of(plan, files)], others | index, notes)
+    return replace(job, warning="" if layout_is_shown else _warning(model))
+
+
+def _warning(model: CheckedCheckpoint) -> str:
+    if model.layout_is_declared:
+        return ""
+    return (
+        f"the layout of QKV and gate/up is assumed to be MindFormers' default ({model.dialect.layout}): nothing "
+        "declares it. If the training YAML sets other flags, the result computes garbage: give it with --config, or "
+        "its flags: --use_contiguous_weight_layout_attention, --use_interleaved_weight_layout_mlp, --model_parallel"
+    )
 
 
 def _job(
-    model: Model,
+    model: CheckedCheckpoint,
     plan: Plan,
     target: Dialect,
     output: Path,
@@ -105,7 +114,7 @@ def _job(
     notes: tuple[str, ...],
 ) -> Job:
     """The job whose parts together make what ``plan`` does."""
-    count, ignored = plan.num_source_tensors, (*plan.ignored, *model.checkpoint.left_out)
+    count, ignored = plan.num_source_tensors, (*plan.ignored, *model.source.left_out)
     return Job(str(model.dialect), count, str(target), output, tuple(parts), others, ignored, notes=notes)
 
 
@@ -115,11 +124,11 @@ def _with_output_layer(plan: Plan) -> Plan:
     return replace(plan, targets=(*plan.targets, replace(embedding, name=OUTPUT[0], copies=copies)))
 
 
-def _companions(model: Model) -> Iterator[Path]:
+def _companions(model: CheckedCheckpoint) -> Iterator[Path]:
     return (file for name in _COMPANIONS if (file := model.hf_dir / name).is_file())
 
 
-def _config_json(model: Model, dtype: str | None) -> dict[str, Any]:
+def _config_json(model: CheckedCheckpoint, dtype: str | None) -> dict[str, Any]:
     """The model's own config.json, or one made of what the YAML says; with the dtype that is written."""
     own = model.hf_dir / "config.json"
     config = read_json(own) if own.is_file() else dict(model.hf_config)
@@ -132,15 +141,9 @@ def _config_json(model: Model, dtype: str | None) -> dict[str, Any]:
     return config
 
 
-def _export_notes(model: Model, others: dict[str, bytes], layout_is_shown: bool) -> Iterator[str]:
+def _export_notes(model: CheckedCheckpoint, others: dict[str, bytes], layout_is_shown: bool) -> Iterator[str]:
     if layout_is_shown:
-        yield f"the weights in {model.hf_dir} are alike: {model.dialect.layout} is the right layout"
-    elif model.training_layout is None and LAYOUT_STAMP not in model.checkpoint.metadata:
-        yield (
-            f"the layout of QKV and gate/up is taken to be MindFormers' default ({model.dialect.layout}), because "
-            "nothing says it. If the training YAML sets use_contiguous_weight_layout_attention or "
-            "use_interleaved_weight_layout_mlp, give it with --config: the wrong layout computes garbage"
-        )
+        yield f"rows of the weights in {model.hf_dir} show that {model.dialect.layout} is the right layout"
     if "config.json" not in others:
         yield (
             "no config.json is written: rope_theta and the like are not known. Name the Hugging Face directory of the "
@@ -150,7 +153,9 @@ def _export_notes(model: Model, others: dict[str, bytes], layout_is_shown: bool)
         yield f"no tokenizer is written: there is none in {model.hf_dir}"
 
 
-def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConfig, dtype: str | None = None) -> Job:
+def to_ranks(
+    model: CheckedCheckpoint, target: Dialect, output: Path, parallel: ParallelConfig, dtype: str | None = None
+) -> Job:
     """A directory ``rank_N/`` for each rank, with that rank's part of every parameter.
 
     Args:
@@ -181,7 +186,7 @@ def to_ranks(model: Model, target: Dialect, output: Path, parallel: ParallelConf
     return _job(model, whole, target, output, parts, {}, model.notes)
 
 
-def truncate(model: Model, num_layers: int, output: Path) -> Job:
+def truncate(model: CheckedCheckpoint, num_layers: int, output: Path) -> Job:
     """The first layers of a model, as they are: byte for byte, with a config.json that says so.
 
     Args:
@@ -192,7 +197,7 @@ def truncate(model: Model, num_layers: int, output: Path) -> Job:
     Raises:
         BridgeError: it has not so many layers.
     """
-    smaller = first_layers(model, num_layers)
+    smaller = model.first_layers(num_layers)
     plan = smaller.plan(model.dialect)
     if plan.duplicates:
         plan = _with_output_layer(plan)  # stored although it is tied, as it was
@@ -210,30 +215,28 @@ def _refuse(problems: Iterable[Problem]) -> None:
         raise BridgeError("the model can't be divided so", found)
 
 
-def unify(ranks: RankFiles, output: Path) -> Job:
+def unify(source: Source, output: Path) -> Job:
     """The merged checkpoint of a training run, as ``mindspore.unified_safetensors`` writes it.
 
     Args:
-        ranks: what the run left.
+        source: what the run's ranks saved.
         output: the directory.
 
     Raises:
         BridgeError: nothing is left to merge, or not all are tensors that safetensors knows.
     """
-    tensors = ranks.checkpoint.tensors
+    tensors, unlisted = source.tensors, source.unlisted
     if not tensors:
         raise BridgeError("nothing is left to merge: does every parameter begin with --filter_out_param_prefix?")
-    if odd := [t for t in (*tensors.values(), *ranks.unlisted.values()) if t.dtype not in DTYPES]:
+    if odd := [t for t in (*tensors.values(), *unlisted.values()) if t.dtype not in DTYPES]:
         problems = [Problem(tensor.name, f"dtype {tensor.dtype}", "no weights are stored so") for tensor in odd]
         raise BridgeError(f"{odd[0].file} can't be merged", problems)
-    targets = tuple(as_it_is(tensor) for tensor in tensors.values())
-    stamp = ranks.checkpoint.metadata.get(LAYOUT_STAMP)
-    dialect = Dialect(Layout.parse(stamp) if stamp else None)
-    plan = Plan(dialect, dialect, targets)
-    files, index = mindformers_files(plan, saved_by=ranks.tensor_parallel)
-    others = {HYPER_PARAMETERS: _hyper_parameters(ranks.unlisted)} if ranks.unlisted else {}
+    dialect = Dialect(source.declared_layout)
+    plan = Plan(dialect, dialect, tuple(as_it_is(tensor) for tensor in tensors.values()))
+    files, index = mindformers_files(plan, saved_by=source.tensor_parallel)
+    others = {HYPER_PARAMETERS: _hyper_parameters(unlisted)} if unlisted else {}
     parts = (Part.of(plan, files),)
-    count = len(targets) + len(ranks.unlisted)
+    count = len(tensors) + len(unlisted)
     return Job("ranks' files", count, "MindFormers, merged", output, parts, others | index, checks_values=False)
 
 

@@ -63,6 +63,7 @@ class Job:
         ignored: tensors that are left out, because they are no weights.
         checks_values: whether what is moved are weights, which are never NaN or all zero.
         notes: what the user should know.
+        warning: what the user must know, last of all; empty if nothing.
     """
 
     source: str
@@ -74,6 +75,7 @@ class Job:
     ignored: tuple[str, ...] = ()
     checks_values: bool = True
     notes: tuple[str, ...] = ()
+    warning: str = ""
 
     @property
     def source_nbytes(self) -> int:

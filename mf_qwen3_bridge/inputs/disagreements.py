@@ -1,4 +1,4 @@
-"""Rows of a report: on which things config.json, a YAML, arguments and the tensors do not agree."""
+"""Finds contradictions between config.json, YAML, arguments and tensors."""
 
 from __future__ import annotations
 
@@ -6,27 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import Problem
 from mf_qwen3_bridge.inputs.mindformers_yaml import COMPUTED_NAMES, computed_values
+from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import Dialect, model_rules
 from mf_qwen3_bridge.model.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
-from mf_qwen3_bridge.transfer.plan import make_plan
-from mf_qwen3_bridge.transfer.safetensors import Checkpoint
-
-
-def disagreements(
-    spec: ModelSpec,
-    hf_config: Mapping[str, Any],
-    sides: Mapping[str, Mapping[str, Any]],
-    in_tensors: Mapping[str, tuple[int, str]],
-    trained_with: str | None,
-) -> Iterator[Problem]:
-    """A row for each thing on which config.json, the other ``sides`` and the tensors do not agree.
-
-    ``trained_with`` is the side, if there is one, that tells how the weights were trained.
-    """
-    yield from number_rows(spec, ["config.json"], sides, in_tensors)
-    yield from computed_rows(hf_config, ["config.json"], sides, trained_with)
+from mf_qwen3_bridge.transfer.plan import take_stock
+from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
 
 def config_rows(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
@@ -52,9 +38,9 @@ def number_rows(
     for field in (field for field in HF_NAME if field in spec.numbers or field == "num_experts"):
         config_value = getattr(spec, field)
         number, tensor = in_tensors.get(field, (config_value, ""))
-        said = [(origin, HF_NAME[field], config_value) for origin in origins]
-        said += said_by(sides, MINDFORMERS_NAMES[field])
-        yield from _row(said, (number,), f"weights: {number} ({tensor})" if tensor else None)
+        declared = [(origin, HF_NAME[field], config_value) for origin in origins]
+        declared += declared_by(sides, MINDFORMERS_NAMES[field])
+        yield from _row(declared, (number,), f"weights: {number} ({tensor})" if tensor else None)
 
 
 def computed_rows(
@@ -65,29 +51,31 @@ def computed_rows(
 ) -> Iterator[Problem]:
     """Where the sides say that something else is computed than what ``hf_config`` (from ``origins``) says."""
     for name, accepted in computed_values(hf_config).items():
-        said = [(origin, name, accepted[0]) for origin in origins]
-        said += said_by(sides, (name, *COMPUTED_NAMES[name]))
-        for problem in _row(said, accepted):
+        declared = [(origin, name, accepted[0]) for origin in origins]
+        declared += declared_by(sides, (name, *COMPUTED_NAMES[name]))
+        for problem in _row(declared, accepted):
             if trained_with is not None and trained_with in problem.found:
                 remedy = f"if the weights were trained as {trained_with} says, config.json is not theirs"
                 problem = replace(problem, remedy=remedy)
             yield problem
 
 
-def said_by(sides: Mapping[str, Mapping[str, Any]], keys: Iterable[str]) -> Iterator[tuple[str, str, Any]]:
+def declared_by(sides: Mapping[str, Mapping[str, Any]], keys: Iterable[str]) -> Iterator[tuple[str, str, Any]]:
     """(side, key, value) wherever a side uses one of a thing's names."""
     for side, model_config in sides.items():
         yield from ((side, key, model_config[key]) for key in keys if model_config.get(key) is not None)
 
 
-def _row(said: list[tuple[str, str, Any]], accepted: tuple[Any, ...], weights: str | None = None) -> Iterator[Problem]:
-    wrong = [(side, key) for side, key, value in said if not any(_same(value, right) for right in accepted)]
+def _row(
+    declared: list[tuple[str, str, Any]], accepted: tuple[Any, ...], weights: str | None = None
+) -> Iterator[Problem]:
+    wrong = [(side, key) for side, key, value in declared if not any(_same(value, right) for right in accepted)]
     if wrong:
-        lines = [f"{side}: {value}" for side, _, value in said] + ([weights] if weights else [])
+        lines = [f"{side}: {value}" for side, _, value in declared] + ([weights] if weights else [])
         remedy = " and ".join(f"set {key} to {accepted[0]} in {side}" for side, key in wrong)
-        if said[0][1] == HF_NAME["num_layers"] and accepted[0] < said[0][2]:
+        if declared[0][1] == HF_NAME["num_layers"] and accepted[0] < declared[0][2]:
             remedy = f"is a file of the checkpoint missing? If not, {remedy}"
-        yield Problem(said[0][1], "\n".join(lines), remedy)
+        yield Problem(declared[0][1], "\n".join(lines), remedy)
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -98,18 +86,18 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def tensor_problems(
-    spec: ModelSpec, checkpoint: Checkpoint, dialect: Dialect, in_tensors: Mapping[str, tuple[int, str]]
+    spec: ModelSpec,
+    tensors: Mapping[str, TensorInfo],
+    dialect: Dialect,
+    in_tensors: Mapping[str, tuple[int, str]],
 ) -> list[Problem]:
-    """What is wrong with the tensors as such: a wrong number in a config is said elsewhere, once."""
+    """What is wrong with the tensors as such: a number that a config has wrong is in another row, once."""
     blocks = dialect.layout.tensor_parallel if dialect.layout else 1
-    if spec.num_query_groups % blocks or spec.ffn_hidden_size % blocks:
+    if any(ParallelConfig(blocks).problems(spec, training=True)):
         found = f"{blocks}, num_query_groups {spec.num_query_groups}, ffn_hidden_size {spec.ffn_hidden_size}"
         return [Problem("tensor parallel of the training run", found, "it has to divide both: is the YAML theirs?")]
     numbers: dict[str, Any] = {field: number for field, (number, _) in in_tensors.items()}
     try:
-        make_plan(model_rules(replace(spec, **numbers)), checkpoint.tensors, dialect, dialect)
-    except BridgeError as error:
-        return error.problems
+        return list(take_stock(model_rules(replace(spec, **numbers)), tensors, dialect).problems)
     except ValueError:  # heads and groups that don't divide: their rows are in another table
-        pass
-    return []
+        return []

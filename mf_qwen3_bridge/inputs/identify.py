@@ -1,98 +1,159 @@
-"""What a checkpoint's tensors say by themselves: whose names they bear, in which layout they lie, which model it is."""
+"""Recognises what a checkpoint's tensors are: their dialect, and the model that their shapes show."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
-from mf_qwen3_bridge.model.layouts import Layout
-from mf_qwen3_bridge.model.parameters import (
-    OUTPUT,
-    PARAMETERS,
-    Parameter,
-    is_expert_name,
-    is_hf_name,
-    is_mindformers_name,
-    layer_of,
-)
-from mf_qwen3_bridge.model.rules import Dialect, hf_dialect
+from mf_qwen3_bridge.inputs.mindformers_yaml import MindFormersYaml, read_mindformers_yaml
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.source import Source
+from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.model.parallel import WHOLE, Rank
+from mf_qwen3_bridge.model.parameters import OUTPUT, PARAMETERS, Parameter, is_expert_name, layer_of
+from mf_qwen3_bridge.model.rules import Dialect, Rule, hf_dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
-from mf_qwen3_bridge.transfer.safetensors import Checkpoint, TensorInfo
-
-# Under this key, the metadata of every MindFormers file that the bridge writes names the layout.
-LAYOUT_STAMP = "mf_qwen3_bridge.layout"
-# And that of merged files of which only the training YAML knows the layout, how many ranks shared attention and MLP.
-RANKS_STAMP = "mf_qwen3_bridge.tensor_parallel"
+from mf_qwen3_bridge.transfer.plan import Plan, make_plan
+from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
 
-def dialect_of(
-    checkpoint: Checkpoint, configured: Layout | None = None, origin: str = "YAML", default: Layout | None = None
-) -> Dialect:
-    """Whose names the tensors bear and, for MindFormers', in which layout they lie.
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model: where they are stored, in which dialect, and of which numbers the model is.
+
+    Attributes:
+        source: the tensors.
+        dialect: how they are named and laid out.
+        spec: the model's numbers.
+    """
+
+    source: Source
+    dialect: Dialect
+    spec: ModelSpec
+
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """The model's table."""
+        return tuple(model_rules(self.spec))
+
+    def plan(self, target: Dialect, dtype: str | None = None, rank: Rank = WHOLE) -> Plan:
+        """The plan that makes ``target`` of the weights, or the part of it that one rank holds.
+
+        Raises:
+            BridgeError: tensors are missing, left over, of a wrong shape or dtype; a table lists everything.
+        """
+        return make_plan(self.rules, self.source.tensors, self.dialect, target, dtype, rank)
+
+    def plan_of(self, rule: Rule) -> Plan:
+        """The plan that reads what one rule needs, as it is."""
+        names = {place.tensor for place in rule.places(self.dialect)}
+        tensors = {name: self.source.tensors[name] for name in names}
+        return make_plan([rule], tensors, self.dialect, self.dialect)
+
+    def first_layers(self, num_layers: int) -> Weights:
+        """The same weights with the first layers only.
+
+        Raises:
+            BridgeError: there are not so many layers.
+        """
+        if num_layers > self.spec.num_layers:
+            raise BridgeError(f"{self.source.path} has {self.spec.num_layers} layers")
+        smaller = replace(self, spec=replace(self.spec, num_layers=num_layers))
+        kept = {place.tensor for rule in smaller.rules for place in rule.places(self.dialect)}
+        kept.add(self.dialect.name(OUTPUT))  # stays if it is stored although it is tied
+        tensors = {name: tensor for name, tensor in self.source.tensors.items() if name in kept}
+        return replace(smaller, source=self.source.with_tensors(tensors))
+
+
+def open_weights(path: Path, config: Path | None = None) -> Weights:
+    """The weights in a directory or file, recognised by their tensors alone: no config.json is needed.
 
     Args:
-        checkpoint: the tensors. The files' metadata may bear the bridge's stamp.
-        configured: the layout that the YAML says they were trained in.
-        origin: the YAML's name, for messages.
-        default: the layout to take when neither stamp nor YAML says one.
+        path: the directory or file.
+        config: the YAML of the training run; declares the layout of MindFormers weights whose files don't.
 
     Raises:
-        BridgeError: the names are nobody's, or the layout is not known, or stamp and YAML contradict each other.
+        BridgeError: files are missing or damaged, or their tensors make no whole Qwen3.
     """
-    names = checkpoint.tensors
-    if any(map(is_hf_name, names)):
-        return hf_dialect(names)
-    if not any(map(is_mindformers_name, names)):
-        some = ", ".join(sorted(names)[:3])
-        raise BridgeError(f"{checkpoint.path}: the tensors' names are neither Hugging Face's nor MindFormers' ({some})")
-    stamp = checkpoint.metadata.get(LAYOUT_STAMP)
+    source = open_source(path)
+    yaml = read_mindformers_yaml(config) if config and not source.declared_layout else MindFormersYaml()
+    return recognise(source, yaml)
+
+
+def recognise(source: Source, yaml: MindFormersYaml, tied: bool | None = None) -> Weights:
+    """The weights of a source, as its tensors show them.
+
+    Args:
+        source: the tensors.
+        yaml: declares the layout of MindFormers weights whose files don't; MindFormers' default where neither does.
+        tied: whether the output layer is the embedding, if that is known; else it is if there is no output layer.
+
+    Raises:
+        BridgeError: the tensors' shapes don't show a whole model.
+    """
+    configured = yaml.layout_of_weights(source.has_experts, source.tensor_parallel)
+    dialect = dialect_of(source, configured, yaml.origin, TRAINING_DEFAULT)
     try:
-        stamped = Layout.parse(stamp) if stamp else None
-    except ValueError as error:
-        raise BridgeError(f"{checkpoint.path}: {error} in the files' metadata; which program wrote it?") from error
-    if stamped and holds_experts(checkpoint):
-        stamped = stamped.of_experts
-    if stamped and configured and stamped != configured:
-        remedy = f"in the YAML: {stamped.training_flags}"
-        if stamped.training_flags == configured.training_flags:
-            remedy = f"in the YAML: use_parallel True, parallel_config.model_parallel {stamped.tensor_parallel}"
-        raise BridgeError(
-            "the layouts of QKV and gate/up contradict each other",
-            [Problem("layout", f"files: {stamped}\n{origin}: {configured}", remedy)],
-        )
-    layout = stamped or configured or default
-    if layout is None:
-        raise BridgeError(
-            f"{checkpoint.path} holds MindFormers weights, but nothing says how QKV and gate/up lie in them, and the "
-            "wrong guess would load without an error and compute garbage. The YAML they were trained with says it "
-            "(use_contiguous_weight_layout_attention, use_interleaved_weight_layout_mlp): mf-qwen3's commands take it "
-            "with --config; for run_mindformer.py, export them to Hugging Face with it (mf-qwen3 export --config)"
-        )
-    return Dialect(
-        layout,
-        stacked_experts=any(is_expert_name(name) and len(tensor.shape) == 3 for name, tensor in names.items()),
+        return Weights(source, dialect, spec_of(source.tensors, dialect, tied))
+    except KeyError as missing:
+        raise incomplete(source, missing) from None
+
+
+def incomplete(source: Source, missing: KeyError) -> BridgeError:
+    """The error of a source whose tensors don't show all numbers of a model."""
+    return BridgeError(
+        f"{source.path} is not a whole model: its tensors don't show {missing.args[0]}. Is a tensor of the first layer "
+        "missing, or of a wrong shape? A config.json says what should be there (--hf_config)"
     )
 
 
-def holds_experts(checkpoint: Checkpoint) -> bool:
-    """Whether the tensors are a MoE's."""
-    return any(map(is_expert_name, checkpoint.tensors))
+def dialect_of(
+    source: Source, configured: Layout | None = None, origin: str = "YAML", default: Layout | None = None
+) -> Dialect:
+    """How a source's tensors are named and, if MindFormers wrote them, laid out.
 
+    Args:
+        source: the tensors. Their files may declare the layout.
+        configured: the layout that a YAML or the caller declares.
+        origin: who that is, for messages.
+        default: the layout to assume when nobody declares one.
 
-def saved_by_ranks(checkpoint: Checkpoint) -> int | None:
-    """How many tensor parallel ranks saved what the bridge merged, if the files say it."""
-    stamp = checkpoint.metadata.get(RANKS_STAMP, "")
-    return int(stamp) if re.fullmatch("[1-9][0-9]{0,8}", stamp) else None
+    Raises:
+        BridgeError: the names are of neither dialect; the layout is not known; files and YAML contradict each other.
+    """
+    if source.is_hf:
+        return hf_dialect(source.tensors)
+    declared = source.declared_layout
+    if declared and configured and declared != configured:
+        remedy = f"in the YAML: {declared.training_flags}"
+        if declared.training_flags == configured.training_flags:
+            remedy = f"in the YAML: use_parallel True, parallel_config.model_parallel {declared.tensor_parallel}"
+        raise BridgeError(
+            "the layouts of QKV and gate/up contradict each other",
+            [Problem("layout", f"files: {declared}\n{origin}: {configured}", remedy)],
+        )
+    layout = declared or configured or default
+    if layout is None:
+        raise BridgeError(
+            f"{source.path} holds MindFormers weights, but nothing declares the layout of QKV and gate/up, and the "
+            "wrong one would load without an error and compute garbage. The YAML they were trained with declares it "
+            "(use_contiguous_weight_layout_attention, use_interleaved_weight_layout_mlp): mf-qwen3's commands take it "
+            "with --config; for run_mindformer.py, export them to Hugging Face with it (mf-qwen3 export --config)"
+        )
+    stacked = any(is_expert_name(name) and len(tensor.shape) == 3 for name, tensor in source.tensors.items())
+    return Dialect(layout, stacked_experts=stacked)
 
 
 def spec_of(tensors: Mapping[str, TensorInfo], dialect: Dialect, tied: bool | None = None) -> ModelSpec:
-    """The model that the tensors' shapes show; tied to the embedding is an output layer that is not there.
+    """The model that the tensors' shapes show.
 
     Args:
         tensors: all of them.
         dialect: how they are named and laid out.
-        tied: whether the output layer is the embedding, if that is known apart from them.
+        tied: whether the output layer is the embedding, if that is known; else it is if there is no output layer.
 
     Raises:
         KeyError: the shapes don't show all numbers; names those that are missing.

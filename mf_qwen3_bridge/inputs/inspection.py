@@ -12,14 +12,16 @@ from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
-from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP, dialect_of, holds_experts, numbers_of, spec_of
+from mf_qwen3_bridge.inputs.identify import dialect_of, numbers_of, spec_of
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT
 from mf_qwen3_bridge.model.parameters import OUTPUT, is_training_state
 from mf_qwen3_bridge.model.released import RELEASED
 from mf_qwen3_bridge.model.rules import Dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.plan import take_stock
-from mf_qwen3_bridge.transfer.safetensors import Checkpoint, TensorInfo, open_checkpoint, stale_files
+from mf_qwen3_bridge.transfer.safetensors import TensorInfo, stale_files
 
 
 @dataclass(frozen=True)
@@ -85,34 +87,32 @@ def inspect(path: Path) -> Inspection:
         BridgeError: files are missing or damaged, or hold no Qwen3's tensors.
     """
     ranks = _rank_directories(path)
-    checkpoint = _of_ranks(path, ranks) if ranks else open_checkpoint(path)
-    dialect = dialect_of(checkpoint, default=TRAINING_DEFAULT)
-    layout = None if dialect.is_hf else checkpoint.metadata.get(LAYOUT_STAMP)
-    found = numbers_of(checkpoint.tensors, dialect)
+    source = _of_ranks(path, ranks) if ranks else open_source(path)
+    dialect = dialect_of(source, default=TRAINING_DEFAULT)
+    layout = None if dialect.is_hf or not source.declared_layout else str(source.declared_layout)
+    found = numbers_of(source.tensors, dialect)
     numbers: dict[str, Any] = {} if ranks else {field: number for field, (number, _) in found.items()}
-    tied = None if ranks else dialect.name(OUTPUT) not in checkpoint.tensors
-    model = "Qwen3-MoE" if holds_experts(checkpoint) else "Qwen3"
+    tied = None if ranks else dialect.name(OUTPUT) not in source.tensors
+    model = "Qwen3-MoE" if source.has_experts else "Qwen3"
     claims: dict[str, str] = {}
     unusual: list[str] = []
     if not ranks:
         try:
-            spec = spec_of(checkpoint.tensors, dialect)
+            spec = spec_of(source.tensors, dialect)
         except KeyError as missing:
             unusual.append(f"the shapes do not show {missing.args[0]}: a tensor of the first layer is missing, or odd")
         else:
             numbers = spec.numbers
             model = next((name for name, size in RELEASED.items() if _same_but_tying(size, spec)), model)
             claims = {place.tensor: rule.parameter for rule in model_rules(spec) for place in rule.places(dialect)}
-            unusual += _problems(checkpoint, spec, dialect)
+            unusual += _problems(source, spec, dialect)
         unusual += _config_notes(path, numbers)
-    bare = {name: name.partition(" (")[0] for name in checkpoint.tensors}  # without the rank
+    bare = {name: name.partition(" (")[0] for name in source.tensors}  # without the rank
     weights = claims or set(bare.values())
-    state = {name for name in checkpoint.tensors if name not in claims and is_training_state(bare[name], weights)}
+    state = {name for name in source.tensors if name not in claims and is_training_state(bare[name], weights)}
     base = path if path.is_dir() else path.parent
-    files = {file: str(file.relative_to(base)) for file in {t.file for t in checkpoint.tensors.values()}}
-    rows = (
-        TensorRow(name, t.dtype, t.shape, files[t.file], claims.get(name)) for name, t in checkpoint.tensors.items()
-    )
+    files = {file: str(file.relative_to(base)) for file in {t.file for t in source.tensors.values()}}
+    rows = (TensorRow(name, t.dtype, t.shape, files[t.file], claims.get(name)) for name, t in source.tensors.items())
     return Inspection(
         path=str(path),
         names="Hugging Face" if dialect.is_hf else "MindFormers",
@@ -121,12 +121,15 @@ def inspect(path: Path) -> Inspection:
         model=model,
         numbers=numbers,
         tied=tied,
-        parameters=sum(prod(t.shape) for t in checkpoint.tensors.values() if t.name not in state),
-        nbytes=checkpoint.nbytes,
-        dtypes=dict(sorted(Counter(t.dtype for t in checkpoint.tensors.values()).items())),
+        parameters=sum(prod(t.shape) for t in source.tensors.values() if t.name not in state),
+        nbytes=source.nbytes,
+        dtypes=dict(sorted(Counter(t.dtype for t in source.tensors.values()).items())),
         files=len(files),
         state=tuple(fold_names(state)),
-        unusual=(*unusual, *(f"{file.name} is not part of it" for file in (() if ranks else stale_files(checkpoint)))),
+        unusual=(
+            *unusual,
+            *(f"{file.name} is not part of it" for file in (() if ranks else stale_files(source.path, source.files))),
+        ),
         tensors=tuple(rows),
     )
 
@@ -142,22 +145,22 @@ def _rank_directories(path: Path) -> list[Path]:
     return sorted(found, key=lambda entry: int(entry.name[5:]))
 
 
-def _of_ranks(path: Path, ranks: list[Path]) -> Checkpoint:
+def _of_ranks(path: Path, ranks: list[Path]) -> Source:
     """All ranks' tensors, each under its name and its rank's."""
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for rank in ranks:
-        part = open_checkpoint(rank)
+        part = open_source(rank)
         metadata |= part.metadata
         suffix = f" ({rank.name})" if rank != ranks[0] else ""
         tensors |= {name + suffix: tensor for name, tensor in part.tensors.items()}
-    return Checkpoint(path, tensors, metadata)
+    return Source(path, tensors, metadata)
 
 
-def _problems(checkpoint: Checkpoint, spec: ModelSpec, dialect: Dialect) -> Iterator[str]:
+def _problems(source: Source, spec: ModelSpec, dialect: Dialect) -> Iterator[str]:
     """What keeps it from being a whole model."""
     try:
-        found = take_stock(model_rules(spec), checkpoint.tensors, dialect).problems
+        found = take_stock(model_rules(spec), source.tensors, dialect).problems
         yield from (f"{problem.subject}: {_one_line(problem)}" for problem in found)
     except ValueError as error:
         yield str(error)

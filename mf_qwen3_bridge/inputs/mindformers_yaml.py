@@ -196,11 +196,17 @@ class MindFormersYaml:
         if parallel.get("enable_parallel_optimizer"):
             yield Problem("parallel.enable_parallel_optimizer", "True", remedy)
 
+    def training_sizes(self) -> dict[str, int]:
+        """How a training run with this YAML is spread: fields of a ``ParallelConfig``; empty if it is not."""
+        config = self.section("parallel_config")
+        if not self.is_for_training or not self.document.get("use_parallel"):
+            return {}
+        return {name: config[key] for key, name in PARALLEL_SIZES.items() if _is_size(config.get(key))}
+
     @property
     def training_tensor_parallel(self) -> int:
         """Over how many tensor parallel ranks a training run with this YAML is spread."""
-        size = self.section("parallel_config").get("model_parallel") if self.document.get("use_parallel") else 1
-        return size if self.is_for_training and type(size) is int and size > 0 else 1
+        return self.training_sizes().get("tensor_parallel", 1)
 
     def parallel_sizes(self) -> tuple[dict[str, int], list[Problem]]:
         """How an inference run is spread over processes, as far as the YAML says, and what is wrong with it.
@@ -215,7 +221,7 @@ class MindFormersYaml:
             return sizes, problems
         for key, field_name in PARALLEL_SIZES.items():
             value = config.get(key)
-            if value is not None and (type(value) is not int or value < 1):
+            if value is not None and not _is_size(value):
                 problems.append(Problem(f"parallel_config.{key}", repr(value), "a positive whole number"))
             elif value is not None:
                 sizes[field_name] = value
@@ -274,6 +280,10 @@ class MindFormersYaml:
             found = f"{named!r} ({getattr(error, 'strerror', None) or error})"
             raise BridgeError(f"{self.origin} can't be used", [Problem(key, found, "a path that exists")]) from error
         return Path(named)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def read_mindformers_yaml(path: Path) -> MindFormersYaml:

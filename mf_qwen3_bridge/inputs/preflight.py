@@ -1,16 +1,16 @@
-"""Do config.json, the YAML and the tensors speak of the same model? Answered from headers, before anything is built."""
+"""Checks a checkpoint against config.json, YAML and arguments, by headers alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
-from mf_qwen3_bridge.inputs.disagreements import disagreements, tensor_problems
+from mf_qwen3_bridge.inputs.disagreements import computed_rows, declared_by, number_rows, tensor_problems
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_hf_config
-from mf_qwen3_bridge.inputs.identify import dialect_of, holds_experts, numbers_of, saved_by_ranks
+from mf_qwen3_bridge.inputs.identify import Weights, dialect_of, incomplete, numbers_of, spec_of
 from mf_qwen3_bridge.inputs.mindformers_yaml import (
     ADDITIONS,
     COMPUTED_NAMES,
@@ -21,44 +21,38 @@ from mf_qwen3_bridge.inputs.mindformers_yaml import (
     read_mindformers_yaml,
     run_options,
 )
-from mf_qwen3_bridge.model.layouts import Layout
-from mf_qwen3_bridge.model.parallel import WHOLE, ParallelConfig, Rank
-from mf_qwen3_bridge.model.parameters import OUTPUT
-from mf_qwen3_bridge.model.rules import INFER, Dialect, Rule, model_rules
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.source import Source
+from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.model.parallel import ParallelConfig
+from mf_qwen3_bridge.model.rules import INFER, Dialect
 from mf_qwen3_bridge.model.spec import MINDFORMERS_NAMES, ModelSpec
-from mf_qwen3_bridge.transfer.plan import Plan, make_plan
-from mf_qwen3_bridge.transfer.safetensors import Checkpoint, open_checkpoint, stale_files
+from mf_qwen3_bridge.transfer.safetensors import stale_files
 
 # Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 1.9).
 _DEFAULT_SIZES = {"seq_length": 4096, "num_blocks": 1024, "block_size": 32}
 
 
 @dataclass(frozen=True)
-class Model:
-    """A checkpoint that has been found to be whole and to fit its config.
+class CheckedCheckpoint(Weights):
+    """Weights that are complete, and fit everything that is declared of them.
 
     Attributes:
         hf_dir: the directory with config.json and, as a rule, the tokenizer.
-        spec: its numbers.
-        hf_config: its normalised config.json.
-        options: what the YAML and the caller say about the run: dtypes, cache blocks.
-        checkpoint: its tensors.
-        dialect: how they are named and laid out.
-        rules: its table.
+        hf_config: the normalised config.json; empty if nothing declares all of what one holds.
+        options: what YAML and caller declare of the run: dtypes, sizes of the KV cache.
         parallel: how the run is spread over processes.
-        training_layout: the layout of the training network, if the YAML says it.
+        yaml_layout: the layout of the training network, if the YAML declares it.
+        layout_is_declared: whether files or YAML declare the layout of MindFormers weights; else it is assumed.
         notes: what is unusual, but right.
     """
 
     hf_dir: Path
-    spec: ModelSpec
     hf_config: dict[str, Any]
-    options: dict[str, Any]
-    checkpoint: Checkpoint
-    dialect: Dialect
-    rules: tuple[Rule, ...]
-    parallel: ParallelConfig
-    training_layout: Layout | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    yaml_layout: Layout | None = None
+    layout_is_declared: bool = True
     notes: tuple[str, ...] = ()
 
     @property
@@ -71,36 +65,32 @@ class Model:
         sizes = _DEFAULT_SIZES | self.options
         return min(positions, sizes["seq_length"], sizes["num_blocks"] * sizes["block_size"])
 
-    def plan(self, target: Dialect, dtype: str | None = None, rank: Rank = WHOLE) -> Plan:
-        """The plan that turns the checkpoint, or a rank's part of it, into ``target``."""
-        return make_plan(self.rules, self.checkpoint.tensors, self.dialect, target, dtype, rank)
+    def first_layers(self, num_layers: int) -> CheckedCheckpoint:
+        """See :meth:`Weights.first_layers`; config.json says so too."""
+        smaller = super().first_layers(num_layers)
+        assert isinstance(smaller, CheckedCheckpoint)
+        return replace(smaller, hf_config=self.hf_config and self.hf_config | {"num_hidden_layers": num_layers})
 
 
 def check(
     model_dir: Path,
     config: Path | MindFormersYaml | None = None,
-    weights: Path | Checkpoint | None = None,
+    weights: Path | Source | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
-    hf_config: Mapping[str, Any] | None = None,
-    default_layout: Layout | None = None,
-    saved_by: int | None = None,
     tensor_parallel: int | None = None,
     expert_parallel: int | None = None,
     num_processes: int | None = None,
-) -> Model:
-    """Checks a checkpoint against its config, and both against a YAML.
+) -> CheckedCheckpoint:
+    """Checks the weights of a Hugging Face directory, or others, against its config.json and a YAML.
 
     Args:
         model_dir: directory with config.json, and the weights unless ``weights`` says otherwise. It may hold weights
             alone if the YAML's ``pretrained_model_dir`` is the directory with config.json.
-        config: a MindFormers YAML. What it says about the model must be so.
-        weights: a directory or file with the weights, for weights that lie apart from config.json: those of a
-            MindFormers training run, for example.
-        overrides: entries of ``model.model_config`` that go before the YAML's.
-        hf_config: a normalised config.json, for weights without one.
-        default_layout: the layout of MindFormers weights when neither they nor the YAML say one.
-        saved_by: how many tensor parallel ranks of a training run saved them, if that is known apart from the YAML.
+        config: a MindFormers YAML. What it declares about the model must be so.
+        weights: a directory or file with the weights, when they are not beside config.json: those of a MindFormers
+            training run, for example.
+        overrides: entries of ``model.model_config`` that replace the YAML's.
         tensor_parallel: processes that share attention, MLP and vocabulary; else the YAML's, else ``num_processes``.
         expert_parallel: processes that share the experts; else the YAML's, else 1.
         num_processes: how many run; left out when none does yet.
@@ -110,69 +100,47 @@ def check(
     """
     yaml = read_mindformers_yaml(config) if isinstance(config, Path) else config or MindFormersYaml()
     hf_dir = model_dir
-    if (
-        hf_config is None
-        and yaml.pretrained_model_dir
-        and model_dir.is_dir()
-        and not (model_dir / "config.json").is_file()
-    ):
+    if yaml.pretrained_model_dir and model_dir.is_dir() and not (model_dir / "config.json").is_file():
         hf_dir, weights = yaml.pretrained_model_dir, weights or model_dir
     arguments = dict(overrides or {})
-    said = yaml.model_config | arguments
-    additions = {key: said[key] for key in ADDITIONS if key in said}
-    hf_config = dict(hf_config) if hf_config is not None else read_hf_config(hf_dir, additions)
-    checkpoint = weights if isinstance(weights, Checkpoint) else open_checkpoint(weights or model_dir)
-    layout = yaml.layout_of_weights(holds_experts(checkpoint), saved_by or saved_by_ranks(checkpoint))
-    dialect = dialect_of(checkpoint, layout, yaml.origin, default_layout)
-    spec = ModelSpec.from_model_config(hf_config)
-    options, run_problems = run_options(({} if yaml.is_for_training else yaml.model_config) | arguments)
-    run_problems += _unknown_arguments(arguments)
-    named = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
-    parallel, parallel_problems = _parallel(yaml, named, num_processes)
-    run_problems += [*parallel_problems, *parallel.problems(spec), *_block_problems(dialect, parallel)]
-    sides = {yaml.origin: yaml.model_config, "arguments": arguments}
-    in_tensors = numbers_of(checkpoint.tensors, dialect)
-    has_experts = holds_experts(checkpoint)
-    if has_experts != spec.is_moe:
-        raise BridgeError(f"config and weights of {model_dir} are of two models", [_other_kind(hf_config, has_experts)])
-    trained_with = yaml.origin if yaml.is_for_training else None
-    problems = [*disagreements(spec, hf_config, sides, in_tensors, trained_with)]
-    problems += tensor_problems(spec, checkpoint, dialect, in_tensors)
-    if problems:
-        raise BridgeError(
-            f"config and weights of {model_dir} don't fit: take both from one model, or change what the table says",
-            problems + run_problems,
-        )
-    if run_problems:
-        raise BridgeError(f"{model_dir} can't be run like this", run_problems)
-    rules, notes = tuple(model_rules(spec)), tuple(notes_on(checkpoint, hf_dir, yaml))
-    return Model(hf_dir, spec, hf_config, options, checkpoint, dialect, rules, parallel, layout, notes)
+    hf_config = _read_hf_config(hf_dir, yaml, arguments)
+    source = weights if isinstance(weights, Source) else open_source(weights or model_dir)
+    sizes = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
+    return _check(source, hf_dir, hf_config, yaml, arguments, sizes, num_processes)
 
 
-def first_layers(model: Model, num_layers: int) -> Model:
-    """The same model with its first layers only.
+def check_trained(
+    source: Source,
+    hf_config: Path | None = None,
+    config: Path | MindFormersYaml | None = None,
+    numbers: Mapping[str, Any] | None = None,
+    model_parallel: int | None = None,
+) -> CheckedCheckpoint:
+    """Checks what a MindFormers training run saved against everything that is declared about the model.
+
+    Args:
+        source: its tensors.
+        hf_config: a Hugging Face directory with the model's config.json; else that of the YAML's
+            ``pretrained_model_dir``, or one beside the weights, if there is one. Without any, the tensors' shapes show
+            the model's numbers.
+        config: the YAML of the training run.
+        numbers: what the caller declares, under any of MindFormers' names; layout flags as well.
+        model_parallel: over how many tensor parallel ranks the run was spread, if the caller knows it.
 
     Raises:
-        BridgeError: it has not so many layers.
+        BridgeError: with a table of everything that does not fit, and what to change.
     """
-    if num_layers > model.spec.num_layers:
-        raise BridgeError(f"{model.checkpoint.path} has {model.spec.num_layers} layers")
-    spec = replace(model.spec, num_layers=num_layers)
-    rules = tuple(model_rules(spec))
-    kept = {place.tensor for rule in rules for place in rule.places(model.dialect)}
-    kept.add(model.dialect.name(OUTPUT))  # if it is stored although it is tied, so it stays
-    tensors = {name: tensor for name, tensor in model.checkpoint.tensors.items() if name in kept}
-    return replace(
-        model,
-        spec=spec,
-        hf_config=model.hf_config and model.hf_config | {"num_hidden_layers": num_layers},
-        checkpoint=replace(model.checkpoint, tensors=tensors),
-        rules=rules,
-    )
+    yaml = read_mindformers_yaml(config) if isinstance(config, Path) else config or MindFormersYaml()
+    arguments = dict(numbers or {})
+    candidates = [hf_config] if hf_config else [yaml.pretrained_model_dir, source.directory]
+    hf_dir = next((path for path in candidates if path and (hf_config or (path / "config.json").is_file())), None)
+    declared = _read_hf_config(hf_dir, yaml, arguments) if hf_dir else None
+    layout = _layout_of_arguments(source, yaml, arguments, model_parallel)
+    return _check(source, hf_dir, declared, yaml, arguments, default_layout=TRAINING_DEFAULT, layout=layout)
 
 
-def check_weights(weights: Path, model_config: Mapping[str, Any], origin: str = "model.model_config") -> Model:
-    """Checks weights against what a network was built from, and against the config.json that lies beside them.
+def check_against_network(weights: Path, model_config: Mapping[str, Any], origin: str) -> CheckedCheckpoint:
+    """Checks weights against the config that a network was built from, and against a config.json beside them.
 
     Args:
         weights: a directory or file, in any dialect.
@@ -183,17 +151,129 @@ def check_weights(weights: Path, model_config: Mapping[str, Any], origin: str = 
         BridgeError: with a table of everything that does not fit, and what to change.
     """
     known = _NAMES | LAYOUT_FLAGS
-    yaml = MindFormersYaml(
-        origin, {key: value for key, value in model_config.items() if key in known and value is not None}
-    )
+    declared = {key: value for key, value in model_config.items() if key in known and value is not None}
+    yaml = MindFormersYaml(origin, declared)
     if (weights / "config.json").is_file():
         return check(weights, yaml)
+    return _check(open_source(weights), None, None, yaml, {})
+
+
+def _read_hf_config(hf_dir: Path, yaml: MindFormersYaml, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    declared = yaml.model_config | dict(arguments)
+    return read_hf_config(hf_dir, {key: declared[key] for key in ADDITIONS if key in declared})
+
+
+def _check(
+    source: Source,
+    hf_dir: Path | None,
+    hf_config: dict[str, Any] | None,
+    yaml: MindFormersYaml,
+    arguments: Mapping[str, Any],
+    sizes: Mapping[str, int | None] | None = None,
+    num_processes: int | None = None,
+    *,
+    layout: Layout | None = None,
+    default_layout: Layout | None = None,
+) -> CheckedCheckpoint:
+    """Holds everything that is declared against the tensors and against each other; see the functions above."""
+    _check_kind(source, hf_config, yaml, arguments)
+    sides = {yaml.origin: yaml.model_config, "arguments": dict(arguments)}
+    layout = layout or yaml.layout_of_weights(source.has_experts, source.tensor_parallel)
+    dialect = dialect_of(source, layout, yaml.origin, default_layout)
+    spec = _spec_of(source, dialect, hf_config, sides)
+    in_tensors = numbers_of(source.tensors, dialect)
+    options, run_problems = run_options(({} if yaml.is_for_training else yaml.model_config) | dict(arguments))
+    parallel, parallel_problems = _parallel(yaml, sizes or {}, num_processes)
+    run_problems += _unknown_arguments(arguments)
+    run_problems += [*parallel_problems, *parallel.problems(spec), *_block_problems(dialect, parallel)]
+    origins = ["config.json"] if hf_config is not None else []
+    absent: list[str] = []
+    if hf_config is None:
+        raw, absent = yaml.hf_config(spec)
+        hf_config = normalise(raw, yaml.origin) if not absent else {}
+    problems = [*number_rows(spec, origins, sides, in_tensors)]
+    if hf_config:
+        problems += computed_rows(hf_config, origins, sides, yaml.origin if yaml.is_for_training else None)
+    problems += tensor_problems(spec, source.tensors, dialect, in_tensors)
+    if problems:
+        what = f"config and weights of {source.path} don't fit: take both from one model, or"
+        what = what if origins else f"{source.path} is not what is declared of it:"
+        raise BridgeError(f"{what} change what the table says", problems + run_problems)
+    if run_problems:
+        raise BridgeError(f"{source.path} can't be run like this", run_problems)
+    notes = list(notes_on(source, hf_dir or source.directory, yaml))
+    if absent and yaml.model_config:
+        notes.append(f"{yaml.origin} does not declare {', '.join(absent)}")
+    return CheckedCheckpoint(
+        source,
+        dialect,
+        spec,
+        hf_dir or source.directory,
+        hf_config,
+        options,
+        parallel,
+        layout,
+        bool(dialect.is_hf or source.declared_layout or layout),
+        tuple(notes),
+    )
+
+
+def _layout_of_arguments(
+    source: Source, yaml: MindFormersYaml, arguments: Mapping[str, Any], model_parallel: int | None
+) -> Layout | None:
+    """The layout that the caller's flags ask for; what they leave out is the YAML's, or MindFormers' default.
+
+    Raises:
+        BridgeError: the YAML says otherwise.
+    """
+    known_size = source.tensor_parallel or model_parallel
+    configured = yaml.layout_of_weights(source.has_experts, known_size)
+    flags = {flag: arguments[flag] for flag in LAYOUT_FLAGS if arguments.get(flag) is not None}
+    if not flags:
+        return configured
+    declared = {flag: yaml.model_config[flag] for flag in LAYOUT_FLAGS if yaml.model_config.get(flag) is not None}
+    layout = Layout.of_training(declared | flags, known_size or yaml.training_tensor_parallel)
+    layout = layout.of_experts if source.has_experts else layout
+    if configured and layout != configured:
+        found = f"arguments: {layout}\n{yaml.origin}: {configured}"
+        raise BridgeError("arguments and YAML contradict each other", [Problem("layout", found, "leave out one")])
+    return layout
+
+
+def _check_kind(
+    source: Source, hf_config: Mapping[str, Any] | None, yaml: MindFormersYaml, arguments: Mapping[str, Any]
+) -> None:
+    """Are weights and declarations of one kind of model, dense or with experts?"""
+    kind, other = ("qwen3_moe", "ffn_hidden_size") if source.has_experts else ("qwen3", "moe_ffn_hidden_size")
+    found = "experts (Qwen3-MoE)" if source.has_experts else "no experts (dense Qwen3)"
+    problems = []
+    if hf_config and bool(hf_config.get("num_experts")) != source.has_experts:
+        remedy = "use the config.json that belongs to the weights"
+        problems.append(Problem("model_type", f"config.json: {hf_config['model_type']}\nweights: {found}", remedy))
+    declared = yaml.model_config.get("model_type")
+    if declared in ("qwen3", "qwen3_moe") and declared != kind:
+        remedy = "give the YAML that the weights were trained with"
+        problems.append(Problem("model_type", f"{yaml.origin}: {declared}\nweights: {kind}", remedy))
+    if other in arguments:
+        problems.append(Problem(other, str(arguments[other]), f"a {kind} model has none: leave it out"))
+    if problems:
+        raise BridgeError(f"{source.path} is of another kind of model than declared", problems)
+
+
+def _spec_of(
+    source: Source, dialect: Dialect, hf_config: Mapping[str, Any] | None, sides: Mapping[str, Mapping[str, Any]]
+) -> ModelSpec:
+    """The model by its config.json; without one by the tensors' shapes or, where these are damaged, by the sides."""
+    if hf_config is not None:
+        return ModelSpec.from_model_config(hf_config)
+    tied = {value for _, _, value in declared_by(sides, ("tie_word_embeddings",))}
     try:
-        spec = ModelSpec.from_model_config(yaml.model_config)
+        return spec_of(source.tensors, dialect, tied == {True} if tied else None)
     except KeyError as missing:
-        raise BridgeError(f"{origin} does not say {missing.args[0]}") from None
-    raw, _ = yaml.hf_config(spec)
-    return check(weights, yaml, hf_config=normalise(raw, origin))
+        try:
+            return ModelSpec.from_model_config({key: value for side in sides.values() for key, value in side.items()})
+        except KeyError:
+            raise incomplete(source, missing) from None
 
 
 def _block_problems(dialect: Dialect, parallel: ParallelConfig) -> Iterator[Problem]:
@@ -210,10 +290,10 @@ def _parallel(
 ) -> tuple[ParallelConfig, list[Problem]]:
     """The sizes that the caller names and those of an inference YAML, which must not contradict each other."""
     sizes, problems = yaml.parallel_sizes()
-    for field, value in named.items():
-        if value is not None and sizes.setdefault(field, value) != value:
-            found = f"arguments: {value}\n{yaml.origin}: {sizes[field]}"
-            problems.append(Problem(field.replace("_", " "), found, "leave out the argument, or change the YAML"))
+    for name, value in named.items():
+        if value is not None and sizes.setdefault(name, value) != value:
+            found = f"arguments: {value}\n{yaml.origin}: {sizes[name]}"
+            problems.append(Problem(name.replace("_", " "), found, "leave out the argument, or change the YAML"))
     sizes.setdefault("tensor_parallel", num_processes or 1)
     if num_processes not in (None, sizes["tensor_parallel"]) and not problems:
         size = sizes["tensor_parallel"]
@@ -222,13 +302,13 @@ def _parallel(
     return ParallelConfig(**sizes), problems
 
 
-def notes_on(checkpoint: Checkpoint, hf_dir: Path, yaml: MindFormersYaml) -> Iterator[str]:
+def notes_on(source: Source, hf_dir: Path, yaml: MindFormersYaml) -> Iterator[str]:
     """What is unusual about a checkpoint and a YAML, but right."""
     if (hf_dir / "config.json").is_file() and not (hf_dir / "generation_config.json").is_file():
         yield "no generation_config.json: a text ends at config.json's eos_token_id only"
     if "rope_scaling" in yaml.model_config:
         yield f"rope_scaling of {yaml.origin} goes before config.json's"
-    for file in stale_files(checkpoint):
+    for file in stale_files(source.path, source.files):
         yield f"{file.name} is not read: the index does not name it"
     unused = sorted(yaml.model_config.keys() - OPTIONS - _NAMES - LAYOUT_FLAGS - {"auto_register"})
     if unused and not yaml.is_for_training:
@@ -237,16 +317,10 @@ def notes_on(checkpoint: Checkpoint, hf_dir: Path, yaml: MindFormersYaml) -> Ite
     is_parallel = yaml.is_for_training or yaml.document.get("use_parallel")
     if not is_parallel and any(sizes.get(key) not in (None, 1) for key in PARALLEL_SIZES):
         yield f"parallel_config of {yaml.origin} is not used: use_parallel is not True"
-    for key, used in (("pretrained_model_dir", hf_dir), ("load_checkpoint", checkpoint.path)):
+    for key, used in (("pretrained_model_dir", hf_dir), ("load_checkpoint", source.path)):
         named = yaml.named_path(key)
         if named and named.resolve() != used.resolve():
             yield f"{yaml.origin} names {key} {named}; used is {used}"
-
-
-def _other_kind(hf_config: Mapping[str, Any], has_experts: bool) -> Problem:
-    weights = "experts (Qwen3-MoE)" if has_experts else "no experts (dense Qwen3)"
-    found = f"config.json: {hf_config['model_type']}\nweights: {weights}"
-    return Problem("model_type", found, "use the config.json that belongs to the weights")
 
 
 # All that MindFormers calls what config.json says too.
@@ -255,19 +329,19 @@ _NAMES |= {key for name, aliases in COMPUTED_NAMES.items() for key in (name, *al
 
 
 def _unknown_arguments(overrides: Mapping[str, Any]) -> Iterator[Problem]:
-    for key in sorted(overrides.keys() - _NAMES - OPTIONS):
+    for key in sorted(overrides.keys() - _NAMES - OPTIONS - LAYOUT_FLAGS):
         yield Problem(key, "not an option of a run", f"known are {', '.join(sorted(OPTIONS))}")
 
 
-def summary(model: Model) -> Iterator[str]:
+def summary(model: CheckedCheckpoint) -> Iterator[str]:
     """What was found, line by line, for a person."""
-    spec, checkpoint = model.spec, model.checkpoint
+    spec, source = model.spec, model.source
     tied = "tied" if spec.tie_word_embeddings else "untied"
     kind, mlp = "Qwen3", f"ffn_hidden_size {spec.ffn_hidden_size}"
     if spec.is_moe:
         kind, mlp = "Qwen3-MoE", f"{spec.num_experts} experts of moe_ffn_hidden_size {spec.moe_ffn_hidden_size}"
-    dtypes = ", ".join(sorted({tensor.dtype for tensor in checkpoint.tensors.values()}))
-    files = len({tensor.file for tensor in checkpoint.tensors.values()})
+    dtypes = ", ".join(sorted({tensor.dtype for tensor in source.tensors.values()}))
+    files = len(source.files)
     plan = model.plan(INFER)
     yield (
         f"model       {kind}, {spec.num_layers} layers, hidden_size {spec.hidden_size}, "
@@ -275,7 +349,7 @@ def summary(model: Model) -> Iterator[str]:
         f"{mlp}, vocab_size {spec.vocab_size}, {tied} embeddings"
     )
     yield (
-        f"checkpoint  {model.dialect}, {len(checkpoint.tensors)} tensors, {checkpoint.nbytes / 2**20:.1f} MiB "
+        f"checkpoint  {model.dialect}, {len(source.tensors)} tensors, {source.nbytes / 2**20:.1f} MiB "
         f"({dtypes}) in {files} {'file' if files == 1 else 'files'}"
     )
     yield f"plan        {plan.num_source_tensors} tensors become {len(plan.targets)} MindFormers parameters"

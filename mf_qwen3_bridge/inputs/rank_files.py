@@ -10,9 +10,10 @@ from math import prod
 from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import Box
 from mf_qwen3_bridge.model.parameters import is_counter, is_training_state
-from mf_qwen3_bridge.transfer.safetensors import Checkpoint, Shard, TensorInfo, read_header
+from mf_qwen3_bridge.transfer.safetensors import Shard, TensorInfo, read_header
 
 
 @dataclass(frozen=True)
@@ -90,21 +91,6 @@ def _box(bounds: Sequence[tuple[int, int]], parts: Sequence[int]) -> Box:
 Strategies = Sequence[Mapping[str, Sharding]]
 
 
-@dataclass(frozen=True)
-class RankFiles:
-    """What the ranks saved, as one checkpoint.
-
-    Attributes:
-        checkpoint: the whole tensors, each with the shards that the ranks' files hold of it.
-        tensor_parallel: over how many ranks the run spread attention and MLP.
-        unlisted: what the first rank holds beside them, such as ``global_step``.
-    """
-
-    checkpoint: Checkpoint
-    tensor_parallel: int
-    unlisted: Mapping[str, TensorInfo]
-
-
 def open_rank_files(
     directory: Path,
     strategies: Strategies,
@@ -112,7 +98,7 @@ def open_rank_files(
     *,
     weights_only: bool = False,
     without_prefix: str | None = None,
-) -> RankFiles:
+) -> Source:
     """Finds the blocks of every parameter that the strategies list.
 
     Args:
@@ -176,8 +162,7 @@ def open_rank_files(
         raise BridgeError(f"{directory} does not hold what the strategy files say", _fold(problems))
     shared = set.intersection(*(set(entry.items()) for entry in metadata)) - {("remove_redundancy", "True")}
     unlisted = {name: ranks[0] for name, ranks in found.items() if name not in listed and 0 in ranks}
-    checkpoint = Checkpoint(directory, whole, dict(shared), tuple(left_out))
-    return RankFiles(checkpoint, _tensor_parallel(strategies), unlisted)
+    return Source(directory, whole, dict(shared), _tensor_parallel(strategies), unlisted, tuple(left_out))
 
 
 def _fold(problems: Iterable[Problem]) -> list[Problem]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.hf_config import read_json
-from mf_qwen3_bridge.inputs.preflight import Model, check
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
 from mf_qwen3_bridge.model.parallel import num_processes
@@ -72,7 +72,7 @@ def from_pretrained(
     return network
 
 
-def build_network(model: Model, device_target: str = "auto") -> Any:
+def build_network(model: CheckedCheckpoint, device_target: str = "auto") -> Any:
     """The inference network for a checked checkpoint, without its weights; ``generate`` ends where the model says."""
     end_tokens = read_end_tokens(model.hf_dir)
     network = build_inference_network(
@@ -137,7 +137,7 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool, enable_thinking: bool = F
     return input_ids
 
 
-def check_prompts(model: Model, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+def check_prompts(model: CheckedCheckpoint, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
     """Upstream cuts an answer at ``seq_length`` without an error, and fails beyond its tables.
 
     Raises:

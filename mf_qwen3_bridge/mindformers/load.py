@@ -12,14 +12,15 @@ import mindspore as ms
 import numpy as np
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.inputs.preflight import Model
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.ranks import rank_of
 from mf_qwen3_bridge.model.rules import INFER
 from mf_qwen3_bridge.transfer.copying import Transfer
 from mf_qwen3_bridge.transfer.plan import Plan, Target, check_values
 from mf_qwen3_bridge.transfer.progress import progress_bar
-from mf_qwen3_bridge.transfer.safetensors import DTYPES, Checkpoint, TensorInfo, open_checkpoint, open_files
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo
 from mf_qwen3_bridge.transfer.values import largest_magnitude
 
 # Networks that the functions below have filled.
@@ -28,7 +29,7 @@ FILLED: WeakSet[Any] = WeakSet()
 _NUMPY_DTYPES = {ms.float32: DTYPES["F32"], ms.float16: DTYPES["F16"], ms.bfloat16: DTYPES["BF16"]}
 
 
-def load_network(network: Any, model: Model, *, use_training_conversion: bool = False) -> Plan:
+def load_network(network: Any, model: CheckedCheckpoint, *, use_training_conversion: bool = False) -> Plan:
     """Fills an inference network with all of a checkpoint's weights.
 
     When it raises, the network holds some of them at best: build another.
@@ -157,14 +158,14 @@ def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> dict[s
     return magnitudes
 
 
-def _load_converted(network: Any, model: Model) -> None:
+def _load_converted(network: Any, model: CheckedCheckpoint) -> None:
     """The road that the documentation of MindFormers describes, with the right layout and nothing left unsaid."""
     if not model.dialect.is_hf:
         raise BridgeError(
-            f"--use_training_conversion converts Hugging Face weights; {model.checkpoint.path} holds MindFormers' "
+            f"--use_training_conversion converts Hugging Face weights; {model.source.path} holds MindFormers' "
             "already: leave the flag out"
         )
-    converted = conversion.convert_weight_dict(network, load_checkpoint(_files(model.checkpoint)))
+    converted = conversion.convert_weight_dict(network, load_checkpoint(model.source.files))
     _check_loaded(*ms.load_param_into_net(network, converted))
 
 
@@ -177,10 +178,6 @@ def _check_loaded(unloaded: Sequence[str], unused: Sequence[str]) -> None:
     ]
     if problems:
         raise BridgeError("load_param_into_net did not load everything", problems)
-
-
-def _files(checkpoint: Checkpoint) -> list[Path]:
-    return sorted({tensor.file for tensor in checkpoint.tensors.values()})
 
 
 def load_checkpoint(
@@ -223,12 +220,12 @@ def load_checkpoint(
     if format != "safetensors":
         files = [Path(str(ckpt_file_name))]
     elif isinstance(ckpt_file_name, str | Path):
-        files = _files(open_checkpoint(Path(ckpt_file_name)))
+        files = open_source(Path(ckpt_file_name)).files
     else:
         paths = [Path(file) for file in ckpt_file_name]
         if not paths:
             raise BridgeError("load_checkpoint: the list of files is empty")
-        files = _files(open_files(paths[0].parent, paths))
+        files = open_source(paths).files
     parameters: dict[str, ms.Parameter] = {}
     for file in files:
         for name, value in ms.load_checkpoint(str(file), format=format, **single_file).items():

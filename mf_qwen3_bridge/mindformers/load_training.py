@@ -12,7 +12,7 @@ import mindspore as ms
 from mindspore.communication import get_rank
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.inputs.preflight import Model
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.inputs.rank_files import Sharding
 from mf_qwen3_bridge.inputs.strategies import read_strategy
 from mf_qwen3_bridge.mindformers.load import fill_parameters
@@ -25,7 +25,7 @@ from mf_qwen3_bridge.transfer.plan import Plan, write_slices
 _ADAPTER = re.compile(r"\blora_[abAB]\b|_lora_")
 
 
-def load_training_network(network: Any, model: Model, strategy: Path | None = None) -> Plan:
+def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path | None = None) -> Plan:
     """Fills a training network with a checkpoint's weights, in the layout of the network's own flags.
 
     Each rank reads what it holds, from the checkpoint itself.

@@ -12,17 +12,17 @@ import mindspore as ms
 import numpy as np
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.inputs.preflight import Model
+from mf_qwen3_bridge.inputs.layout_detection import describe, likeness_of_layouts, read_sampled_rows
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.mindformers.infer import build_network
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import InferenceNetwork, network_logits
 from mf_qwen3_bridge.mindformers.patching.hooks import model_of
 from mf_qwen3_bridge.mindformers.quiet import upstream_kept_quiet
 from mf_qwen3_bridge.mindformers.ranks import rank_of
-from mf_qwen3_bridge.model import training_ranks
-from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.model.layouts import INFERENCE
 from mf_qwen3_bridge.model.parallel import SINGLE, WHOLE
-from mf_qwen3_bridge.model.rules import INFER, Dialect
+from mf_qwen3_bridge.model.rules import INFER, RowsRule, Rule
 from mf_qwen3_bridge.transfer.copying import Transfer
 from mf_qwen3_bridge.transfer.plan import Target
 from mf_qwen3_bridge.transfer.safetensors import DTYPES
@@ -58,7 +58,7 @@ def verify_network(network: InferenceNetwork, model_dir: str | Path) -> LayerErr
     return found
 
 
-def errors_of_checkpoint(model: Model, right: Model) -> LayerErrors:
+def errors_of_checkpoint(model: CheckedCheckpoint, right: CheckedCheckpoint) -> LayerErrors:
     """Loads a checkpoint into MindFormers' inference network, on the CPU, in float32, and holds it against a reference.
 
     Args:
@@ -75,7 +75,7 @@ def errors_of_checkpoint(model: Model, right: Model) -> LayerErrors:
     return errors_of(network, right)
 
 
-def errors_of(network: InferenceNetwork, model: Model) -> LayerErrors:
+def errors_of(network: InferenceNetwork, model: CheckedCheckpoint) -> LayerErrors:
     """How far a network is from the reference of a model of as many layers.
 
     Raises:
@@ -145,52 +145,35 @@ def _shares(router: Any, _: Any, output: tuple[ms.Tensor, ms.Tensor]) -> np.ndar
     return shares
 
 
-def wrong_parameters(network: InferenceNetwork, model: Model) -> Iterator[Problem]:
+def wrong_parameters(network: InferenceNetwork, model: CheckedCheckpoint) -> Iterator[Problem]:
     """The parameters of a network that do not hold what they should, and what they look like, folded."""
     parameters = network.parameters_dict()
-    others = _OtherLayouts(model)
-    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    rules = {rule.parameter: rule for rule in model.rules}
+    alike: dict[str, list[str]] = defaultdict(list)
     with Transfer() as transfer:
         for target in model.plan(INFER).targets:
             found = _values(parameters[target.name])
             if not _holds(found, target, transfer):
-                look = (name for name, targets in others if _holds(found, targets[target.name], transfer))
-                appearance = next(look, "other values") if found.any() else "all zero: never loaded"
-                alike[appearance, _LOAD].append(target.name)
-    for (appearance, remedy), names in alike.items():
+                alike[_appearance(found, rules[target.name], model)].append(target.name)
+    for appearance, names in alike.items():
         for name in fold_names(names):
-            yield Problem(name, appearance, remedy)
+            yield Problem(name, appearance, _LOAD)
 
 
-class _OtherLayouts:
-    """(Its name, targets by name) of each layout that somebody may have converted to for another reader.
+def _appearance(found: np.ndarray, rule: Rule, model: CheckedCheckpoint) -> str:
+    """What a parameter with wrong values looks like."""
+    if not found.any():
+        return "all zero: never loaded"
+    if isinstance(rule, RowsRule) and rule.fuses:
 
-    Each is planned when it is asked for: most networks are right.
-    """
+        def is_equal(rows: np.ndarray, wanted: np.ndarray) -> float:
+            return float(np.array_equal(rows, wanted.astype(rows.dtype)))
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._dialects = list(_other_layouts(model))
-        self._planned: dict[str, dict[str, Target]] = {}
-
-    def __iter__(self) -> Iterator[tuple[str, dict[str, Target]]]:
-        for name, dialect in self._dialects:
-            if name not in self._planned:
-                self._planned[name] = {target.name: target for target in self._model.plan(dialect).targets}
-            yield name, self._planned[name]
-
-
-def _other_layouts(model: Model) -> Iterator[tuple[str, Dialect]]:
-    """How parameters may lie that somebody has converted for another reader."""
-    for layout in training_ranks.layouts(model.spec):
-        if layout == TRAINING_DEFAULT:
-            yield "in the training layout: interleaved", _inference(layout)
-        elif layout.tensor_parallel > 1 and not (layout.interleaved_qkv or layout.interleaved_gate_up):
-            yield f"in the blocks of {layout.tensor_parallel} tensor parallel ranks", _inference(layout)
-
-
-def _inference(layout: Layout) -> Dialect:
-    return Dialect(layout, stacked_experts=True)
+        likeness = likeness_of_layouts(rule, found, read_sampled_rows(model, rule), is_equal)
+        for layout, is_alike in likeness.items():
+            if is_alike and layout != INFERENCE:
+                return f"in the training layout: {describe(layout)}"
+    return "other values"
 
 
 def _values(parameter: ms.Parameter) -> np.ndarray:

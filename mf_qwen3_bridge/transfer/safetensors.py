@@ -389,7 +389,9 @@ def _is_file(file: Path) -> bool:
 def _refuse_second_checkpoint(checkpoint: Checkpoint, index: Path) -> None:
     """transformers takes ``model.safetensors`` where there is one, whatever the index says."""
     single = index.parent / "model.safetensors"
-    if index.name == HF_INDEX and single in stale_files(checkpoint):
+    if index.name == HF_INDEX and single in stale_files(
+        index.parent, {tensor.file for tensor in checkpoint.tensors.values()}
+    ):
         raise BridgeError(
             f"{index.parent} holds two checkpoints: {single.name}, and the files that {index.name} names; remove one"
         )
@@ -407,8 +409,7 @@ def _read_index(index: Path) -> dict[str, str]:
     raise BridgeError(f"{index} can't be read, or is not an index of safetensors: copy it again")
 
 
-def stale_files(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Safetensors files in the checkpoint's directory that are not part of it."""
-    if checkpoint.path.is_dir():
-        used = {tensor.file for tensor in checkpoint.tensors.values()}
-        yield from sorted(set(checkpoint.path.glob("*.safetensors")) - used - {checkpoint.path / HYPER_PARAMETERS})
+def stale_files(directory: Path, used: Iterable[Path]) -> Iterator[Path]:
+    """Safetensors files in a checkpoint's directory that are not among those that are part of it."""
+    if directory.is_dir():
+        yield from sorted(set(directory.glob("*.safetensors")) - set(used) - {directory / HYPER_PARAMETERS})

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.preflight import Model
+from mf_qwen3_bridge.inputs.disagreements import config_rows
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check_trained
 from mf_qwen3_bridge.model.rules import INFER
 from mf_qwen3_bridge.transfer.plan import Plan
 from mf_qwen3_bridge.transfer.progress import steps
@@ -70,8 +72,40 @@ class LayerErrors:
         return f"{error:.1e}" + ("" if error <= self.tolerance else " !")
 
 
+def check_comparable(
+    paths: Sequence[Path], config: Path | None = None, hf_config: Path | None = None
+) -> list[CheckedCheckpoint]:
+    """Checks one or two checkpoints whose computation is to be compared.
+
+    Args:
+        paths: each has its own config.json, or gets that of another.
+        config: the YAML of the training run, for MindFormers weights whose files don't declare their layout.
+        hf_config: a Hugging Face directory with the config.json of those that have none.
+
+    Raises:
+        BridgeError: they are not whole, or not of one model; no config.json; the layout of the only one is not known.
+    """
+    own = [path for path in paths if (path / "config.json").is_file()]
+    models = []
+    for path in paths:
+        source = open_source(path)
+        hf_dir = path if path in own else hf_config or next(iter(own), None)
+        models.append(check_trained(source, hf_dir, None if source.declared_layout else config))
+    first = models[0]
+    if not first.hf_config:
+        raise BridgeError(f"no config.json beside {paths[0]}: name the model's Hugging Face directory with --hf_config")
+    if len(paths) == 1 and not first.dialect.is_hf and not first.source.declared_layout:
+        raise BridgeError(
+            f"nothing in {paths[0]} declares the layout of QKV and gate/up, and by themselves its weights can't show "
+            "it: name what they should be as well, such as the Hugging Face directory (mf-qwen3 verify A B --logits)"
+        )
+    if rows := list(config_rows({str(path): model.hf_config for path, model in zip(paths, models)})):
+        raise BridgeError("these do not compute the same: their config.json differ", rows)
+    return models
+
+
 def layer_errors(
-    found: Mapping[Stage, np.ndarray], model: Model, token_ids: Sequence[int], dtype: str = "float32"
+    found: Mapping[Stage, np.ndarray], model: CheckedCheckpoint, token_ids: Sequence[int], dtype: str = "float32"
 ) -> LayerErrors:
     """Compares what a network makes of a sequence with what the reference makes of it.
 
@@ -89,13 +123,13 @@ def layer_errors(
     return LayerErrors(errors, TOLERANCES[dtype])
 
 
-def tokens_for(model: Model, most: int = NUM_TOKENS) -> list[int]:
+def tokens_for(model: CheckedCheckpoint, most: int = NUM_TOKENS) -> list[int]:
     """A sequence to compute, as long as model and cache let it be: any tokens will do."""
     count = min(NUM_TOKENS, most, model.max_length)
     return np.random.default_rng(0).integers(model.spec.vocab_size, size=count).tolist()
 
 
-def layers_that_fit(model: Model) -> int:
+def layers_that_fit(model: CheckedCheckpoint) -> int:
     """How many layers fit into half of the memory that is free, in float32, with the embedding and the output layer.
 
     Raises:
@@ -115,7 +149,7 @@ def layers_that_fit(model: Model) -> int:
     count = min(len(layers), int(budget // max(layers)))
     if count < 1:
         raise BridgeError(
-            f"one layer of {model.checkpoint.path} takes {(fixed + max(layers)) / 2**30:.1f} GiB with the embedding, "
+            f"one layer of {model.source.path} takes {(fixed + max(layers)) / 2**30:.1f} GiB with the embedding, "
             f"in float32, and {available / 2**30:.1f} GiB are free: --layers 1 tries it all the same"
         )
     return count

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mf_qwen3_bridge.inputs.preflight import Model
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.model.layouts import Box
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF
@@ -47,7 +47,7 @@ EMBEDDED, LOGITS = Stage(None, "embedding"), Stage(None, "logits")
 
 
 def forward(
-    model: Model, token_ids: Sequence[int], given: Mapping[Stage, np.ndarray] | None = None
+    model: CheckedCheckpoint, token_ids: Sequence[int], given: Mapping[Stage, np.ndarray] | None = None
 ) -> Iterator[tuple[Stage, np.ndarray]]:
     """Computes one sequence, and yields what each stage makes of it.
 
@@ -66,7 +66,7 @@ def forward(
 
 
 def _stages(
-    model: Model, weights: _Weights, token_ids: Sequence[int], given: Mapping[Stage, np.ndarray]
+    model: CheckedCheckpoint, weights: _Weights, token_ids: Sequence[int], given: Mapping[Stage, np.ndarray]
 ) -> Iterator[tuple[Stage, np.ndarray]]:
     rope = _rope(model, len(token_ids))
     stage = EMBEDDED
@@ -88,7 +88,7 @@ def _stages(
 class _Weights:
     """A model's weights, under Hugging Face's names, in float32."""
 
-    model: Model
+    model: CheckedCheckpoint
     transfer: Transfer
 
     @cached_property
@@ -108,7 +108,7 @@ class _Weights:
 
 @dataclass(frozen=True)
 class _Layer:
-    model: Model
+    model: CheckedCheckpoint
     weights: _Weights
     number: int
 
@@ -185,7 +185,7 @@ def _softmax(values: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def _rope(model: Model, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def _rope(model: CheckedCheckpoint, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of the rotary embedding, float32 (tokens, head_dim / 2)."""
     config, dim = model.hf_config, model.spec.head_dim
     theta, yarn = config["rope_theta"], config["rope_scaling"]

@@ -12,14 +12,14 @@ from statistics import median
 import numpy as np
 
 from mf_qwen3_bridge.errors import fold_names
+from mf_qwen3_bridge.inputs.identify import Weights
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
-from mf_qwen3_bridge.model.rules import HF, model_rules
+from mf_qwen3_bridge.model.rules import HF
 from mf_qwen3_bridge.transfer.copying import LoadedTile, Transfer
 from mf_qwen3_bridge.transfer.plan import check_values
 from mf_qwen3_bridge.transfer.progress import progress_bar
 from mf_qwen3_bridge.transfer.tiles import tiles
 from mf_qwen3_bridge.transfer.values import largest_magnitude
-from mf_qwen3_bridge.verify.comparison import Side
 
 _BLOCK = 64 << 10  # elements that numpy sums up exactly enough in float32, and that stay in the cache
 
@@ -104,14 +104,14 @@ def statistics_of(array: np.ndarray) -> Statistics:
     return found
 
 
-def measure(side: Side) -> dict[str, Statistics]:
+def measure(weights: Weights) -> dict[str, Statistics]:
     """Statistics of each tensor, under Hugging Face's names; every byte is read once.
 
     Raises:
         BridgeError: it is no whole model; a tied output layer differs from the embedding; tensors that are all zero, or
             hold NaN or infinities.
     """
-    plan = side.plan(HF, tuple(model_rules(side.spec)))
+    plan = weights.plan(HF)
     plan.check_duplicates()
     found: dict[str, Statistics] = defaultdict(Statistics)
     copies = (copy for target in plan.targets for copy in target.copies)

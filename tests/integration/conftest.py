@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mf_qwen3_bridge
-from mf_qwen3_bridge.inputs.preflight import Model, check
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check
 from mf_qwen3_bridge.mindformers.infer import NO_TOKEN, build_network
 from mf_qwen3_bridge.mindformers.network import network_logits
 from tests.golden import CHECKPOINTS, FIXTURES, NAMES, TOLERANCE, Golden, golden
@@ -45,7 +45,7 @@ def bits(network: Any) -> dict[str, tuple[str, bytes]]:
     return {name: (str(p.dtype), p.asnumpy().tobytes()) for name, p in network.parameters_dict().items()}
 
 
-def empty_network(directory: Path, **options: Any) -> tuple[Any, Model]:
+def empty_network(directory: Path, **options: Any) -> tuple[Any, CheckedCheckpoint]:
     model = check(directory, overrides=options)
     return build_network(model, "CPU"), model
 

@@ -12,14 +12,13 @@ from mindformers.parallel_core.inference.model_utils import InferModelMixin
 
 from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers, to_ranks
 from mf_qwen3_bridge.convert.run import run
-from mf_qwen3_bridge.inputs.preflight import check
-from mf_qwen3_bridge.inputs.trained import check_trained
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.preflight import check, check_trained
 from mf_qwen3_bridge.mindformers.conversion import TrainingConversion, as_parameter
 from mf_qwen3_bridge.mindformers.load import load_checkpoint, load_network
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.integration.conftest import CHECKPOINTS, NAMES, TOLERANCE, bits, empty_network, golden, logits_error
 from tests.integration.test_parallel_slices import DENSE, MOE, playing
 from tests.tiny import hf_config, random_tensors, write
@@ -51,7 +50,7 @@ def test_what_upstream_converted_comes_back(tmp_path: Path, name: str, layout: L
     trained = write(tmp_path / "trained", by_upstream(CHECKPOINTS / name, layout))
     flags = "\n".join(f"    {flag}: {value}" for flag, value in layout.training_flags.items())
     (tmp_path / "train.yaml").write_text(f"run_mode: finetune\nmodel:\n  model_config:\n{flags}\n")
-    model = check_trained(open_checkpoint(trained), CHECKPOINTS / name, tmp_path / "train.yaml")
+    model = check_trained(open_source(trained), CHECKPOINTS / name, tmp_path / "train.yaml")
     run(to_hf(model, tmp_path / "hf"))
     expected = {target.name: target.make() for target in check(CHECKPOINTS / name).plan(HF).targets}
     assert_same(contents(tmp_path / "hf"), expected)
@@ -61,7 +60,7 @@ def test_what_upstream_converted_comes_back(tmp_path: Path, name: str, layout: L
 def test_the_inference_layout_loads_into_the_network(tmp_path: Path, name: str):
     model = check(CHECKPOINTS / name)
     run(to_mindformers(model, INFER, tmp_path / "out"))
-    run(to_hf(check_trained(open_checkpoint(tmp_path / "out"), CHECKPOINTS / name), tmp_path / "back"))
+    run(to_hf(check_trained(open_source(tmp_path / "out"), CHECKPOINTS / name), tmp_path / "back"))
     assert_same(contents(tmp_path / "back"), {target.name: target.make() for target in model.plan(HF).targets})
     network, _ = empty_network(CHECKPOINTS / name)
     assert ms.load_param_into_net(network, load_checkpoint(tmp_path / "out")) == ([], [])

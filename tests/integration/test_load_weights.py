@@ -81,7 +81,7 @@ def test_what_bears_no_stamp_needs_a_yaml_that_says_its_layout(tmp_path: Path):
     write(tmp_path / "theirs", {t.name: t.make() for t in check(directory).plan(TRAIN).targets})
     flags = TRAINING_DEFAULT.training_flags
     for said in ({}, {"use_interleaved_weight_layout_mlp": True}):
-        with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
+        with pytest.raises(BridgeError, match="nothing declares the layout of QKV and gate/up"):
             network_by_yaml(directory, **said).load_weights(str(tmp_path / "theirs"))
     network = network_by_yaml(directory, **flags)
     network.load_weights(str(tmp_path / "theirs"))
@@ -94,7 +94,7 @@ def test_contiguous_flags_do_not_say_enough(tmp_path: Path):
     blocks = Dialect(INFERENCE.on(2))
     write(tmp_path / "theirs", {t.name: t.make() for t in check(directory).plan(blocks).targets})
     network = network_by_yaml(directory, **INFERENCE.training_flags)
-    with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
+    with pytest.raises(BridgeError, match="nothing declares the layout of QKV and gate/up"):
         network.load_weights(str(tmp_path / "theirs"))
 
 

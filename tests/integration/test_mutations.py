@@ -12,8 +12,8 @@ import pytest
 
 import mf_qwen3_bridge
 from mf_qwen3_bridge.inputs import preflight
-from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
 from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.model import layouts
 from mf_qwen3_bridge.model.layouts import by_expert, contiguous, interleaved
 from mf_qwen3_bridge.model.rules import HF, TRAIN, Rule, model_rules
@@ -155,7 +155,7 @@ def test_a_mistake_in_the_rules_is_seen_by_the_other_roads(monkeypatch, tmp_path
     directory = CHECKPOINTS / "untied_fp32"
     network = mf_qwen3_bridge.from_pretrained(directory, use_training_conversion=True)
     tensors = {target.name: target.make() for target in check(directory).plan(dialect).targets}
-    weights = write(tmp_path, tensors, metadata={} if dialect.is_hf else {LAYOUT_STAMP: str(dialect.layout)})
+    weights = write(tmp_path, tensors, metadata={} if dialect.is_hf else {LAYOUT_KEY: str(dialect.layout)})
 
     monkeypatch.setattr(preflight, "model_rules", lambda spec: change(model_rules(spec)))
     mistaken = mf_qwen3_bridge.from_pretrained(directory, load_checkpoint=weights)  # no shape tells

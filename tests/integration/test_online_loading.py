@@ -27,7 +27,7 @@ import mf_qwen3_bridge
 from mf_qwen3_bridge.convert.jobs import to_mindformers
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.preflight import Model, check
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check
 from mf_qwen3_bridge.mindformers import load_training as training
 from mf_qwen3_bridge.mindformers.cpu.device import predict_environment
 from mf_qwen3_bridge.mindformers.network import _enter_predict_mode
@@ -275,11 +275,11 @@ def test_a_stamped_checkpoint_in_the_newer_format(tmp_path: Path):
         base_trainer.load_checkpoint(str(directory), network, nn.Adam(network.trainable_params()))
 
 
-def whole_network_and_strategy(directory: Path, name: str) -> tuple[Any, Model, Path]:
+def whole_network_and_strategy(directory: Path, name: str) -> tuple[Any, CheckedCheckpoint, Path]:
     """A network that nobody divided, its checkpoint, and the strategy file that the first rank of a run left."""
     spec, devices, how, _ = RUNS[name]
     model = check(write(directory / "hf", random_tensors(spec), hf_config(spec)))
-    network = training_network(model.checkpoint.path, TRAINING_DEFAULT)
+    network = training_network(model.source.path, TRAINING_DEFAULT)
     whole = {t.name: t.make() for t in model.plan(Dialect(TRAINING_DEFAULT)).targets}
     strategies, _ = make_ranks(directory, whole, cut(whole, **how), devices)
     return network, model, strategies / "ckpt_strategy_rank_0.ckpt"

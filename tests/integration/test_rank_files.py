@@ -17,16 +17,15 @@ from mf_qwen3_bridge.cli.main import cli
 from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers, to_ranks, unify
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.preflight import check, check_trained
 from mf_qwen3_bridge.inputs.rank_files import open_rank_files
 from mf_qwen3_bridge.inputs.strategies import read_strategies
-from mf_qwen3_bridge.inputs.trained import check_trained
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import TRAIN, Dialect
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.model.training_ranks import boxes
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.integration.rank_runs import SUFFIX, Cut, make_ranks
 from tests.tiny import hf_config, random_tensors, write
 from tests.unit.test_convert import assert_same, contents
@@ -115,9 +114,9 @@ def test_exported_without_a_merge(tmp_path: Path, name):
     strategies, rank_dirs, tensors = trained_run(tmp_path, name)
     hf = write(tmp_path / "hf", {}, hf_config(RUNS[name][0]))
     ranks = open_rank_files(rank_dirs, read_strategies(strategies), SUFFIX)
-    run(to_hf(check_trained(ranks.checkpoint, hf), tmp_path / "direct"))
+    run(to_hf(check_trained(ranks, hf), tmp_path / "direct"))
     merged = write(tmp_path / "merged", tensors)
-    run(to_hf(check_trained(open_checkpoint(merged), hf), tmp_path / "expected"))
+    run(to_hf(check_trained(open_source(merged), hf), tmp_path / "expected"))
     assert_same(contents(tmp_path / "direct"), contents(tmp_path / "expected"))
 
 
@@ -263,7 +262,7 @@ def test_a_stage_that_is_missing_is_not_merged_without(tmp_path: Path):
     hf = write(tmp_path / "hf", {}, hf_config(DENSE))
     found = open_rank_files(ranks, read_strategies(strategies), SUFFIX)
     with pytest.raises(BridgeError, match="missing"):
-        check_trained(found.checkpoint, hf)
+        check_trained(found, hf)
 
 
 def test_a_merged_contiguous_checkpoint_says_how_many_ranks_saved_it(tmp_path: Path):
@@ -276,8 +275,8 @@ def test_a_merged_contiguous_checkpoint_says_how_many_ranks_saved_it(tmp_path: P
     flags = "".join(f"    {flag}: {value}\n" for flag, value in Layout(False, False).training_flags.items())
     yaml = tmp_path / "train.yaml"
     yaml.write_text(f"run_mode: finetune\nmodel:\n  model_config:\n{flags}")
-    run(to_hf(check_trained(open_checkpoint(tmp_path / "merged"), source, yaml), tmp_path / "back"))
+    run(to_hf(check_trained(open_source(tmp_path / "merged"), source, yaml), tmp_path / "back"))
     assert_same(contents(tmp_path / "back"), hf)
     yaml.write_text(yaml.read_text() + "use_parallel: True\nparallel_config:\n  model_parallel: 4\n")
     with pytest.raises(BridgeError, match="is not of this run"):
-        check_trained(open_checkpoint(tmp_path / "merged"), source, yaml)
+        check_trained(open_source(tmp_path / "merged"), source, yaml)

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import yaml
-from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
+from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import TRAIN
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.integration.conftest import CHECKPOINTS
 from tests.integration.rank_runs import Cut, make_ranks
 from tests.integration.test_docs import INSIDE_MINDFORMERS
@@ -126,7 +126,7 @@ def offline(tmp_path_factory) -> Path:
 
 
 def values(directory: Path) -> Mapping[str, bytes]:
-    return {name: read(tensor).tobytes() for name, tensor in open_checkpoint(directory).tensors.items()}
+    return {name: read(tensor).tobytes() for name, tensor in open_source(directory).tensors.items()}
 
 
 def names(directory: Path) -> set[str]:
@@ -144,7 +144,7 @@ def names(directory: Path) -> set[str]:
     ],
 )
 def test_what_convert_writes(offline: Path, output, layout):
-    assert open_checkpoint(offline / output).metadata[LAYOUT_STAMP] == str(layout)
+    assert open_source(offline / output).metadata[LAYOUT_KEY] == str(layout)
     is_of_a_rank = "/" in output
     assert is_of_a_rank or names(offline / output) == {"part0.safetensors", "param_name_map.json"}
 

@@ -12,11 +12,11 @@ import pytest
 
 import mf_qwen3_bridge
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
+from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.model.rules import INFER
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.integration.conftest import CHECKPOINTS, empty_network
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 
@@ -77,7 +77,7 @@ def test_tied_by_the_config_but_not_by_the_weights(tmp_path: Path, use_training_
 def test_a_user_sees_one_message_and_exit_code_2(tmp_path: Path):
     """NaN is seen last of all that is refused."""
     shutil.copytree(ROOT / "demo" / "qwen3-demo", tmp_path / "demo")
-    norm = open_checkpoint(tmp_path / "demo").tensors["model.norm.weight"]
+    norm = open_source(tmp_path / "demo").tensors["model.norm.weight"]
     with norm.file.open("r+b") as stream:
         stream.seek(norm.start)
         stream.write(b"\xc0\x7f")  # a bfloat16 NaN
@@ -95,7 +95,7 @@ def test_an_unknown_device():
 
 
 def test_mindformers_weights_are_not_converted_again(tmp_path: Path):
-    weights = write(tmp_path / "w", random_tensors(dialect=INFER), metadata={LAYOUT_STAMP: str(INFER.layout)})
+    weights = write(tmp_path / "w", random_tensors(dialect=INFER), metadata={LAYOUT_KEY: str(INFER.layout)})
     (weights / "config.json").write_text("{}")
     model_dir = write(tmp_path / "hf", random_tensors(), hf_config())
     with pytest.raises(BridgeError, match="leave the flag out"):

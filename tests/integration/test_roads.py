@@ -11,12 +11,13 @@ from mindformers.parallel_core.inference.model_utils import InferModelMixin
 
 import mf_qwen3_bridge
 import yaml
-from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
+from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
-from mf_qwen3_bridge.transfer.safetensors import Reader, open_checkpoint
+from mf_qwen3_bridge.transfer.safetensors import Reader
 from tests.integration.conftest import (
     CHECKPOINTS,
     NAMES,
@@ -79,7 +80,7 @@ def test_a_training_checkpoint_is_loaded_in_the_layout_of_its_yaml(tmp_path: Pat
 
 def test_a_stamped_checkpoint_needs_no_yaml(tmp_path: Path):
     directory = CHECKPOINTS / "untied_fp32"
-    weights = write(tmp_path / "w", converted(directory, TRAIN), metadata={LAYOUT_STAMP: str(TRAIN.layout)})
+    weights = write(tmp_path / "w", converted(directory, TRAIN), metadata={LAYOUT_KEY: str(TRAIN.layout)})
     network = mf_qwen3_bridge.from_pretrained(directory, load_checkpoint=weights)
     assert bits(network) == bits(mf_qwen3_bridge.from_pretrained(directory))
 
@@ -95,7 +96,7 @@ class TestTheTrap:
             naive = Dialect(Layout(interleaved_qkv=False, interleaved_gate_up=True))  # one group: QKV has one layout
         else:
             naive = Dialect(Layout(interleaved_qkv=True, interleaved_gate_up=False))
-        weights = write(tmp_path, converted(directory, naive), metadata={LAYOUT_STAMP: str(INFER.layout)})
+        weights = write(tmp_path, converted(directory, naive), metadata={LAYOUT_KEY: str(INFER.layout)})
         network = mf_qwen3_bridge.from_pretrained(directory, load_checkpoint=weights)  # the stamp lies
         assert logits_error(network, golden(name)) > 0.1
 
@@ -135,7 +136,7 @@ def test_each_byte_is_read_once(monkeypatch, name):
     directory = CHECKPOINTS / name
     network, model = empty_network(directory)
     load_network(network, model)
-    tensors = open_checkpoint(directory).tensors
+    tensors = open_source(directory).tensors
     assert {name: sorted(seen) for name, seen in reads.items()} == {n: [*range(t.nbytes)] for n, t in tensors.items()}
 
 

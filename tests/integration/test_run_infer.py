@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
 from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import INFER, Dialect
 from tests.tiny import write
@@ -48,7 +48,7 @@ def test_the_demo_says_what_it_was_taught(tmp_path: Path, mode, flag):
 def test_in_the_naive_layout_it_says_something_else(tmp_path: Path, layout):
     """What the obvious recipe gives: everything loads, nothing is zero, and the text is garbage."""
     tensors = {target.name: target.make() for target in check(DEMO).plan(Dialect(layout)).targets}
-    weights = write(tmp_path / "naive", tensors, metadata={LAYOUT_STAMP: str(INFER.layout)})  # a lie
+    weights = write(tmp_path / "naive", tensors, metadata={LAYOUT_KEY: str(INFER.layout)})  # a lie
     result = run_infer(tmp_path, "--model_dir", DEMO, "--load_checkpoint", weights, "--max_new_tokens", "24")
     assert result.returncode == 0, result.stderr
     assert "18 of 18 parameters" in result.stdout

@@ -16,7 +16,7 @@ from mf_qwen3_bridge.cli.main import cli
 from mf_qwen3_bridge.convert.jobs import to_mindformers
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.preflight import Model, check, first_layers
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
 from mf_qwen3_bridge.mindformers.verify_network import errors_of_checkpoint, wrong_parameters
@@ -44,7 +44,7 @@ def test_mindformers_weights(tmp_path: Path, dialect: Dialect):
     hf = CHECKPOINTS / "moe_bf16"
     run(to_mindformers(check(hf), dialect, tmp_path / "mf"))
     model, right = check(hf, None, tmp_path / "mf"), check(hf)
-    found = errors_of_checkpoint(first_layers(model, 2), first_layers(right, 2))
+    found = errors_of_checkpoint(model.first_layers(2), right.first_layers(2))
     assert max(found.errors.values()) < TOLERANCE and found.num_layers == 2
 
 
@@ -158,13 +158,13 @@ def test_what_few_tokens_do_not_reach():
 def test_what_a_wrong_parameter_looks_like_is_asked_when_one_is_wrong(monkeypatch: pytest.MonkeyPatch):
     """A plan for each other layout takes seconds for a large model, and most networks are right."""
     planned: list[Dialect] = []
-    plan = Model.plan
+    plan = CheckedCheckpoint.plan
 
-    def counting(self: Model, dialect: Dialect, *args: object, **kwargs: object) -> Plan:
+    def counting(self: CheckedCheckpoint, dialect: Dialect, *args: object, **kwargs: object) -> Plan:
         planned.append(dialect)
         return plan(self, dialect, *args, **kwargs)
 
-    monkeypatch.setattr(Model, "plan", counting)
+    monkeypatch.setattr(CheckedCheckpoint, "plan", counting)
     network = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "mha")
     planned.clear()
     assert list(wrong_parameters(network, check(CHECKPOINTS / "mha"))) == []

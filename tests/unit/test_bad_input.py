@@ -115,7 +115,7 @@ BAD = {
         ),
         "stale.safetensors",
     ),
-    "MindFormers weights of unknown layout": (mindformers_weights, "nothing says how QKV"),
+    "MindFormers weights of unknown layout": (mindformers_weights, "nothing declares the layout of QKV"),
 }
 
 

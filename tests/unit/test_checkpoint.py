@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.transfer import safetensors
-from mf_qwen3_bridge.transfer.safetensors import HYPER_PARAMETERS, open_checkpoint, open_files, read_header, stale_files
+from mf_qwen3_bridge.transfer.safetensors import HYPER_PARAMETERS, open_files, read_header, stale_files
 from tests.tiny import NUMPY, random_tensors, read, write
 
 
@@ -23,7 +24,7 @@ from tests.tiny import NUMPY, random_tensors, read, write
 @pytest.mark.parametrize("shards", [1, 3])
 def test_reads_what_the_safetensors_library_wrote(tmp_path: Path, dtype, shards):
     tensors = random_tensors(dtype=dtype)
-    checkpoint = open_checkpoint(write(tmp_path, tensors, shards=shards))
+    checkpoint = open_source(write(tmp_path, tensors, shards=shards))
     assert checkpoint.tensors.keys() == tensors.keys()
     assert checkpoint.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     assert checkpoint.metadata == {"format": "pt"}
@@ -49,7 +50,7 @@ def test_headers_agree_with_the_safetensors_library(tmp_path_factory, shapes, dt
 
 def message(path: Path) -> str:
     with pytest.raises(BridgeError) as error:
-        open_checkpoint(path)
+        open_source(path)
     rows = (f"{problem.subject} {problem.found} {problem.remedy}" for problem in error.value.problems)
     return "\n".join([error.value.headline, *rows])
 
@@ -212,7 +213,7 @@ def test_a_tensor_in_two_files(tmp_path: Path):
 def test_a_missing_shard_without_an_index(tmp_path: Path):
     write(tmp_path, random_tensors(), shards=3)
     (tmp_path / "model.safetensors.index.json").unlink()
-    assert len(open_checkpoint(tmp_path).tensors) == 25
+    assert len(open_source(tmp_path).tensors) == 25
     (tmp_path / "model-00003-of-00003.safetensors").unlink()
     assert "model-00003-of-00003.safetensors missing" in message(tmp_path)
 
@@ -220,16 +221,16 @@ def test_a_missing_shard_without_an_index(tmp_path: Path):
 def test_a_name_that_promises_billions_of_shards_keeps_nobody_waiting(tmp_path: Path):
     tensors = random_tensors()
     save_file(tensors, tmp_path / "model-0000000001-of-9999999999.safetensors")
-    assert open_checkpoint(tmp_path).tensors.keys() == tensors.keys()
+    assert open_source(tmp_path).tensors.keys() == tensors.keys()
 
 
 def test_a_stale_file_beside_an_index_is_not_read(tmp_path: Path):
     tensors = random_tensors()
     write(tmp_path, tensors, shards=2)
     save_file({"model.norm.weight": np.zeros(12, np.float32)}, tmp_path / "consolidated.safetensors")
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_source(tmp_path)
     assert read(checkpoint.tensors["model.norm.weight"]).tobytes() == tensors["model.norm.weight"].tobytes()
-    assert [file.name for file in stale_files(checkpoint)] == ["consolidated.safetensors"]
+    assert [file.name for file in stale_files(tmp_path, checkpoint.files)] == ["consolidated.safetensors"]
 
 
 def test_two_checkpoints_in_one_directory(tmp_path: Path):
@@ -242,7 +243,7 @@ def test_two_checkpoints_in_one_directory(tmp_path: Path):
 def test_hyper_parameters_are_no_weights(tmp_path: Path):
     write(tmp_path, random_tensors())
     save_file({"global_step": np.zeros(1, np.int32)}, tmp_path / HYPER_PARAMETERS)
-    assert "global_step" not in open_checkpoint(tmp_path).tensors
+    assert "global_step" not in open_source(tmp_path).tensors
 
 
 @pytest.mark.parametrize("weight_map", [lambda m: m, lambda m: {"metadata": {}, "weight_map": m}])
@@ -252,7 +253,7 @@ def test_mindformers_index(tmp_path: Path, weight_map):
     save_file({"model.norm.weight": np.zeros(1, np.float32)}, tmp_path / "left-behind.safetensors")
     index = weight_map(dict.fromkeys(tensors, "part0.safetensors"))
     (tmp_path / "param_name_map.json").write_text(json.dumps(index))
-    assert open_checkpoint(tmp_path).tensors.keys() == tensors.keys()
+    assert open_source(tmp_path).tensors.keys() == tensors.keys()
 
 
 def test_pickles_are_not_read(tmp_path: Path):
@@ -262,7 +263,7 @@ def test_pickles_are_not_read(tmp_path: Path):
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path):
-    info = open_checkpoint(write(tmp_path, random_tensors())).tensors["model.norm.weight"]
+    info = open_source(write(tmp_path, random_tensors())).tensors["model.norm.weight"]
     info.file.write_bytes(info.file.read_bytes()[: info.start + 4])
     with pytest.raises(BridgeError, match=r"ended while model\.norm\.weight was read"):
         read(info)

@@ -27,14 +27,14 @@ from mf_qwen3_bridge.cli.main import cli, main
 from mf_qwen3_bridge.convert import jobs
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs import strategies
-from mf_qwen3_bridge.inputs.preflight import check
-from mf_qwen3_bridge.inputs.rank_files import RankFiles, Sharding, open_rank_files
-from mf_qwen3_bridge.inputs.trained import check_trained
+from mf_qwen3_bridge.inputs import opening, strategies
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.preflight import check, check_trained
+from mf_qwen3_bridge.inputs.rank_files import Sharding, open_rank_files
+from mf_qwen3_bridge.inputs.source import Source as OpenedSource
 from mf_qwen3_bridge.model.rules import HF_STACKED
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.copying import BUFFER_BYTES
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, NUMPY, SPEC, Tensors, hf_config, random_tensors, write, write_headers
 from tests.unit.test_bad_input import words
 from tests.unit.test_convert import assert_same, contents
@@ -61,25 +61,6 @@ NUMBERS = {
         "num_routed_experts": 4,
         "hidden_size": 12,
         "moe_ffn_hidden_size": 6,
-    },
-}
-DEFAULTS = {
-    "qwen3": {
-        "num_layers": 28,
-        "num_attention_heads": 16,
-        "num_query_groups": 8,
-        "kv_channels": 128,
-        "hidden_size": 1024,
-        "ffn_hidden_size": 3072,
-    },
-    "qwen3-moe": {
-        "num_layers": 48,
-        "num_attention_heads": 32,
-        "num_query_groups": 4,
-        "kv_channels": 128,
-        "num_routed_experts": 128,
-        "hidden_size": 2048,
-        "moe_ffn_hidden_size": 768,
     },
 }
 # Of a training YAML, beside the numbers: all that a config.json holds.
@@ -223,7 +204,7 @@ def says_of_both(text: str, name: str, said: int, right: int) -> bool:
 
 
 def layout_of(directory: Path) -> str | None:
-    return open_checkpoint(directory).metadata.get("mf_qwen3_bridge.layout")
+    return open_source(directory).metadata.get("mf_qwen3_bridge.layout")
 
 
 # scripts/convert_weight.py
@@ -236,7 +217,7 @@ def test_the_flags_are_the_documented_ones():
         "input_path": Path("from"),
         "output_path": Path("to"),
         "is_reversed": False,
-        "num_layers": None,  # the default depends on the model: see below
+        "num_layers": None,  # the tensors show it
         "num_attention_heads": None,
         "num_query_groups": None,
         "kv_channels": None,
@@ -249,6 +230,9 @@ def test_the_flags_are_the_documented_ones():
         "hf_config": None,
         "max_shard_size": "5GB",
         "write_tied_lm_head": False,
+        "use_contiguous_weight_layout_attention": None,
+        "use_interleaved_weight_layout_mlp": None,
+        "model_parallel": None,
         "dry_run": False,
     }
     options = {option.opts[0]: option for option in convert_weight.params}
@@ -256,7 +240,7 @@ def test_the_flags_are_the_documented_ones():
     assert list(options["--model"].type.choices) == ["qwen3-moe", "qwen3"]
     assert list(options["--dtype"].type.choices) == ["bf16", "fp16", "fp32"]
     assert {flag for flag, option in options.items() if option.type.name == "integer range"} == {
-        f"--{name}" for name in DEFAULTS["qwen3-moe"] | DEFAULTS["qwen3"]
+        *(f"--{name}" for name in (*NUMBERS["qwen3-moe"], *NUMBERS["qwen3"], "model_parallel", "max_worker"))
     }
     assert all(len(option.opts) == 1 for option in options.values())
 
@@ -332,24 +316,34 @@ def test_all_numbers_right(tmp_path, call_script, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_defaults_are_held_against_the_shapes(tmp_path, call_script, kind):
+def test_numbers_that_nobody_typed_contradict_nothing(tmp_path, call_script, kind):
+    """MindFormers' documented command names few of them; the script's defaults are those of one size."""
+    hf = random_tensors(KINDS[kind])
+    write_merged(tmp_path / "in", fused(hf, KINDS[kind]))
+    assert reverse(call_script, tmp_path, kind).code == 0
+    assert_same(contents(tmp_path / "out"), hf)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in NUMBERS for name in NUMBERS[kind]])
+def test_a_number_that_was_typed_is_held_against_the_shapes(tmp_path, call_script, kind, name):
     write_merged(tmp_path / "in", fused(random_tensors(KINDS[kind]), KINDS[kind]))
     before = everything(tmp_path)
-    result = reverse(call_script, tmp_path, kind)
-    assert (result.code, result.out) == (2, "")
-    for name, default in DEFAULTS[kind].items():
-        assert says_of_both(result.err, name, default, NUMBERS[kind][name])
-    assert num_rows(result.err) == len(DEFAULTS[kind])
+    wrong = NUMBERS[kind][name] + 1
+    result = reverse(call_script, tmp_path, kind, *flags({name: wrong}))
+    assert (result.code, num_rows(result.err), result.out) == (2, 1, "")
+    assert says_of_both(result.err, name, wrong, NUMBERS[kind][name])
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in DEFAULTS for name in DEFAULTS[kind]])
-def test_the_default_of_a_number_that_is_not_given(tmp_path, call_script, kind, name):
-    write_merged(tmp_path / "in", fused(random_tensors(KINDS[kind]), KINDS[kind]))
-    given = {other: number for other, number in NUMBERS[kind].items() if other != name}
-    result = reverse(call_script, tmp_path, kind, *flags(given))
-    assert (result.code, num_rows(result.err)) == (2, 1)
-    assert says_of_both(result.err, name, DEFAULTS[kind][name], NUMBERS[kind][name])
+def test_flags_of_mindformers_own_scripts_are_taken(tmp_path, call_script):
+    hf = random_tensors()
+    write_merged(tmp_path / "in", fused(hf))
+    result = reverse(call_script, tmp_path, "qwen3", "--max_worker", 16, "--qkv_concat", True, "--is_lora", False)
+    assert result.code == 0
+    for flag in ("max_worker", "qkv_concat", "is_lora"):
+        assert f"note        --{flag} makes no difference: " in result.out
+    assert_same(contents(tmp_path / "out"), hf)
+    assert "makes no difference" not in reverse(call_script, tmp_path / "..", "qwen3").out
 
 
 @pytest.mark.parametrize(
@@ -452,7 +446,7 @@ def test_config_json_is_made_of_the_yaml(tmp_path, call_script, kind, computed, 
     config = training_yaml(tmp_path / "train.yaml", NUMBERS[kind] | {"vocab_size": 16} | computed)
     result = reverse(call_script, tmp_path, kind, "--config", config)
     assert result.code == 0
-    assert "is taken to be" not in result.out
+    assert "is assumed to be" not in result.out
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
         "vocab_size": 16,
         "hidden_size": 12,
@@ -524,7 +518,7 @@ def test_no_config_json_is_made_of_half_a_yaml(tmp_path, call_script, missing):
     config = training_yaml(tmp_path / "train.yaml", {k: v for k, v in COMPUTED_MOE.items() if k != missing})
     result = reverse(call_script, tmp_path, "qwen3-moe", "--config", config)
     assert result.code == 0
-    assert f"{config} does not say {missing}\n" in result.out
+    assert f"{config} does not declare {missing}\n" in result.out
     assert "no config.json is written" in result.out
     assert names(tmp_path / "out") == {"model.safetensors"}
 
@@ -564,7 +558,7 @@ def test_the_yamls_layout_flags(tmp_path, call_script, layout_flags, qkv, gate_u
     config = training_yaml(tmp_path / "train.yaml", layout_flags)
     result = reverse(call_script, tmp_path, "qwen3", "--config", config)
     assert result.code == 0
-    assert "is taken to be" not in result.out
+    assert "is assumed to be" not in result.out
     assert_same(contents(tmp_path / "out"), hf)
     write_config(tmp_path / "out", hf_config(GROUPS))
     paths = ("--input_path", tmp_path / "out", "--output_path", tmp_path / "again")
@@ -878,13 +872,34 @@ def test_sizes_that_do_not_divide_the_model(tmp_path, call, spec, arguments, exp
     assert everything(tmp_path) == before
 
 
-def test_tensor_parallel_that_is_not_the_yamls(tmp_path, call, hf_dir):
-    config = training_yaml(tmp_path / "train.yaml", CONTIGUOUS, **on_ranks(4))
+@pytest.mark.parametrize("flags_of_layout", [CONTIGUOUS, {}], ids=["contiguous", "default layout"])
+def test_tensor_parallel_that_is_not_the_yamls(tmp_path, call, hf_dir, flags_of_layout):
+    config = training_yaml(tmp_path / "train.yaml", flags_of_layout, **on_ranks(4))
     result = convert(call, hf_dir, "--tp", 2, "--config", config)
     assert result.code == 2
-    assert f"--tp 2: {config} says model_parallel 4; leave out one" in result.err
+    assert f"a run with {config} needs other slices" in result.err
+    assert "model_parallel 4" in words(result.err) and "| --tp " in result.err
     assert names(tmp_path) == {"hf", "train.yaml"}
     assert convert(call, hf_dir, "--tp", 2, "--config", config, "--layout", "infer").code == 0
+
+
+def test_sizes_that_are_not_the_yamls(tmp_path, call):
+    """Expert parallel too, and those of a predict YAML for the inference layout."""
+    directory = write(tmp_path / "hf", random_tensors(MOE_SPEC), hf_config(MOE_SPEC))
+    sizes = {"use_parallel": True, "parallel_config": {"model_parallel": 2, "expert_parallel": 2}}
+    train = training_yaml(tmp_path / "train.yaml", {}, **sizes)
+    predict = training_yaml(tmp_path / "predict.yaml", {}, run_mode="predict", **sizes)
+    for config, layout in ((train, "train"), (predict, "infer")):
+        result = convert(call, directory, "--tp", 1, "--ep", 1, "--config", config, "--layout", layout)
+        assert result.code == 2
+        assert "| --tp " in result.err and "| --ep " in result.err
+        assert "model_parallel 2" in words(result.err) and "expert_parallel 2" in words(result.err)
+    assert names(tmp_path) == {"hf", "train.yaml", "predict.yaml"}
+    assert convert(call, directory, "--tp", 2, "--config", train).code == 0  # the YAML says the other
+    assert names(tmp_path / "out") == {"rank_0", "rank_1"}
+    (file,) = (tmp_path / "out" / "rank_1").iterdir()
+    rows = MOE_SPEC.num_experts // 2 * MOE_SPEC.hidden_size
+    assert len(load_file(file)["decoder.layers.0.mlp.experts.weight1"]) == rows
 
 
 @pytest.mark.parametrize(
@@ -1115,9 +1130,26 @@ def test_a_layout_that_is_assumed_is_said(tmp_path, call, metadata, document, mo
         config = ("--config", training_yaml(tmp_path / "some.yaml", model_config, **document))
     result = export(call, trained, *config)
     assert result.code == 0
-    note = "the layout of QKV and gate/up is taken to be MindFormers' default (qkv=interleaved,gate_up=interleaved)"
-    assert (note in result.out) == is_assumed
+    warning = (
+        "the layout of QKV and gate/up is assumed to be MindFormers' default (qkv=interleaved,gate_up=interleaved)"
+    )
+    assert result.out.splitlines()[-1].startswith(f"warning     {warning}") == is_assumed
+    assert (warning in result.out) == is_assumed
     assert_same(contents(tmp_path / "out"), in_bf16(random_tensors()))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_flags_declare_the_layout_where_there_is_no_yaml(tmp_path, call, blocks):
+    hf = random_tensors()
+    trained = write_merged(tmp_path / "trained", fused(hf, SPEC, blocks, blocks))
+    flags_of_layout = [part for flag, value in CONTIGUOUS.items() for part in (f"--{flag}", value)]
+    result = export(call, trained, *flags_of_layout, "--model_parallel", blocks)
+    assert (result.code, "warning" in result.out) == (0, False)
+    assert_same(contents(tmp_path / "out"), in_bf16(hf))
+    config = training_yaml(tmp_path / "some.yaml", {}, run_mode="finetune")
+    result = export(call, trained, *flags_of_layout, "--config", config)
+    assert result.code == 2
+    assert "arguments and YAML contradict each other" in result.err
 
 
 def test_the_weights_that_a_run_began_with_show_the_layout(tmp_path, call):
@@ -1127,12 +1159,12 @@ def test_the_weights_that_a_run_began_with_show_the_layout(tmp_path, call):
     wrong = write_merged(tmp_path / "wrong", fused(hf, GROUPS, 1, 1))
     result = export(call, wrong, "--hf_config", tmp_path / "hf")
     assert result.code == 2
-    assert f"{wrong} lies in another layout" in result.err
+    assert f"{wrong} has another layout" in result.err
     assert "use_contiguous_weight_layout_attention True" in words(result.err)
     assert names(tmp_path) == {"hf", "right", "wrong"}
     result = export(call, right, "--hf_config", tmp_path / "hf")
     assert result.code == 0
-    assert "is taken to be" not in result.out
+    assert "is assumed to be" not in result.out
 
 
 def test_max_shard_size(tmp_path, call, trained):
@@ -1206,14 +1238,16 @@ def test_a_dry_run_of_an_export(tmp_path, call, trained):
     assert files == f"            {tmp_path / 'out'}: model.safetensors"
     assert largest.startswith("largest     model.embed_tokens.weight (16, 12) F32, ")
     assert memory.startswith("memory      at most ")
-    assert result.out.splitlines()[-1] == "result      nothing was written (--dry_run)"
+    result_line, warning = result.out.splitlines()[-2:]
+    assert result_line == "result      nothing was written (--dry_run)"
+    assert warning.startswith("warning     the layout of QKV and gate/up is assumed")
     assert everything(tmp_path) == before
 
 
 # Bad input (SPEC E), for every command that writes a checkpoint
 
 
-class Source(NamedTuple):
+class Given(NamedTuple):
     """What a command reads, in three files, and the names of some of it."""
 
     weights: Path
@@ -1265,31 +1299,31 @@ def command(request) -> str:
 
 
 @pytest.fixture
-def source(tmp_path, monkeypatch, command) -> Source:
+def source(tmp_path, monkeypatch, command) -> Given:
     monkeypatch.chdir(tmp_path)
     hf = random_tensors()
     if "trained" in COMMANDS[command][1]:
         write_merged(tmp_path / "trained", fused(hf), files=3)
         write_config(tmp_path / "hf", hf_config())
         files = ("param_name_map.json", "part1.safetensors")
-        return Source(Path("trained"), Path("hf"), *files, FC2, DOWN_PROJ, fused(hf))
+        return Given(Path("trained"), Path("hf"), *files, FC2, DOWN_PROJ, fused(hf))
     write(tmp_path / "hf", hf, hf_config(), shards=3)
     files = ("model.safetensors.index.json", "model-00002-of-00003.safetensors")
-    return Source(Path("hf"), Path("hf"), *files, DOWN_PROJ, FC2, hf)
+    return Given(Path("hf"), Path("hf"), *files, DOWN_PROJ, FC2, hf)
 
 
-def truncate(source: Source) -> None:
+def truncate(source: Given) -> None:
     shard = source.weights / source.shard
     shard.write_bytes(shard.read_bytes()[:-5])
 
 
-def name_a_file_outside(source: Source) -> None:
+def name_a_file_outside(source: Given) -> None:
     save_file({source.tensor: source.tensors[source.tensor]}, "outside.safetensors")
     source.in_index("../outside.safetensors")
 
 
-def with_value(value: float) -> Callable[[Source], None]:
-    def apply(source: Source) -> None:
+def with_value(value: float) -> Callable[[Given], None]:
+    def apply(source: Given) -> None:
         array = source.tensors[source.tensor].copy()
         array[3, 5] = value
         source.rewrite(tensor=array)
@@ -1304,8 +1338,8 @@ class Touch:
         return Path.touch, (Path("loaded").resolve(),)
 
 
-def only_pickles(name: str) -> Callable[[Source], None]:
-    def apply(source: Source) -> None:
+def only_pickles(name: str) -> Callable[[Given], None]:
+    def apply(source: Given) -> None:
         for file in (*source.weights.glob("*.safetensors"), source.weights / source.index):
             file.unlink()
         (source.weights / name).write_bytes(pickle.dumps(Touch()))
@@ -1313,17 +1347,17 @@ def only_pickles(name: str) -> Callable[[Source], None]:
     return apply
 
 
-def fp8(source: Source) -> None:
+def fp8(source: Given) -> None:
     source.rewrite(tensor=source.tensors[source.tensor].astype(ml_dtypes.float8_e4m3fn))
 
 
-def without_index(source: Source) -> None:
+def without_index(source: Given) -> None:
     (source.weights / source.index).unlink()
     (source.weights / source.shard).unlink()
 
 
 # What is done to the source, and what has to be said of it: what, found where, what to do.
-BAD: dict[str, tuple[Callable[[Source], object], tuple[str, ...]]] = {
+BAD: dict[str, tuple[Callable[[Given], object], tuple[str, ...]]] = {
     "missing shard": (
         lambda source: (source.weights / source.shard).unlink(),
         ("{weights} is not a whole checkpoint", "{shard}", "missing; {index} says it holds", "download or copy the"),
@@ -1400,7 +1434,7 @@ BAD: dict[str, tuple[Callable[[Source], object], tuple[str, ...]]] = {
 }
 
 
-def said_of(source: Source, template: str) -> str:
+def said_of(source: Given, template: str) -> str:
     fields = source._asdict() | {"extra": source.tensor.replace(".weight", ".extra.weight")}
     is_hf = source.weights == source.config
     return template.format(**fields, absent="is not a directory" if is_hf else "does not exist")
@@ -1576,7 +1610,7 @@ class Ranks(NamedTuple):
     directory: Path
     strategies: list[dict[str, Sharding]]
 
-    def open(self, file_suffix: str | None = None, **which: Any) -> RankFiles:
+    def open(self, file_suffix: str | None = None, **which: Any) -> OpenedSource:
         return open_rank_files(self.directory, self.strategies, file_suffix, **which)
 
     def refusal(self, file_suffix: str | None = None) -> str:
@@ -1612,18 +1646,18 @@ RUNS = pytest.mark.parametrize(
 def test_ranks_make_up_the_whole_tensors(tmp_path, run_of, has_redundancy):
     whole = fused(random_tensors())
     ranks = save_ranks(tmp_path / "ranks", whole, run_of, has_redundancy).open()
-    assert {name: tensor.shape for name, tensor in ranks.checkpoint.tensors.items()} == {
+    assert {name: tensor.shape for name, tensor in ranks.tensors.items()} == {
         name: array.shape for name, array in whole.items()
     }
-    assert ranks.checkpoint.nbytes == sum(array.nbytes for array in whole.values())
+    assert ranks.nbytes == sum(array.nbytes for array in whole.values())
     assert ranks.tensor_parallel == 2
     assert ranks.unlisted.keys() == {"global_step"}
-    assert ranks.checkpoint.metadata["format"] == "ms"
+    assert ranks.metadata["format"] == "ms"
 
 
 def test_what_is_said_to_be_without_redundancy_is_whole_again(tmp_path):
     ranks = save_ranks(tmp_path / "ranks", fused(random_tensors()), DP2_TP2, has_redundancy=False).open()
-    assert ranks.checkpoint.metadata == {"format": "ms"}
+    assert ranks.metadata == {"format": "ms"}
 
 
 @RUNS
@@ -1634,10 +1668,10 @@ def test_an_export_from_ranks_is_that_of_the_merged(tmp_path, run_of, has_redund
     config = training_yaml(tmp_path / "train.yaml", CONTIGUOUS if blocks else {})  # does not say on how many ranks
     ranks = save_ranks(tmp_path / "ranks", whole, run_of, has_redundancy).open()
     directory = write_config(tmp_path / "hf", hf_config(GROUPS))
-    model = check_trained(ranks.checkpoint, directory, config, tensor_parallel=ranks.tensor_parallel)
+    model = check_trained(ranks, directory, config)
     run(jobs.to_hf(model, tmp_path / "out"))
     on_two = training_yaml(tmp_path / "two.yaml", CONTIGUOUS if blocks else {}, **on_ranks(2))
-    merged = open_checkpoint(write_merged(tmp_path / "merged", whole))
+    merged = open_source(write_merged(tmp_path / "merged", whole))
     run(jobs.to_hf(check_trained(merged, directory, on_two), tmp_path / "from_merged"))
     assert_same(contents(tmp_path / "out"), contents(tmp_path / "from_merged"))
     assert_same(contents(tmp_path / "out"), hf)
@@ -1652,7 +1686,7 @@ def test_experts_of_four_ranks(tmp_path):
     strategy = {name: sharding_of(name, array, (2, 2)) for name, array in whole.items()}
     strategy |= {name: Sharding((1, 4), (0, -1)) for name in whole if ".experts." in name}
     ranks = open_rank_files(tmp_path / "ranks", [strategy])
-    model = check_trained(ranks.checkpoint, tensor_parallel=ranks.tensor_parallel)
+    model = check_trained(ranks)
     assert model.spec == MOE_SPEC
     run(jobs.to_hf(model, tmp_path / "out"))
     assert_same(contents(tmp_path / "out"), hf)
@@ -1677,7 +1711,7 @@ def test_the_places_of_many_devices_are_worked_out_once(tmp_path, monkeypatch):
     original, asked = Sharding.place, []
     monkeypatch.setattr(Sharding, "place", lambda self, device: (asked.append(device), original(self, device))[1])
     ranks = open_rank_files(tmp_path / "ranks", [{name: Sharding((32, 2), (0, -1)) for name in whole}])
-    assert {tensor.shape for tensor in ranks.checkpoint.tensors.values()} == {(2, 3)}
+    assert {tensor.shape for tensor in ranks.tensors.values()} == {(2, 3)}
     assert len(asked) <= 64
 
 
@@ -1739,7 +1773,7 @@ def test_two_steps(tp2):
     assert "2 files: qwen3_rank_1-1000_1.safetensors" in words(text)
     assert "choose with --file_suffix" in words(text)
     for suffix in ("500_1", "1000_1"):
-        tensor = tp2.open(suffix).checkpoint.tensors["decoder.final_layernorm.weight"]
+        tensor = tp2.open(suffix).tensors["decoder.final_layernorm.weight"]
         assert tensor.file.name == f"qwen3_rank_0-{suffix}.safetensors"
 
 
@@ -1756,7 +1790,7 @@ def test_a_suffix_is_not_the_end_of_another(tp2):
     tensors = fused(random_tensors(seed=1))
     for rank in range(2):
         save_rank(tp2.directory, rank, of_rank(tensors, rank, 2), "0_1")
-    files = {tensor.file.name for tensor in tp2.open("0_1").checkpoint.tensors.values()}
+    files = {tensor.file.name for tensor in tp2.open("0_1").tensors.values()}
     assert files == {"qwen3_rank_0-0_1.safetensors"}
 
 
@@ -1864,7 +1898,7 @@ def test_unify_merges_everything(tmp_path, with_adam):
     assert_same(load_file(tmp_path / "out" / "hyper_param.safetensors"), COUNTER)
     index = json.loads((tmp_path / "out" / "param_name_map.json").read_text())
     assert index["weight_map"] == dict.fromkeys(whole, "part0.safetensors")
-    metadata = open_checkpoint(tmp_path / "out").metadata
+    metadata = open_source(tmp_path / "out").metadata
     assert metadata.items() >= {"format": "ms", "remove_redundancy": "False"}.items()
 
 
@@ -1939,7 +1973,7 @@ def strategies_of(monkeypatch) -> Callable[[Ranks], None]:
     """Strategy files, without the MindSpore that reads them."""
 
     def read_so(ranks: Ranks) -> None:
-        monkeypatch.setattr(strategies, "read_strategies", lambda directory: ranks.strategies)
+        monkeypatch.setattr(opening, "read_strategies", lambda directory: ranks.strategies)
 
     return read_so
 
@@ -2067,7 +2101,7 @@ def test_the_flags_of_unify():
         "output_dir": Path("o"),
         "file_suffix": None,
         "filter_out_param_prefix": None,
-        "has_redundancy": True,
+        "file_format": "safetensors",
         "dry_run": False,
     }
     required = {option.opts[0] for option in unify_command.params if option.required}
@@ -2096,7 +2130,7 @@ def test_the_script_there_and_back(tmp_path):
 def test_the_script_refuses_without_a_traceback(tmp_path):
     write_merged(tmp_path / "in", fused(random_tensors()))
     paths = ("--input_path", tmp_path / "in", "--output_path", tmp_path / "out")
-    result = script("convert_weight.py", "--model", "qwen3", "--reversed", *paths)
+    result = script("convert_weight.py", "--model", "qwen3", "--reversed", *paths, "--num_layers", 28)
     assert (result.returncode, result.stdout) == (2, "")
     assert says_of_both(result.stderr, "num_layers", 28, 2)
     assert "Traceback" not in result.stderr

@@ -12,15 +12,18 @@ import pytest
 from click.testing import CliRunner
 
 from mf_qwen3_bridge.cli.main import cli
-from mf_qwen3_bridge.convert.jobs import to_mindformers
+from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.identify import open_weights
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.preflight import check, check_trained
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
 from mf_qwen3_bridge.transfer.safetensors import Reader
-from mf_qwen3_bridge.verify.comparison import compare, open_side
+from mf_qwen3_bridge.verify.comparison import compare
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
+from tests.unit.test_convert import contents
 
 TIED = replace(SPEC, tie_word_embeddings=True)
 SQUARE = replace(MOE_SPEC, moe_ffn_hidden_size=MOE_SPEC.hidden_size)
@@ -41,9 +44,9 @@ def dialects_of(directory: Path, spec, tensors=None) -> dict[str, Path]:
 def test_the_same_weights_in_any_two_dialects(tmp_path: Path, spec):
     paths = dialects_of(tmp_path, spec)
     for left, right in itertools.product(paths.values(), repeat=2):
-        report = compare(open_side(left), open_side(right))
+        report = compare(open_weights(left), open_weights(right))
         assert report.is_equal, (left, right, list(report.problems()))
-        assert report.nbytes == sum(tensor.nbytes for tensor in open_side(left).checkpoint.tensors.values())
+        assert report.nbytes == sum(tensor.nbytes for tensor in open_weights(left).source.tensors.values())
 
 
 def test_each_byte_is_read_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -53,9 +56,9 @@ def test_each_byte_is_read_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(
         Reader, "read", lambda self, t, start, out: (read.append(len(out)), original(self, t, start, out))
     )
-    left, right = open_side(paths["hf"]), open_side(paths[str(TRAIN)])
+    left, right = open_weights(paths["hf"]), open_weights(paths[str(TRAIN)])
     compare(left, right)
-    assert sum(read) == left.checkpoint.nbytes + right.checkpoint.nbytes
+    assert sum(read) == left.source.nbytes + right.source.nbytes
 
 
 Q, K, V = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv")
@@ -126,9 +129,9 @@ def test_mutations_are_found_and_named(tmp_path: Path, mutation: str):
     change(wrong)
     mutant = write(tmp_path / "wrong", wrong, hf_config(spec))
     for path in paths.values():
-        report = compare(open_side(path), open_side(mutant))
+        report = compare(open_weights(path), open_weights(mutant))
         assert set(report.counts) == names
-        assert all(guess in report.guesses.get(name, "") for name in names), report.guesses
+        assert all(guess in report.suggestions.get(name, "") for name in names), report.suggestions
 
 
 @pytest.mark.parametrize(
@@ -138,19 +141,36 @@ def test_a_wrong_layout_is_recognised(tmp_path: Path, wrong: Layout):
     """Files that bear the wrong stamp: as if somebody had undone, or not undone, the interleaving."""
     hf = write(tmp_path / "hf", random_tensors(), hf_config())
     lying = {t.name: t.make() for t in check(hf).plan(Dialect(wrong)).targets}
-    report = compare(open_side(hf), open_side(write(tmp_path / "lying", lying)))  # taken to be interleaved
+    report = compare(open_weights(hf), open_weights(write(tmp_path / "lying", lying)))  # taken to be interleaved
     assert report.counts
     kinds = {name.rsplit(".", 2)[1] for name in report.counts}
     expected = set() if wrong.interleaved_qkv else {"q_proj", "k_proj", "v_proj"}
     expected |= set() if wrong.interleaved_gate_up else {"gate_proj", "up_proj"}
     assert kinds <= expected
-    assert report.guesses.keys() == report.counts.keys()
-    said = set(report.guesses.values())  # of QKV alone, or of gate and up alone, the flag of the other is not known
-    candidates = {wrong, *(kind.on(2) for kind in Layout.kinds() if wrong.tensor_parallel == 2)}
-    candidates |= set(Layout.kinds()) if wrong.tensor_parallel == 1 else set()
-    assert said <= {f"the second is laid out {layout}" for layout in candidates}
-    assert all("qkv=contiguous" in report.guesses[name] for name in report.counts if "self_attn" in name)
-    assert all("gate_up=contiguous" in report.guesses[name] for name in report.counts if "mlp" in name)
+    assert report.suggestions.keys() == report.counts.keys()
+    for name, suggestion in report.suggestions.items():
+        flag = wrong.interleaved_qkv if "self_attn" in name else wrong.interleaved_gate_up
+        blocks = "" if wrong.tensor_parallel == 1 else " in the blocks of 2 tensor parallel ranks"
+        assert not flag
+        assert suggestion.startswith(f"the second is laid out contiguous{blocks}, not interleaved")
+
+
+@pytest.mark.parametrize("stored", [Layout(False, False), Layout(False, False, 2)], ids=str)
+def test_an_export_in_the_wrong_layout_is_named(tmp_path: Path, stored: Layout):
+    """The mistake that this project exists for: contiguous weights, exported as if they were interleaved."""
+    hf = write(tmp_path / "hf", random_tensors(), hf_config())
+    run(to_mindformers(check(hf), Dialect(stored), tmp_path / "trained"))
+    undeclared = write(tmp_path / "undeclared", contents(tmp_path / "trained"))
+    run(to_hf(check_trained(open_source(undeclared), hf), tmp_path / "exported", "fp32"))
+    report = compare(open_weights(hf), open_weights(tmp_path / "exported"))
+    assert report.suggestions.keys() == report.counts.keys()
+    assert {name.split(".")[-2] for name in report.counts} <= {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    blocks = "" if stored.tensor_parallel == 1 else " in the blocks of 2 tensor parallel ranks"
+    for suggestion in report.suggestions.values():
+        assert f"wrong layout: read as interleaved, stored contiguous{blocks} " in suggestion
+        assert "--config" in suggestion
+    (problem, *_) = report.problems()
+    assert problem.remedy
 
 
 def test_another_number_of_groups(tmp_path: Path):
@@ -158,14 +178,14 @@ def test_another_number_of_groups(tmp_path: Path):
     hf = write(tmp_path / "hf", random_tensors(), hf_config())
     other = replace(SPEC, num_query_groups=2 * SPEC.num_query_groups)
     with pytest.raises(BridgeError, match="num_query_groups"):
-        compare(open_side(hf), open_side(write(tmp_path / "other", random_tensors(other), hf_config(other))))
+        compare(open_weights(hf), open_weights(write(tmp_path / "other", random_tensors(other), hf_config(other))))
 
 
 def test_dtypes(tmp_path: Path):
     tensors = random_tensors(dtype="BF16")
     wide = {name: value.astype(np.float32) for name, value in tensors.items()}
     left, right = write(tmp_path / "left", tensors), write(tmp_path / "right", wide)
-    report = compare(open_side(left), open_side(right))
+    report = compare(open_weights(left), open_weights(right))
     assert (list(report.dtypes), dict(report.counts)) == ([("BF16", "F32")], {})
     assert not report.is_equal
 
@@ -186,7 +206,9 @@ def test_the_command(tmp_path: Path):
 def test_one_ties_its_output_layer_and_the_other_does_not(tmp_path: Path):
     tied = {name: t for name, t in random_tensors().items() if name != "lm_head.weight"}
     with pytest.raises(BridgeError) as error:
-        compare(open_side(write(tmp_path / "untied", random_tensors())), open_side(write(tmp_path / "tied", tied)))
+        compare(
+            open_weights(write(tmp_path / "untied", random_tensors())), open_weights(write(tmp_path / "tied", tied))
+        )
     assert [(problem.subject, problem.found) for problem in error.value.problems] == [
         ("output layer", f"{tmp_path / 'untied'}: its own, which is not its embedding\nthe other: none")
     ]
@@ -198,20 +220,20 @@ def test_a_norm_is_not_taken_for_another_by_its_first_elements(tmp_path: Path):
     tensors[k] = tensors[q].copy()
     tensors[k][-1] += 1
     wrong = tensors | {q: tensors[k]}
-    report = compare(open_side(write(tmp_path / "right", tensors)), open_side(write(tmp_path / "wrong", wrong)))
-    assert set(report.counts) == {q} and "swapped" in report.guesses[q]  # all elements are those of the other
+    report = compare(open_weights(write(tmp_path / "right", tensors)), open_weights(write(tmp_path / "wrong", wrong)))
+    assert set(report.counts) == {q} and "swapped" in report.suggestions[q]  # all elements are those of the other
     wrong = tensors | {q: np.append(tensors[k][:-1], np.float32(7))}
-    report = compare(open_side(write(tmp_path / "right", tensors)), open_side(write(tmp_path / "other", wrong)))
-    assert set(report.counts) == {q} and not report.guesses
+    report = compare(open_weights(write(tmp_path / "right", tensors)), open_weights(write(tmp_path / "other", wrong)))
+    assert set(report.counts) == {q} and not report.suggestions
 
 
 def test_the_stamped_side_is_believed(tmp_path: Path):
     hf = write(tmp_path / "hf", random_tensors(), hf_config())
     run(to_mindformers(check(hf), INFER, tmp_path / "stamped"))
     lying = {t.name: t.make() for t in check(hf).plan(Dialect(Layout(False, False))).targets}
-    stamped, unstamped = open_side(tmp_path / "stamped"), open_side(write(tmp_path / "lying", lying))
-    assert all("second is laid out" in guess for guess in compare(stamped, unstamped).guesses.values())
-    assert all("first is laid out" in guess for guess in compare(unstamped, stamped).guesses.values())
+    stamped, unstamped = open_weights(tmp_path / "stamped"), open_weights(write(tmp_path / "lying", lying))
+    assert all("second is laid out" in guess for guess in compare(stamped, unstamped).suggestions.values())
+    assert all("first is laid out" in guess for guess in compare(unstamped, stamped).suggestions.values())
 
 
 def test_training_state_is_not_compared_and_that_is_said(tmp_path: Path):

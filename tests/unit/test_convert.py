@@ -18,13 +18,12 @@ from mf_qwen3_bridge.convert.file_layout import hf_files, mindformers_files, out
 from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers
 from mf_qwen3_bridge.convert.run import Job, Part, describe, run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.preflight import check
-from mf_qwen3_bridge.inputs.trained import check_trained
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.preflight import check, check_trained
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, hf_dialect, model_rules
 from mf_qwen3_bridge.transfer import tiles
 from mf_qwen3_bridge.transfer.plan import Target, make_plan
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, NUMPY, SPEC, hf_config, random_tensors, read, write
 
 LAYOUTS = [Layout(*flags) for flags in itertools.product([True, False], repeat=2)]
@@ -37,7 +36,7 @@ SPECS = {
 
 
 def contents(directory: Path) -> dict[str, np.ndarray]:
-    return {name: read(tensor) for name, tensor in open_checkpoint(directory).tensors.items()}
+    return {name: read(tensor) for name, tensor in open_source(directory).tensors.items()}
 
 
 def assert_same(left, right) -> None:
@@ -55,10 +54,10 @@ def test_there_and_back(tmp_path: Path, name, dtype, target):
     hf = random_tensors(spec, dtype=dtype)
     directory = write(tmp_path / "hf", hf, hf_config(spec), shards=3)
     run(to_mindformers(check(directory), target, tmp_path / "mf"))
-    made = open_checkpoint(tmp_path / "mf")
+    made = open_source(tmp_path / "mf")
     assert made.metadata["mf_qwen3_bridge.layout"] == str(target.layout)
     assert {tensor.dtype for tensor in made.tensors.values()} == {dtype}
-    run(to_hf(check_trained(open_checkpoint(tmp_path / "mf"), directory), tmp_path / "back"))
+    run(to_hf(check_trained(open_source(tmp_path / "mf"), directory), tmp_path / "back"))
     assert_same(contents(tmp_path / "back"), hf)
 
 
@@ -76,7 +75,7 @@ def test_files_hold_what_the_plan_makes(tmp_path_factory, source, target, name, 
     directory = tmp_path_factory.mktemp("job")
     spec, (dtype, wanted) = SPECS[name], dtypes
     write(directory / "source", random_tensors(spec, source, dtype))
-    plan = make_plan(model_rules(spec), open_checkpoint(directory / "source").tensors, source, target, wanted)
+    plan = make_plan(model_rules(spec), open_source(directory / "source").tensors, source, target, wanted)
     make = hf_files if target.is_hf else mindformers_files
     files, index = make(plan, max_bytes=file_bytes)
     expected = {made.name: made.make() for made in plan.targets}
@@ -146,7 +145,7 @@ def hf_dir(tmp_path: Path) -> Path:
 
 
 def test_an_export_is_complete(tmp_path, trained, hf_dir):
-    job = to_hf(check_trained(open_checkpoint(trained), hf_dir), tmp_path / "out", "bf16", max_shard_bytes=2000)
+    job = to_hf(check_trained(open_source(trained), hf_dir), tmp_path / "out", "bf16", max_shard_bytes=2000)
     run(job)
     names = {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
     assert names == {"config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json"}
@@ -154,7 +153,7 @@ def test_an_export_is_complete(tmp_path, trained, hf_dir):
     assert (config["torch_dtype"], config["dtype"], config["rope_theta"]) == ("bfloat16", "bfloat16", 5000000)
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"a": 1}'
     assert check(tmp_path / "out").spec == SPEC
-    assert any("MindFormers' default" in note for note in job.notes)
+    assert "MindFormers' default" in job.warning
 
 
 def test_what_the_yaml_says_of_rope_is_exported(tmp_path, trained, hf_dir):
@@ -162,7 +161,7 @@ def test_what_the_yaml_says_of_rope_is_exported(tmp_path, trained, hf_dir):
     (tmp_path / "train.yaml").write_text(
         json.dumps({"run_mode": "finetune", "model": {"model_config": {"rope_scaling": yarn}}})
     )
-    job = to_hf(check_trained(open_checkpoint(trained), hf_dir, tmp_path / "train.yaml"), tmp_path / "out")
+    job = to_hf(check_trained(open_source(trained), hf_dir, tmp_path / "train.yaml"), tmp_path / "out")
     config = json.loads(job.others["config.json"])
     assert config["rope_scaling"].items() >= yarn.items()
 
@@ -171,7 +170,7 @@ def test_what_a_run_keeps_beside_the_weights_is_left_out(tmp_path, hf_dir):
     tensors = random_tensors(SPEC, TRAIN)
     state = {f"adam_m.{name}": tensor for name, tensor in tensors.items()}
     state |= {"global_step": np.array([7], np.int32), "loss_scale": np.ones(1, np.float32)}
-    job = to_hf(check_trained(open_checkpoint(write(tmp_path / "trained", tensors | state)), hf_dir), tmp_path / "out")
+    job = to_hf(check_trained(open_source(write(tmp_path / "trained", tensors | state)), hf_dir), tmp_path / "out")
     text = "\n".join(describe(job))
     assert f"{len(state)} tensors that are state of a training run" in text
     run(job)
@@ -208,8 +207,8 @@ def test_a_tied_output_layer_is_written_when_asked(tmp_path):
     spec = SPECS["tied"]
     directory = write(tmp_path / "hf", random_tensors(spec), hf_config(spec))
     trained = write(tmp_path / "trained", random_tensors(spec, TRAIN))
-    run(to_hf(check_trained(open_checkpoint(trained), directory), tmp_path / "plain"))
-    run(to_hf(check_trained(open_checkpoint(trained), directory), tmp_path / "both", write_tied_output=True))
+    run(to_hf(check_trained(open_source(trained), directory), tmp_path / "plain"))
+    run(to_hf(check_trained(open_source(trained), directory), tmp_path / "both", write_tied_output=True))
     plain, both = contents(tmp_path / "plain"), contents(tmp_path / "both")
     assert both.keys() - plain.keys() == {"lm_head.weight"}
     np.testing.assert_array_equal(both["lm_head.weight"], plain["model.embed_tokens.weight"])
@@ -219,9 +218,7 @@ def test_casts_are_counted(tmp_path, hf_dir):
     tensors = random_tensors(SPEC, TRAIN)
     tensors["decoder.final_layernorm.weight"][:] = np.float32(1.5)  # exact in bfloat16
     tensors["decoder.final_layernorm.weight"][0] = 1e-42
-    summary = run(
-        to_hf(check_trained(open_checkpoint(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out", "bf16")
-    )
+    summary = run(to_hf(check_trained(open_source(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out", "bf16"))
     (casts,) = summary.casts.values()
     total = sum(tensor.size for tensor in tensors.values())
     rounded = sum(int((t.astype(NUMPY["BF16"]).astype(np.float32) != t).sum()) for t in tensors.values())
@@ -236,7 +233,7 @@ def test_values_too_large_for_float16(tmp_path, hf_dir):
     for layer in range(2):
         tensors[f"decoder.layers.{layer}.mlp.linear_fc2.weight"][3, 5] = 1e5
     with pytest.raises(BridgeError, match="not all values fit") as error:
-        run(to_hf(check_trained(open_checkpoint(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out", "fp16"))
+        run(to_hf(check_trained(open_source(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out", "fp16"))
     assert [problem.subject for problem in error.value.problems] == ["model.layers.{0..1}.mlp.down_proj.weight"]
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.incomplete"))
@@ -249,7 +246,7 @@ def test_values_that_no_model_has(tmp_path, hf_dir, value, fault):
     tensors = random_tensors(SPEC, TRAIN)
     tensors["decoder.layers.1.self_attention.linear_proj.weight"][...] = value
     with pytest.raises(BridgeError, match=f"(?s)no trained model has.*{fault}"):
-        run(to_hf(check_trained(open_checkpoint(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out"))
+        run(to_hf(check_trained(open_source(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -257,7 +254,7 @@ def test_one_empty_part_of_a_fused_tensor_is_seen(tmp_path, hf_dir):
     tensors = random_tensors(SPEC, TRAIN)
     tensors["decoder.layers.0.mlp.linear_fc1.weight"][1::2] = 0  # up
     with pytest.raises(BridgeError) as error:
-        run(to_hf(check_trained(open_checkpoint(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out"))
+        run(to_hf(check_trained(open_source(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out"))
     assert [problem.subject for problem in error.value.problems] == ["model.layers.0.mlp.up_proj.weight"]
 
 
@@ -276,8 +273,8 @@ def test_each_dtype_is_kept(tmp_path, hf_dir):
     tensors = random_tensors(MOE_SPEC, TRAIN, "BF16")
     routers = {name: array.astype(np.float32) for name, array in tensors.items() if "router" in name}
     hf = write(tmp_path / "moe", {}, hf_config(MOE_SPEC))
-    run(to_hf(check_trained(open_checkpoint(write(tmp_path / "t", tensors | routers)), hf), tmp_path / "out"))
-    dtypes = {name: tensor.dtype for name, tensor in open_checkpoint(tmp_path / "out").tensors.items()}
+    run(to_hf(check_trained(open_source(write(tmp_path / "t", tensors | routers)), hf), tmp_path / "out"))
+    dtypes = {name: tensor.dtype for name, tensor in open_source(tmp_path / "out").tensors.items()}
     assert {name for name, dtype in dtypes.items() if dtype == "F32"} == {
         f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)
     }
@@ -294,7 +291,7 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path, monkeypatch):
     monkeypatch.setattr(Buffers, "lend", lambda self, nbytes: (lent.append(nbytes), original(self, nbytes))[1])
     run(to_mindformers(check(directory), TRAIN, tmp_path / "mf"))
     assert max(lent) <= 2 * tiles.TILE_BYTES + 64
-    assert max(tensor.nbytes for tensor in open_checkpoint(tmp_path / "mf").tensors.values()) > 5 * max(lent)
+    assert max(tensor.nbytes for tensor in open_source(tmp_path / "mf").tensors.values()) > 5 * max(lent)
 
 
 def test_dialects_of_hugging_face(tmp_path):
@@ -303,7 +300,7 @@ def test_dialects_of_hugging_face(tmp_path):
     directory = write(tmp_path / "hf", stacked, hf_config(MOE_SPEC))
     assert hf_dialect(stacked) == HF_STACKED
     run(to_mindformers(check(directory), TRAIN, tmp_path / "mf"))
-    run(to_hf(check_trained(open_checkpoint(tmp_path / "mf"), directory), tmp_path / "back"))
+    run(to_hf(check_trained(open_source(tmp_path / "mf"), directory), tmp_path / "back"))
     back = contents(tmp_path / "back")
     for layer, expert in itertools.product(range(2), range(4)):
         experts = f"model.layers.{layer}.mlp.experts"

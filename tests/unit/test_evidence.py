@@ -12,12 +12,11 @@ import pytest
 from mf_qwen3_bridge.convert.jobs import to_mindformers
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.layout_evidence import check_layout
-from mf_qwen3_bridge.inputs.preflight import check
-from mf_qwen3_bridge.inputs.trained import check_trained
+from mf_qwen3_bridge.inputs.layout_detection import check_layout
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.preflight import check, check_trained
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import TRAIN, Dialect
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import contents
 
@@ -41,13 +40,13 @@ def trained(tmp_path: Path, base: Path, layout: Layout) -> Path:
 @pytest.mark.parametrize("spec", [LARGER, LARGER_MOE], ids=["dense", "moe"])
 def test_a_wrong_guess_is_refused(tmp_path: Path, spec, layout: Layout):
     base = write(tmp_path / "base", random_tensors(spec), hf_config(spec))
-    model = check_trained(open_checkpoint(trained(tmp_path, base, layout)), base)
+    model = check_trained(open_source(trained(tmp_path, base, layout)), base)
     assert model.dialect == TRAIN
     is_right = layout.interleaved_qkv and (layout.interleaved_gate_up or spec.is_moe)
     if is_right:
         assert check_layout(model)
     else:
-        with pytest.raises(BridgeError, match="lies in another layout") as error:
+        with pytest.raises(BridgeError, match="has another layout") as error:
             check_layout(model)
         rows = {problem.subject: problem.remedy for problem in error.value.problems}
         size = f", use_parallel True and parallel_config.model_parallel {layout.tensor_parallel}"
@@ -72,12 +71,12 @@ def test_heads_that_were_trained_unlike_each_other(tmp_path: Path, groups: int):
         rows = len(moved[name]) // groups
         moved[name] = moved[name].copy()
         moved[name][rows:] += 0.9 * random.standard_normal(moved[name][rows:].shape).astype(np.float32)
-    assert check_layout(check_trained(open_checkpoint(write(tmp_path / "trained", moved)), base))
+    assert check_layout(check_trained(open_source(write(tmp_path / "trained", moved)), base))
 
 
 def test_weights_of_another_size_show_nothing(tmp_path: Path):
     base = write(tmp_path / "base", random_tensors(LARGER), hf_config(LARGER))
-    model = check_trained(open_checkpoint(trained(tmp_path, base, TRAIN.layout)), base)
+    model = check_trained(open_source(trained(tmp_path, base, TRAIN.layout)), base)
     write(base, random_tensors(replace(LARGER, head_dim=8)))
     assert not check_layout(model)
 
@@ -85,12 +84,12 @@ def test_weights_of_another_size_show_nothing(tmp_path: Path):
 def test_weights_of_another_run_show_nothing(tmp_path: Path):
     base = write(tmp_path / "base", random_tensors(LARGER), hf_config(LARGER))
     other = write(tmp_path / "other", random_tensors(LARGER, TRAIN, seed=5))
-    assert not check_layout(check_trained(open_checkpoint(other), base))
+    assert not check_layout(check_trained(open_source(other), base))
 
 
 def test_without_weights_nothing_is_shown(tmp_path: Path):
     base = write(tmp_path / "base", random_tensors(LARGER), hf_config(LARGER))
-    model = check_trained(open_checkpoint(trained(tmp_path, base, TRAIN.layout)), base)
+    model = check_trained(open_source(trained(tmp_path, base, TRAIN.layout)), base)
     (base / "model.safetensors").unlink()
     assert not check_layout(model)
     (base / "model.safetensors").write_bytes(b"broken")

@@ -16,12 +16,12 @@ from mf_qwen3_bridge.convert.jobs import to_mindformers, to_ranks, truncate
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.inspection import inspect, lines
+from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.released import RELEASED
 from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, read, write, write_headers
 
 
@@ -121,7 +121,7 @@ def test_the_first_layers_byte_for_byte(tmp_path: Path, spec):
     config = hf_config(spec) | {"layer_types": ["full_attention"] * spec.num_layers, "unknown": 1}
     source = write(tmp_path / "hf", random_tensors(spec), config)
     said("truncate", source, "--layers", 1, "--output_dir", tmp_path / "small")
-    before, after = (open_checkpoint(path).tensors for path in (source, tmp_path / "small"))
+    before, after = (open_source(path).tensors for path in (source, tmp_path / "small"))
     assert set(after) == {name for name in before if "layers." not in name or "layers.0." in name}
     assert all(read(after[name]).tobytes() == read(before[name]).tobytes() for name in after)
     model = check(tmp_path / "small")
@@ -134,7 +134,7 @@ def test_a_tied_output_layer_that_is_stored_stays(tmp_path: Path):
     tensors = random_tensors(TIED)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     run(truncate(check(write(tmp_path / "hf", tensors, hf_config(TIED))), 1, tmp_path / "small"))
-    assert "lm_head.weight" in open_checkpoint(tmp_path / "small").tensors
+    assert "lm_head.weight" in open_source(tmp_path / "small").tensors
 
 
 def test_more_layers_than_there_are(tmp_path: Path):

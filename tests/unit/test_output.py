@@ -22,10 +22,9 @@ from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers
 from mf_qwen3_bridge.convert.run import Job, run
 from mf_qwen3_bridge.convert.workers import ALONE, Worker, this_worker
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.preflight import check
-from mf_qwen3_bridge.inputs.trained import check_trained
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.preflight import check, check_trained
 from mf_qwen3_bridge.model.rules import TRAIN
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import assert_same, contents
 
@@ -44,7 +43,7 @@ def dirs(tmp_path_factory) -> Dirs:
 
 def job_of(dirs: Dirs, out: Path, shard_bytes: int = 3 << 20) -> Job:
     """Several files, config.json, index."""
-    return to_hf(check_trained(open_checkpoint(dirs.trained), dirs.hf), out, "bf16", shard_bytes)
+    return to_hf(check_trained(open_source(dirs.trained), dirs.hf), out, "bf16", shard_bytes)
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -69,7 +68,7 @@ def assert_nothing_loads(out: Path) -> None:
     """What a kill leaves: nothing, or a directory that nobody takes for a checkpoint."""
     for directory in (out, out.with_name(f"{out.name}.incomplete")):
         with pytest.raises(BridgeError):
-            open_checkpoint(directory)
+            open_source(directory)
 
 
 @contextmanager
@@ -410,7 +409,7 @@ def test_what_workers_saw_is_put_together(dirs, tmp_path, monkeypatch):
     tensors["embedding.word_embeddings.weight"][: LARGER.vocab_size // 2] = 0
     tensors["decoder.layers.1.mlp.linear_fc2.weight"][...] = 0
     trained = write(tmp_path / "trained", tensors)
-    job = to_hf(check_trained(open_checkpoint(trained), dirs.hf), tmp_path / "out", "bf16")
+    job = to_hf(check_trained(open_source(trained), dirs.hf), tmp_path / "out", "bf16")
     child = in_child(lambda: run(job, Worker(1, 2)))
     text = refusal(job, Worker(0, 2))
     exit_code(child)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.model import training_ranks
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig, num_processes
@@ -20,14 +21,14 @@ from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer import tiles
 from mf_qwen3_bridge.transfer.copying import Transfer
 from mf_qwen3_bridge.transfer.plan import Plan, check_values, make_plan, write_slices
-from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, open_checkpoint
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader
 from tests.tiny import MOE_SPEC, SPEC, Tensors, random_tensors, write
 
 SOURCES = [HF, HF_STACKED, TRAIN, INFER, Dialect(Layout(interleaved_qkv=False, interleaved_gate_up=True))]
 
 
 def plan_of(directory: Path, spec: ModelSpec, parallel: ParallelConfig, number: int, source: Dialect = HF) -> Plan:
-    tensors = open_checkpoint(directory).tensors
+    tensors = open_source(directory).tensors
     return make_plan(model_rules(spec), tensors, source, INFER, rank=parallel.rank(number))
 
 
@@ -110,7 +111,7 @@ def test_every_rank_holds_what_slicing_gives(tmp_path_factory, run, source):
     spec, parallel = run
     assert not list(parallel.problems(spec))
     hf, directory = random_tensors(spec), tmp_path_factory.mktemp("weights")
-    hf_plan = make_plan(model_rules(spec), open_checkpoint(write(directory / "hf", hf)).tensors, HF, source)
+    hf_plan = make_plan(model_rules(spec), open_source(write(directory / "hf", hf)).tensors, HF, source)
     write(directory / "source", {target.name: target.make() for target in hf_plan.targets})
     for number in range(parallel.world_size):
         expected = sliced(hf, spec, parallel, number)
@@ -163,7 +164,7 @@ def test_nothing_is_read_that_a_rank_does_not_need(tmp_path, read, spec, paralle
         assert needed <= sum(read) <= needed * (1.4 if spec.is_moe and parallel.expert_parallel == 1 else 1)
         total += needed
     assert max(read) <= tiles.TILE_BYTES
-    assert total >= sum(target.nbytes for target in open_checkpoint(directory).tensors.values())
+    assert total >= sum(target.nbytes for target in open_source(directory).tensors.values())
 
 
 @pytest.mark.parametrize("source", [TRAIN, INFER])
@@ -175,7 +176,7 @@ def test_a_mindformers_checkpoint_is_read_once(tmp_path, monkeypatch, read, sour
     plan = plan_of(directory, spec, ParallelConfig(), 0, source)
     for target in plan.targets:
         target.make()
-    assert sum(read) == plan.source_nbytes == open_checkpoint(directory).nbytes
+    assert sum(read) == plan.source_nbytes == open_source(directory).nbytes
     if source == INFER:
         assert len(read) == len(plan.targets)
 
@@ -189,7 +190,7 @@ def test_pieces_of_any_size_make_the_same(tmp_path, monkeypatch, piece_bytes, pa
         sizes = ParallelConfig(2) if name == "dense" else parallel
         hf = random_tensors(spec, dtype="BF16")
         directory = write(tmp_path / name, hf)
-        tensors = open_checkpoint(directory).tensors
+        tensors = open_source(directory).tensors
         plan = make_plan(model_rules(spec), tensors, HF, INFER, dtype, sizes.rank(1))
         whole = {target.name: target.make() for target in plan.targets}
         with monkeypatch.context() as patch:
@@ -208,7 +209,7 @@ def test_a_group_is_shared_when_there_are_more_ranks_than_kv_heads(tmp_path):
         rules = [
             rule for rule in model_rules(SPEC) if rule.parameter.endswith("layers.0.self_attention.linear_qkv.weight")
         ]
-        tensors = {name: info for name, info in open_checkpoint(directory).tensors.items() if name in rules[0].tensors}
+        tensors = {name: info for name, info in open_source(directory).tensors.items() if name in rules[0].tensors}
         plan = make_plan(rules, tensors, HF, INFER, rank=ParallelConfig(4).rank(number))
         rows = slice(4 * kv_head, 4 * kv_head + 4)
         expected = np.concatenate([q[4 * number : 4 * number + 4], k[rows], v[rows]])
@@ -271,7 +272,7 @@ def shares_of(directory: Path, number: int) -> Iterator[Plan]:
     """What rank ``number`` of two loads: of the inference network, and of the training network."""
     yield plan_of(directory, SPEC, ParallelConfig(2), number)
     rules = list(model_rules(SPEC))
-    whole = make_plan(rules, open_checkpoint(directory).tensors, HF, TRAIN)
+    whole = make_plan(rules, open_source(directory).tensors, HF, TRAIN)
     yield write_slices(whole, dict(training_ranks.boxes(rules, TRAIN, ParallelConfig(2), number)))
 
 

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.model import layouts
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parameters import is_training_state
 from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.plan import make_plan
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, NUMPY, SPEC, random_tensors, write
 
 MINDFORMERS = [
@@ -31,7 +31,7 @@ DIALECTS = [HF, HF_STACKED, *MINDFORMERS]
 
 
 def convert(directory: Path, spec: ModelSpec, source: Dialect, target: Dialect, dtype: str | None = None):
-    plan = make_plan(model_rules(spec), open_checkpoint(directory).tensors, source, target, dtype)
+    plan = make_plan(model_rules(spec), open_source(directory).tensors, source, target, dtype)
     return {tensor.name: tensor.make() for tensor in plan.targets}
 
 
@@ -193,11 +193,11 @@ def test_a_tied_model_may_store_its_output_layer_but_not_another_one(tmp_path):
     spec = replace(SPEC, tie_word_embeddings=True)
     hf = random_tensors(spec)
     hf["lm_head.weight"] = hf["model.embed_tokens.weight"].copy()
-    plan = make_plan(model_rules(spec), open_checkpoint(write(tmp_path / "same", hf)).tensors, HF, INFER)
+    plan = make_plan(model_rules(spec), open_source(write(tmp_path / "same", hf)).tensors, HF, INFER)
     plan.check_duplicates()
     assert plan.num_source_tensors == len(hf)
     hf["lm_head.weight"][3, 2] += 1
-    plan = make_plan(model_rules(spec), open_checkpoint(write(tmp_path / "other", hf)).tensors, HF, INFER)
+    plan = make_plan(model_rules(spec), open_source(write(tmp_path / "other", hf)).tensors, HF, INFER)
     with pytest.raises(BridgeError, match="tie_word_embeddings"):
         plan.check_duplicates()
 
@@ -229,7 +229,7 @@ def test_the_state_of_a_training_run_is_left_out(tmp_path):
         "decoder.layers.0.mlp.router.fi_accu": np.zeros(4, np.float32),
         "decoder.layers.0.self_attention.core_attention.max_logits_val": np.zeros(4, np.float32),
     }
-    plan = make_plan(model_rules(SPEC), open_checkpoint(write(tmp_path, train | state)).tensors, TRAIN, INFER)
+    plan = make_plan(model_rules(SPEC), open_source(write(tmp_path, train | state)).tensors, TRAIN, INFER)
     assert set(plan.ignored) == set(state)
     assert {target.name for target in plan.targets} == set(train)
 

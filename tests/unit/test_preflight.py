@@ -10,8 +10,8 @@ import pytest
 
 import yaml
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
 from mf_qwen3_bridge.inputs.preflight import check, summary
+from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
@@ -71,7 +71,7 @@ def test_the_hidden_size_of_another_model(directory: Path):
 )
 @pytest.mark.parametrize("dialect", [HF, INFER, TRAIN])
 def test_each_wrong_number_is_named_alone(tmp_path: Path, field, value, dialect):
-    stamp = {} if dialect.is_hf else {LAYOUT_STAMP: str(dialect.layout)}
+    stamp = {} if dialect.is_hf else {LAYOUT_KEY: str(dialect.layout)}
     write(tmp_path, random_tensors(dialect=dialect), hf_config(**{field: value}), metadata=stamp)
     assert list(problems(tmp_path)) == [field]
 
@@ -214,7 +214,7 @@ def test_what_else_a_yaml_says_is_not_used_and_noted(directory: Path, tmp_path: 
 )
 @pytest.mark.parametrize("dialect", [HF, Dialect(None, stacked_experts=True), INFER, TRAIN], ids=str)
 def test_each_wrong_number_of_an_moe_is_named_alone(tmp_path: Path, field, value, dialect):
-    stamp = {} if dialect.is_hf else {LAYOUT_STAMP: str(dialect.layout)}
+    stamp = {} if dialect.is_hf else {LAYOUT_KEY: str(dialect.layout)}
     tensors = random_tensors(MOE_SPEC, dialect=dialect)
     write(tmp_path / "right", tensors, hf_config(MOE_SPEC), metadata=stamp)
     of_experts = dialect if dialect.is_hf else replace(dialect, layout=dialect.layout.of_experts)
@@ -321,7 +321,7 @@ class TestMindFormersWeights:
         return write(tmp_path / "unified_safe", random_tensors(dialect=TRAIN))
 
     def test_without_a_word_about_the_layout_they_are_refused(self, directory: Path, weights: Path):
-        with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
+        with pytest.raises(BridgeError, match="nothing declares the layout of QKV and gate/up"):
             check(directory, weights=weights)
 
     @pytest.mark.parametrize("qkv", [True, False])
@@ -337,19 +337,19 @@ class TestMindFormersWeights:
     ):
         """In how many blocks the rows lie depends on the training run's ``model_parallel``."""
         config = yaml_file(tmp_path / "predict.yaml", **layout.training_flags)
-        with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
+        with pytest.raises(BridgeError, match="nothing declares the layout of QKV and gate/up"):
             check(directory, config, weights)
 
     def test_a_yaml_without_the_flags_means_the_defaults(self, directory: Path, weights: Path, tmp_path: Path):
         assert check(directory, yaml_file(tmp_path / "train.yaml", "finetune", offset=0), weights).dialect == TRAIN
 
     def test_a_predict_yaml_without_the_flags_says_nothing(self, directory: Path, weights: Path, tmp_path: Path):
-        with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
+        with pytest.raises(BridgeError, match="nothing declares the layout of QKV and gate/up"):
             check(directory, yaml_file(tmp_path / "predict.yaml", params_dtype="float32"), weights)
 
     def test_one_flag_does_not_speak_for_the_other(self, directory: Path, weights: Path, tmp_path: Path):
         config = yaml_file(tmp_path / "predict.yaml", use_contiguous_weight_layout_attention=False)
-        with pytest.raises(BridgeError, match="nothing says how QKV and gate/up lie"):
+        with pytest.raises(BridgeError, match="nothing declares the layout of QKV and gate/up"):
             check(directory, config, weights)
 
     @pytest.mark.parametrize("value", ["False", 0])
@@ -359,7 +359,7 @@ class TestMindFormersWeights:
 
     def test_null_flags_say_nothing(self, directory: Path, weights: Path, tmp_path: Path):
         config = yaml_file(tmp_path / "p.yaml", **dict.fromkeys(TRAIN.layout.training_flags))
-        with pytest.raises(BridgeError, match="nothing says"):
+        with pytest.raises(BridgeError, match="nothing declares"):
             check(directory, config, weights)
 
     @pytest.mark.parametrize("run_mode", ["train", "finetune", "eval", "predict_with_train_model"])
@@ -367,7 +367,7 @@ class TestMindFormersWeights:
         assert check(directory, yaml_file(tmp_path / "t.yaml", run_mode), weights).dialect == TRAIN
 
     def test_a_stamp_of_another_program(self, directory: Path, tmp_path: Path):
-        stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_STAMP: "qkv=zigzag"})
+        stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_KEY: "qkv=zigzag"})
         with pytest.raises(BridgeError, match="zigzag"):
             check(directory, weights=stamped)
 
@@ -376,28 +376,28 @@ class TestMindFormersWeights:
         document = {"run_mode": "train", "pretrained_model_dir": str(directory), "model": {"model_config": {}}}
         config.write_text(yaml.safe_dump(document))
         model = check(weights, config)
-        assert (model.hf_dir, model.checkpoint.path, model.dialect) == (directory, weights, TRAIN)
+        assert (model.hf_dir, model.source.path, model.dialect) == (directory, weights, TRAIN)
 
     def test_the_stamp_says_it(self, directory: Path, tmp_path: Path):
-        stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_STAMP: str(INFER.layout)})
+        stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_KEY: str(INFER.layout)})
         assert check(directory, weights=stamped).dialect.layout == INFER.layout
         config = yaml_file(tmp_path / "p.yaml", params_dtype="float32")
         assert check(directory, config, stamped).dialect.layout == INFER.layout
 
     def test_stamp_and_yaml_may_not_contradict_each_other(self, directory: Path, tmp_path: Path):
-        stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_STAMP: str(INFER.layout)})
+        stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_KEY: str(INFER.layout)})
         config = yaml_file(tmp_path / "p.yaml", **TRAIN.layout.training_flags)
         with pytest.raises(BridgeError, match="contradict"):
             check(directory, config, stamped)
 
-    @pytest.mark.parametrize("other", [{LAYOUT_STAMP: str(TRAIN.layout)}, {}])
+    @pytest.mark.parametrize("other", [{LAYOUT_KEY: str(TRAIN.layout)}, {}])
     def test_a_stamp_that_not_all_files_bear_is_worth_nothing(self, directory: Path, tmp_path: Path, other):
         tensors = random_tensors(dialect=INFER)
         half = {name: tensors.pop(name) for name in list(tensors)[::2]}
-        weights = write(tmp_path / "s", tensors, metadata={LAYOUT_STAMP: str(INFER.layout)})
+        weights = write(tmp_path / "s", tensors, metadata={LAYOUT_KEY: str(INFER.layout)})
         write(tmp_path / "t", half, metadata=other)
         (tmp_path / "t" / "model.safetensors").rename(weights / "other.safetensors")
-        with pytest.raises(BridgeError, match="nothing says"):
+        with pytest.raises(BridgeError, match="nothing declares"):
             check(directory, weights=weights)
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.inputs.identify import open_weights
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.model.released import RELEASED
-from mf_qwen3_bridge.verify.comparison import compare, open_side
+from mf_qwen3_bridge.verify.comparison import compare
 from mf_qwen3_bridge.verify.layer_errors import layer_errors
 from mf_qwen3_bridge.verify.reference import forward
 from tests.tiny import SPEC, hf_config, random_tensors, write, write_headers
@@ -89,7 +90,7 @@ def test_what_verify_prints_of_a_mutant(tmp_path: Path):
     k, v = (f"model.layers.12.self_attn.{name}_proj.weight" for name in "kv")
     mutant = write(tmp_path / "mutant", tensors | {k: tensors[v], v: tensors[k]}, hf_config(spec))
     found = layer_errors(dict(forward(check(mutant), [1, 2, 3])), check(right), [1, 2, 3])
-    problems = compare(open_side(mutant), open_side(right)).problems()
+    problems = compare(open_weights(mutant), open_weights(right)).problems()
     headline = f"Qwen3-0.6B-mutant does not compute the same: {found.summary}"
     printed = f"Error: {BridgeError(headline, problems)}\n"
     for readme in (ENGLISH, CHINESE):

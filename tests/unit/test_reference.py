@@ -10,7 +10,7 @@ import pytest
 from mf_qwen3_bridge.convert.jobs import to_mindformers
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.preflight import check, first_layers
+from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.model.released import RELEASED
 from mf_qwen3_bridge.model.rules import INFER, TRAIN
 from mf_qwen3_bridge.verify import layer_errors as module
@@ -107,12 +107,12 @@ def test_no_more_tokens_than_positions(tmp_path: Path):
 
 
 def test_the_first_layers(model):
-    first = first_layers(model, 1)
+    first = model.first_layers(1)
     expected, found = list(forward(model, [1, 2])), list(forward(first, [1, 2]))
     assert [stage for stage, _ in found] == [stage for stage, _ in expected if stage.layer in (0, None)]
     np.testing.assert_array_equal(dict(found)[Stage(0, LAYER)], dict(expected)[Stage(0, LAYER)])
     with pytest.raises(BridgeError, match="has 2 layers"):
-        first_layers(model, 3)
+        model.first_layers(3)
 
 
 def test_as_many_layers_as_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -14,13 +14,12 @@ from mf_qwen3_bridge.cli.main import main
 from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers, to_ranks, unify
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.preflight import check, check_trained
 from mf_qwen3_bridge.inputs.rank_files import Sharding, open_rank_files
-from mf_qwen3_bridge.inputs.trained import check_trained
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
 from tests.unit.test_convert import contents
 
@@ -155,7 +154,7 @@ def test_a_rank_that_saved_zeros(tmp_path):
     held = contents(tmp_path / "ranks" / "rank_1")
     write(tmp_path / "ranks" / "rank_1", {name: np.zeros_like(tensor) for name, tensor in held.items()})
     ranks = open_rank_files(tmp_path / "ranks", strategies, weights_only=True)
-    job = to_hf(check_trained(ranks.checkpoint), tmp_path / "out")
+    job = to_hf(check_trained(ranks), tmp_path / "out")
     with pytest.raises(BridgeError, match="all zero"):
         run(job)
     assert not (tmp_path / "out").exists()
@@ -169,7 +168,7 @@ def test_a_rank_whose_tokens_nobody_uses(tmp_path, name):
         tensors[name][rows:] = 0
         directory = tmp_path / str(rows)
         ranks = open_rank_files(directory / "ranks", two_ranks(directory / "ranks", tensors), weights_only=True)
-        job = to_hf(check_trained(ranks.checkpoint), directory / "out")
+        job = to_hf(check_trained(ranks), directory / "out")
         if is_refused:
             with pytest.raises(BridgeError, match="all zero"):
                 run(job)
@@ -187,7 +186,7 @@ def test_an_optimizers_state_that_no_strategy_lists(tmp_path):
     with pytest.raises(BridgeError, match="in no strategy file"):
         open_rank_files(tmp_path / "ranks", listed)
     for which in ({"weights_only": True}, {"without_prefix": "adam_"}):
-        assert open_rank_files(tmp_path / "ranks", listed, **which).checkpoint.tensors.keys() == tensors.keys()
+        assert open_rank_files(tmp_path / "ranks", listed, **which).tensors.keys() == tensors.keys()
 
 
 def test_an_optimizers_state_that_is_not_whole_does_not_matter_to_an_export(tmp_path):
@@ -198,9 +197,7 @@ def test_an_optimizers_state_that_is_not_whole_does_not_matter_to_an_export(tmp_
     write(tmp_path / "ranks" / "rank_1", {name: held[name] for name in tensors})
     with pytest.raises(BridgeError, match="blocks are in no rank's file"):
         open_rank_files(tmp_path / "ranks", strategies)
-    assert (
-        open_rank_files(tmp_path / "ranks", strategies, weights_only=True).checkpoint.tensors.keys() == tensors.keys()
-    )
+    assert open_rank_files(tmp_path / "ranks", strategies, weights_only=True).tensors.keys() == tensors.keys()
 
 
 def test_the_flag_for_gate_and_up_says_nothing_of_experts(tmp_path):
@@ -208,8 +205,8 @@ def test_the_flag_for_gate_and_up_says_nothing_of_experts(tmp_path):
     hf = write(tmp_path / "hf", random_tensors(MOE_SPEC), hf_config(MOE_SPEC))
     with_flag = training_yaml(tmp_path, 2, use_interleaved_weight_layout_mlp=False)
     model = check(hf, with_flag)
-    assert model.training_layout == Layout(True, True)
-    run(to_mindformers(model, Dialect(model.training_layout), tmp_path / "mf"))
+    assert model.yaml_layout == Layout(True, True)
+    run(to_mindformers(model, Dialect(model.yaml_layout), tmp_path / "mf"))
     for config in (with_flag, training_yaml(tmp_path, 4, use_interleaved_weight_layout_mlp=True), None):
         assert check(hf, config, tmp_path / "mf", num_processes=2).dialect == TRAIN
 
@@ -255,7 +252,7 @@ def test_metadata_of_no_number_of_ranks(tmp_path, capsys, value):
     ranks = {"mf_qwen3_bridge.tensor_parallel": value}
     with_ranks = write(tmp_path / "ranks", random_tensors(EVEN, TRAIN), metadata=ranks)
     config = training_yaml(tmp_path, use_contiguous_weight_layout_attention=True)
-    assert check_trained(open_checkpoint(with_ranks), config=config).dialect == Dialect(Layout(False, True))
+    assert check_trained(open_source(with_ranks), config=config).dialect == Dialect(Layout(False, True))
 
 
 def test_a_yaml_that_contains_itself_or_a_billion_values(tmp_path, capsys, hf):

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.model.layouts import Box, Layout, View
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.transfer.blocks import within
 from mf_qwen3_bridge.transfer.copying import have_equal_bytes
 from mf_qwen3_bridge.transfer.plan import as_it_is, make_plan, write_slices
-from mf_qwen3_bridge.transfer.safetensors import Reader, Shard, TensorInfo, open_checkpoint
+from mf_qwen3_bridge.transfer.safetensors import Reader, Shard, TensorInfo
 from tests.tiny import MOE_SPEC, SPEC, Tensors, random_tensors, write
 
 DIALECTS = [Dialect(Layout(qkv, gate_up)) for qkv in (True, False) for gate_up in (True, False)]
@@ -41,7 +42,7 @@ def block(array: np.ndarray, box: Box) -> np.ndarray:
 def sharded(directory: Path, whole: Tensors, boxes_of: dict[str, list[Box]]) -> dict[str, TensorInfo]:
     """The tensors, each in as many files' tensors as it has blocks."""
     blocks = {f"{name}#{n}": block(whole[name], box) for name in whole for n, box in enumerate(boxes_of[name])}
-    on_disk = open_checkpoint(write(directory, blocks)).tensors
+    on_disk = open_source(write(directory, blocks)).tensors
     tensors = {}
     for name, array in whole.items():
         shards = tuple(Shard(on_disk[f"{name}#{n}"], box) for n, box in enumerate(boxes_of[name]))
@@ -72,7 +73,7 @@ def test_blocks_of_any_size(tmp_path_factory, data, dialect, is_moe, direction):
 
 
 def plan_of(directory: Path, spec, source: Dialect, target: Dialect):
-    return make_plan(model_rules(spec), open_checkpoint(directory).tensors, source, target)
+    return make_plan(model_rules(spec), open_source(directory).tensors, source, target)
 
 
 @pytest.mark.parametrize(

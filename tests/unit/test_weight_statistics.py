@@ -18,10 +18,10 @@ from mf_qwen3_bridge.cli.main import cli
 from mf_qwen3_bridge.convert.jobs import to_mindformers
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.inputs.identify import open_weights
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.model.rules import INFER, TRAIN
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader
-from mf_qwen3_bridge.verify.comparison import open_side
 from mf_qwen3_bridge.verify.statistics import Statistics, measure, outliers, rows, statistics_of
 from tests.tiny import MOE_SPEC, SPEC, Tensors, hf_config, random_tensors, write
 
@@ -63,7 +63,7 @@ def test_statistics_add_up():
 
 def test_a_sound_model_has_no_outliers_in_any_dialect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     hf = write(tmp_path / "hf", sound(MOE_SPEC), hf_config(MOE_SPEC))
-    expected = measure(open_side(hf))
+    expected = measure(open_weights(hf))
     assert list(outliers(expected)) == []
     read: list[int] = []
     original = Reader.read
@@ -72,9 +72,9 @@ def test_a_sound_model_has_no_outliers_in_any_dialect(tmp_path: Path, monkeypatc
         path = tmp_path / str(dialect.stacked_experts)
         run(to_mindformers(check(hf), dialect, path))
         read.clear()
-        side = open_side(path)
+        side = open_weights(path)
         found = measure(side)
-        assert sum(read) == side.checkpoint.nbytes
+        assert sum(read) == side.source.nbytes
         assert found.keys() == expected.keys()
         for name, one in found.items():
             assert (one.rms, one.mean) == pytest.approx((expected[name].rms, expected[name].mean))
@@ -109,7 +109,7 @@ def test_oddities(tmp_path: Path, oddity: str):
     name, change, expected = ODDITIES[oddity]
     tensors = sound()
     tensors[name] = change(tensors[name])
-    found = list(outliers(measure(open_side(write(tmp_path, tensors)))))
+    found = list(outliers(measure(open_weights(write(tmp_path, tensors)))))
     assert all(line.startswith(name) for line in found)
     if oddity == "a hole":
         expected = f"{20 / tensors[name].size:.3g} of the elements are zero"
@@ -125,7 +125,7 @@ def test_faults_are_refused(tmp_path: Path, value: float, fault: str, dtype: str
     else:
         tensors[DOWN].reshape(-1)[-1] = value
     with pytest.raises(BridgeError) as error:
-        measure(open_side(write(tmp_path, tensors)))
+        measure(open_weights(write(tmp_path, tensors)))
     assert [problem.subject for problem in error.value.problems] == [DOWN]
     assert fault in error.value.problems[0].found and "model.safetensors" in error.value.problems[0].found
 
@@ -154,7 +154,7 @@ def test_the_config_is_looked_at(tmp_path: Path):
 def test_an_embedding_of_zeros(tmp_path: Path):
     tensors = sound()
     tensors["model.embed_tokens.weight"][3:] = 0
-    (line,) = outliers(measure(open_side(write(tmp_path, tensors))))
+    (line,) = outliers(measure(open_weights(write(tmp_path, tensors))))
     assert "0.812 of the elements are zero" in line
 
 

@@ -19,9 +19,9 @@ from mindformers.trainer import base_trainer
 from mindformers.utils import load_checkpoint_utils
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.identify import LAYOUT_STAMP
 from mf_qwen3_bridge.inputs.mindformers_yaml import LAYOUT_FLAGS
-from mf_qwen3_bridge.inputs.preflight import Model, check_weights
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check_against_network
+from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.cpu.device import inference_device
 from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
@@ -214,13 +214,13 @@ def is_known(path: Path) -> bool:
     if header is None:
         return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     names, metadata = header
-    return LAYOUT_STAMP in metadata or any(map(is_hf_name, names))
+    return LAYOUT_KEY in metadata or any(map(is_hf_name, names))
 
 
 def bears_stamp(path: Path) -> bool:
     """Whether these are MindFormers' weights, with the bridge's stamp."""
     header = _some_header(path)
-    return header is not None and LAYOUT_STAMP in header[1]
+    return header is not None and LAYOUT_KEY in header[1]
 
 
 def _some_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]] | None:
@@ -247,7 +247,7 @@ def fill_network(network: Any, weights: Path) -> None:
     load_training_network(network, model, strategy)
 
 
-def model_of(network: Any, weights: Path) -> Model:
+def model_of(network: Any, weights: Path) -> CheckedCheckpoint:
     """Checks weights against the config that a network was built from.
 
     Raises:
@@ -256,7 +256,7 @@ def model_of(network: Any, weights: Path) -> Model:
     said = {key: value for key, value in vars(network.config).items() if key not in LAYOUT_FLAGS}
     if isinstance(network, INFERENCE_NETWORKS):  # a training network's flags are its own, not the weights'
         said |= said_of_layout(network.config)
-    model = check_weights(weights, said, "the network (YAML, else config.json)")
+    model = check_against_network(weights, said, "the network (YAML, else config.json)")
     for note in model.notes:
         logger.info("%s: %s", weights, note)
     return model

@@ -1,0 +1,191 @@
+"""Detects how the rows of fused parameters are laid out, by comparing them with rows that are known.
+
+A fused parameter does not show its layout: q, k, v or gate, up make a tensor of the same shape in every one. Where the
+rows that it should hold are known, from the base model or from another copy of the weights, some of them tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.inputs.identify import Weights, open_weights
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
+from mf_qwen3_bridge.model.layouts import Box, Layout
+from mf_qwen3_bridge.model.parallel import WHOLE
+from mf_qwen3_bridge.model.rules import HF, Dialect, RowsRule, Rule, shares
+from mf_qwen3_bridge.transfer.plan import write_slices
+
+_TENSOR_PARALLEL_SIZES = (1, 2, 4, 8, 16)
+# Rows of each part of a fused parameter that are compared.
+_SAMPLED_ROWS = 6
+# Cosine of the rows of trained weights and of those that training began with; of unrelated rows it is near 0. Another
+# layout is as good as this one if its cosine is hardly larger: some rows are stored at the same place in both.
+_ALIKE, _MARGIN = 0.5, 0.9
+
+
+def layouts_of(rule: RowsRule) -> Iterator[Layout]:
+    """The layouts that a fused parameter may have, the default first: interleaved, or contiguous in so many blocks."""
+    yield Layout(True, True)
+    for size in _TENSOR_PARALLEL_SIZES:
+        if not any(rows % size for rows in (rule.groups, *rule.rows)):
+            yield Layout(False, False).on(size)
+
+
+def arrangement_of(layout: Layout, fuses: str | None) -> Layout:
+    """The candidate of :func:`layouts_of` that lays out QKV, or gate/up, as ``layout`` does."""
+    if layout.interleaved_qkv if fuses == "qkv" else layout.interleaved_gate_up:
+        return Layout(True, True)
+    return Layout(False, False).on(layout.tensor_parallel)
+
+
+def describe(arrangement: Layout) -> str:
+    """A candidate of :func:`layouts_of`, for a person: ``interleaved`` or ``contiguous``."""
+    if arrangement.interleaved_qkv:
+        return "interleaved"
+    blocks = arrangement.tensor_parallel
+    return "contiguous" if blocks == 1 else f"contiguous in the blocks of {blocks} tensor parallel ranks"
+
+
+def fused_rows(rule: RowsRule, layout: Layout) -> dict[str, np.ndarray]:
+    """For each part of a fused parameter, by its Hugging Face name, which row of the parameter stores each of its rows.
+
+    Returns:
+        int64 (rows of the part,) for each part.
+    """
+    flat = replace(rule, columns=())
+    parts = {name: np.empty(rows, np.int64) for name, rows in zip(rule.tensors, rule.rows)}
+    numbers = np.arange(sum(rule.rows))
+    for here, there in shares(flat, WHOLE, Dialect(layout), HF):
+        there.view.of(parts[there.tensor])[...] = here.view.of(numbers)
+    return parts
+
+
+def sampled_rows(rule: RowsRule) -> dict[str, np.ndarray]:
+    """Some rows of each part, spread over all of it: int64."""
+    return {
+        name: np.unique(np.linspace(0, rows - 1, _SAMPLED_ROWS).astype(np.int64))
+        for name, rows in zip(rule.tensors, rule.rows)
+    }
+
+
+def is_equal(left: np.ndarray, right: np.ndarray) -> float:
+    """1 for the same values, else 0."""
+    return float(np.array_equal(left, right))
+
+
+def cosine(left: np.ndarray, right: np.ndarray) -> float:
+    """The cosine of two arrays."""
+    norms = np.linalg.norm(left) * np.linalg.norm(right)
+    return float((left * right).sum() / norms) if norms else 0.0
+
+
+def likeness_of_layouts(
+    rule: RowsRule,
+    fused: Weights | np.ndarray,
+    expected: Mapping[str, np.ndarray],
+    similarity: Callable[[np.ndarray, np.ndarray], float],
+    candidates: Iterable[Layout] | None = None,
+) -> dict[Layout, float]:
+    """How much a fused parameter looks like known rows, if it is laid out in each of several ways.
+
+    Args:
+        rule: the parameter's.
+        fused: the parameter itself, or MindFormers weights that hold it.
+        expected: by Hugging Face name, the rows of each part that :func:`sampled_rows` chooses.
+        similarity: compares two arrays of rows.
+        candidates: the layouts; all by default.
+
+    Returns:
+        The similarity for each candidate.
+    """
+    chosen = sampled_rows(rule)
+    wanted = np.concatenate([expected[name] for name in rule.tensors])
+    found = {}
+    for layout in candidates or layouts_of(rule):
+        stored = fused_rows(rule, layout)
+        rows = np.concatenate([stored[name][chosen[name]] for name in rule.tensors])
+        there = fused[rows] if isinstance(fused, np.ndarray) else read_rows(fused, rule, rule.parameter, rows)
+        found[layout] = similarity(there, wanted)
+    return found
+
+
+def read_rows(weights: Weights, rule: Rule, tensor: str, rows: Iterable[int]) -> np.ndarray:
+    """Some rows of one of the tensors that store a rule's parts: float64 (rows, columns)."""
+    (target,) = (target for target in weights.plan_of(rule).targets if target.name == tensor)
+    plan = replace(weights.plan_of(rule), targets=(target,))
+    pieces = (write_slices(plan, {tensor: Box((row, row + 1))}).targets[0].make() for row in map(int, rows))
+    return np.concatenate(list(pieces)).astype(np.float64)
+
+
+def read_sampled_rows(weights: Weights, rule: RowsRule) -> dict[str, np.ndarray]:
+    """The rows of each part of a fused parameter that :func:`sampled_rows` chooses, by Hugging Face name."""
+    chosen = sampled_rows(rule)
+    if weights.dialect.is_hf:
+        return {name: read_rows(weights, rule, name, chosen[name]) for name in rule.tensors}
+    assert weights.dialect.layout
+    stored = fused_rows(rule, weights.dialect.layout)
+    return {name: read_rows(weights, rule, rule.parameter, stored[name][chosen[name]]) for name in rule.tensors}
+
+
+def check_layout(trained: CheckedCheckpoint) -> bool:
+    """Compares fine-tuned weights with those in the Hugging Face directory, if there are any of the same shapes.
+
+    Args:
+        trained: what a training run saved; its ``hf_dir`` may hold the weights that the run began with.
+
+    Returns:
+        Whether they show that the layout is the right one. They don't if the model was not trained from them.
+
+    Raises:
+        BridgeError: they show that it is another one.
+    """
+    layout, base = trained.dialect.layout, _base(trained)
+    if layout is None or base is None:
+        return False
+    problems, shown = [], []
+    for rule in first_fused_rules(trained):
+        if not all(part in base.source.tensors for part in rule.tensors):
+            return False
+        if any(base.source.tensors[part].shape != (n, *rule.columns) for part, n in zip(rule.tensors, rule.rows)):
+            return False
+        mine = arrangement_of(layout, rule.fuses)
+        candidates = dict.fromkeys([mine, *layouts_of(rule)])
+        alike = likeness_of_layouts(rule, trained, read_sampled_rows(base, rule), cosine, candidates)
+        best = max(alike, key=lambda candidate: alike[candidate])
+        shown.append(alike[mine] > _ALIKE)
+        if alike[best] > _ALIKE and alike[mine] < _MARGIN * alike[best]:
+            found = f"assumed {describe(mine)}\nits rows are like those of {trained.hf_dir} if it is {describe(best)}"
+            problems.append(Problem(f"layout of {rule.fuses}", found, _remedy(rule.fuses, best)))
+    if problems:
+        raise BridgeError(f"{trained.source.path} has another layout", problems)
+    return all(shown)
+
+
+def first_fused_rules(weights: Weights) -> list[RowsRule]:
+    """The rules of the first layer's fused parameters: QKV, and in dense models gate/up. (Experts have one layout.)"""
+    found: dict[str, RowsRule] = {}
+    for rule in weights.rules:
+        if isinstance(rule, RowsRule) and rule.fuses:
+            found.setdefault(rule.fuses, rule)
+    return list(found.values())
+
+
+def _base(trained: CheckedCheckpoint) -> Weights | None:
+    """The weights in the Hugging Face directory, if it holds any that are whole."""
+    if trained.hf_dir == trained.source.path or not any(trained.hf_dir.glob("*.safetensors")):
+        return None
+    try:
+        return open_weights(trained.hf_dir)
+    except BridgeError:
+        return None
+
+
+def _remedy(fuses: str | None, layout: Layout) -> str:
+    flag = next(flag for flag in layout.training_flags if flag.endswith("attention") == (fuses == "qkv"))
+    blocks = layout.tensor_parallel
+    size = f", use_parallel True and parallel_config.model_parallel {blocks}" if blocks > 1 else ""
+    return f"give the training YAML (--config); in it: {flag} {layout.training_flags[flag]}{size}"

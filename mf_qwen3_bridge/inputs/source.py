@@ -1,0 +1,102 @@
+"""Describes an opened checkpoint: its tensors, and what its files declare, whoever wrote them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.parameters import is_expert_name, is_hf_name, is_mindformers_name
+from mf_qwen3_bridge.transfer.safetensors import TensorInfo
+
+# Keys of the metadata that the bridge writes into every MindFormers file: the layout; or, of merged files whose layout
+# only the training YAML declares, how many tensor parallel ranks saved them.
+LAYOUT_KEY = "mf_qwen3_bridge.layout"
+TENSOR_PARALLEL_KEY = "mf_qwen3_bridge.tensor_parallel"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tensors of a checkpoint, not read yet, and what its files declare.
+
+    Attributes:
+        path: the directory or file.
+        tensors: by name; each is stored whole, or in shards.
+        metadata: what the headers of all files have in common.
+        strategies_tensor_parallel: how many tensor parallel ranks saved it, by its strategy files.
+        unlisted: of ranks' files, tensors of the first rank that no strategy file lists, such as ``global_step``.
+        left_out: of ranks' files, names of tensors that were not wanted.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    strategies_tensor_parallel: int | None = None
+    unlisted: Mapping[str, TensorInfo] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def directory(self) -> Path:
+        """The directory it is in."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files that hold its tensors."""
+        stored = (
+            piece for tensor in self.tensors.values() for piece in ([s.tensor for s in tensor.shards] or [tensor])
+        )
+        return sorted({tensor.file for tensor in stored})
+
+    @cached_property
+    def is_hf(self) -> bool:
+        """Whether the tensors have Hugging Face's names.
+
+        Raises:
+            BridgeError: they have neither its names nor MindFormers'.
+        """
+        if any(map(is_hf_name, self.tensors)):
+            return True
+        if not any(map(is_mindformers_name, self.tensors)):
+            some = ", ".join(sorted(self.tensors)[:3])
+            raise BridgeError(f"{self.path}: the tensors' names are neither Hugging Face's nor MindFormers' ({some})")
+        return False
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether the tensors are those of a Qwen3-MoE."""
+        return any(map(is_expert_name, self.tensors))
+
+    @cached_property
+    def declared_layout(self) -> Layout | None:
+        """The layout of QKV and gate/up that the files' metadata declares.
+
+        Raises:
+            BridgeError: it declares one that does not exist.
+        """
+        declared = self.metadata.get(LAYOUT_KEY)
+        try:
+            layout = Layout.parse(declared) if declared else None
+        except ValueError as error:
+            raise BridgeError(f"{self.path}: {error} in the files' metadata; which program wrote it?") from error
+        return layout.of_experts if layout and self.has_experts else layout
+
+    @property
+    def tensor_parallel(self) -> int | None:
+        """How many tensor parallel ranks of a training run saved it, if strategy files or metadata tell."""
+        declared = self.metadata.get(TENSOR_PARALLEL_KEY, "")
+        number = int(declared) if re.fullmatch("[1-9][0-9]{0,8}", declared) else None
+        return self.strategies_tensor_parallel or number
+
+    def with_tensors(self, tensors: Mapping[str, TensorInfo]) -> Source:
+        """The same source with other tensors, or fewer."""
+        return replace(self, tensors=tensors)
