@@ -19,7 +19,7 @@ from mf_qwen3_bridge.model import training_ranks
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF, INFER, Dialect
-from mf_qwen3_bridge.transfer.plan import Plan, Target, as_it_is, write_slices
+from mf_qwen3_bridge.transfer.plan import Plan, Target, write_slices
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, HYPER_PARAMETERS, TensorInfo, read_bytes
 
 # What belongs to a model beside its weights and config.json, as transformers and the Hub name it.
@@ -232,7 +232,7 @@ def unify(source: Source, output: Path) -> Job:
         problems = [Problem(tensor.name, f"dtype {tensor.dtype}", "no weights are stored so") for tensor in odd]
         raise BridgeError(f"{odd[0].file} can't be merged", problems)
     dialect = Dialect(source.declared_layout)
-    plan = Plan(dialect, dialect, tuple(as_it_is(tensor) for tensor in tensors.values()))
+    plan = Plan(dialect, dialect, tuple(Target.of(tensor) for tensor in tensors.values()))
     files, index = mindformers_files(plan, saved_by=source.tensor_parallel)
     others = {HYPER_PARAMETERS: _hyper_parameters(unlisted)} if unlisted else {}
     parts = (Part.of(plan, files),)

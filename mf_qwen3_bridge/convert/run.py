@@ -187,7 +187,7 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
         What was done, from the first worker; None from the others.
 
     Raises:
-        BridgeError: no room, the place is taken, weights that no trained model has, values that don't fit their new
+        BridgeError: no room, the place is taken, invalid weights, values that don't fit their new
             dtype, another worker failed.
     """
     started = time.monotonic()

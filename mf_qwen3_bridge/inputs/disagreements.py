@@ -11,7 +11,7 @@ from mf_qwen3_bridge.inputs.mindformers_yaml import COMPUTED_NAMES, computed_val
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import Dialect, model_rules
 from mf_qwen3_bridge.model.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
-from mf_qwen3_bridge.transfer.plan import take_stock
+from mf_qwen3_bridge.transfer.plan import match_tensors
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
 
@@ -98,6 +98,6 @@ def tensor_problems(
         return [Problem("tensor parallel of the training run", found, "it has to divide both: is the YAML theirs?")]
     numbers: dict[str, Any] = {field: number for field, (number, _) in in_tensors.items()}
     try:
-        return list(take_stock(model_rules(replace(spec, **numbers)), tensors, dialect).problems)
+        return list(match_tensors(model_rules(replace(spec, **numbers)), tensors, dialect).problems)
     except ValueError:  # heads and groups that don't divide: their rows are in another table
         return []

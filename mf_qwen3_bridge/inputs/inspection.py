@@ -20,7 +20,7 @@ from mf_qwen3_bridge.model.parameters import OUTPUT, is_training_state
 from mf_qwen3_bridge.model.released import RELEASED
 from mf_qwen3_bridge.model.rules import Dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
-from mf_qwen3_bridge.transfer.plan import take_stock
+from mf_qwen3_bridge.transfer.plan import match_tensors
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo, stale_files
 
 
@@ -160,7 +160,7 @@ def _of_ranks(path: Path, ranks: list[Path]) -> Source:
 def _problems(source: Source, spec: ModelSpec, dialect: Dialect) -> Iterator[str]:
     """What keeps it from being a whole model."""
     try:
-        found = take_stock(model_rules(spec), source.tensors, dialect).problems
+        found = match_tensors(model_rules(spec), source.tensors, dialect).problems
         yield from (f"{problem.subject}: {_one_line(problem)}" for problem in found)
     except ValueError as error:
         yield str(error)

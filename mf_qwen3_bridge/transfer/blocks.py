@@ -1,4 +1,4 @@
-"""Blocks of tensors: what one rank of several holds of a parameter."""
+"""Restricts copies to blocks of tensors: a rank's slices, and shards on disk."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from mf_qwen3_bridge.transfer.tiles import Copy
 
 
 def within(view: View, other: View, whole: Sequence[int], box: Box) -> Iterator[tuple[View, View]]:
-    """Those parts of two views of one shape that lie, in the tensor of the first, within a block.
+    """Restricts two views of one shape to a block of the first view's tensor.
 
     Args:
         view: a view of a tensor of shape ``whole``.
-        other: what it is copied from or to.
+        other: a view of the tensor that it is copied from or to.
         whole: the tensor's shape.
         box: the block.
 
     Yields:
-        A view of the block alone, and the like part of ``other``.
+        A view of the block as a tensor of its own, and the corresponding part of ``other``.
     """
     width = prod(whole[1:])
     if view.offset >= box.rows[1] * width or view.offset + view.span <= box.rows[0] * width:
@@ -49,7 +49,7 @@ def within(view: View, other: View, whole: Sequence[int], box: Box) -> Iterator[
 
 
 def _clip(view: View, other: View, start: int, stop: int, width: int) -> Iterator[tuple[View, View]]:
-    """The parts of a pair of views whose rows, of ``width`` elements, lie in elements ``start`` to ``stop``."""
+    """The parts of a pair of views whose rows, of ``width`` elements, are within elements ``start`` to ``stop``."""
     row = view.offset // width * width
     across = [axis for axis, stride in enumerate(view.strides) if stride >= width and view.shape[axis] > 1]
     last = row + sum(view.strides[axis] * (view.shape[axis] - 1) for axis in across)
@@ -61,7 +61,7 @@ def _clip(view: View, other: View, start: int, stop: int, width: int) -> Iterato
     axis = max(across, key=lambda axis: view.strides[axis])
     length, stride = view.shape[axis], view.strides[axis]
     inner = last - row - stride * (length - 1)  # from an entry's first row to its last
-    # Entries that lie inside as a whole, and one at a time those that may do so in part.
+    # Entries that are inside as a whole, and one at a time those that may be inside in part.
     first = min(max(-(-(start - row) // stride), 0), length)
     after = max(min(-(-(stop - inner - row) // stride), length), first)
     before = range(min(max(-(-(start - inner - row) // stride), 0), first), first)
@@ -73,7 +73,7 @@ def _clip(view: View, other: View, start: int, stop: int, width: int) -> Iterato
 
 
 def from_shards(copy: Copy) -> Iterator[Copy]:
-    """The copies from the tensors on disk that together are a copy of a whole tensor, which may be stored in shards."""
+    """Splits a copy from a tensor that is stored in shards into copies from the shards; yields others unchanged."""
     if not copy.source.shards:
         yield copy
         return

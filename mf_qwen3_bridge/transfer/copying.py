@@ -1,4 +1,4 @@
-"""The bytes of a conversion: read from files tile by tile, by several threads, and put in place once."""
+"""Carries out copies: reads tiles with several threads and puts their elements in place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BUFFER_BYTES = 96 << 20
 _MAX_THREADS = 8
 _ROWS_OF_A_TRANSPOSE = 256
 _ALIGNMENT = 64
-# Of two tensors at a time.
+# Of each of two tensors, at a time.
 _COMPARED_BYTES = 16 << 20
 
 Item = TypeVar("Item")
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class Buffers:
-    """Lends memory, of BUFFER_BYTES in total, and keeps it for the next: fresh memory costs more than filling it."""
+    """Lends memory, at most BUFFER_BYTES in total, and reuses it: allocating memory costs more than filling it."""
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
@@ -41,7 +41,7 @@ class Buffers:
 
     @contextmanager
     def lend(self, nbytes: int) -> Iterator[np.ndarray]:
-        """An array of ``nbytes`` bytes, uint8; waits until others give back theirs where there is no more."""
+        """Lends an array of ``nbytes`` bytes, uint8; waits for others to return theirs if none is left."""
         with self._changed:
             while (memory := self._take(nbytes)) is None:
                 self._changed.wait()
@@ -66,15 +66,16 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Made:
-    """A stretch of a target that a tile makes, as runs of neighbouring elements.
+    """A stretch of a target that a tile makes: runs of neighbouring elements.
 
     Attributes:
         target: the target's name.
         dtype: its dtype as safetensors spells it.
         starts: index of each run's first element in the target.
         elements: the runs one after the other, in the target's dtype.
-        spare: an array like it, with anything in it; None unless it was asked for.
-        parts: the copies that it is made of: each with the elements as they were read, and their place in ``elements``.
+        spare: uninitialised array of the same shape and dtype; None unless it was asked for.
+        parts: for each copy that it is made of: the copy, its elements as they were read, and the view of ``elements``
+            that holds them.
     """
 
     target: str
@@ -85,7 +86,7 @@ class Made:
     parts: Sequence[tuple[Copy, np.ndarray, np.ndarray]]
 
     def runs(self, elements: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """For each run its start, and its part of an array of all of them."""
+        """For each run its start, and its part of an array like ``elements``."""
         return zip(self.starts, elements.reshape(len(self.starts), -1))
 
 
@@ -95,8 +96,8 @@ class LoadedTile:
 
     Attributes:
         tile: its copies.
-        elements: for each copy the elements that it takes, as they are stored.
-        made: what it makes, if that was asked for.
+        elements: for each copy the elements that it reads, in the source's dtype.
+        made: the stretches of targets that it makes, if they were asked for.
     """
 
     tile: Tile
@@ -105,10 +106,10 @@ class LoadedTile:
 
 
 class Transfer:
-    """Carries out copies. ``with Transfer() as transfer: ...`` ends its threads and closes the files.
+    """Carries out copies with several threads. ``with Transfer() as transfer: ...`` ends them and closes the files.
 
     Args:
-        advance: is told the number of bytes after each tile.
+        advance: is called with the number of bytes read after each tile.
     """
 
     def __init__(self, advance: Callable[[int], object] | None = None) -> None:
@@ -128,14 +129,14 @@ class Transfer:
             self._reader.__exit__()
 
     def fill(self, target: np.ndarray, copies: Iterable[Copy]) -> dict[TensorInfo, float]:
-        """Carries out the copies of one target tensor. Dtypes are cast on the way, rounding to nearest even.
+        """Fills an array with one target tensor, casting to its dtype (round to nearest even).
 
         Args:
-            target: a C-contiguous array, all of the tensor.
+            target: a C-contiguous array of the target's shape.
             copies: what it is made of.
 
         Returns:
-            For each source tensor the largest magnitude (see :mod:`mf_qwen3_bridge.values`).
+            Source tensor -> largest magnitude (see :mod:`mf_qwen3_bridge.transfer.values`).
 
         Raises:
             BridgeError: a file ended early or could not be read.
@@ -154,13 +155,13 @@ class Transfer:
         dtypes: Mapping[str, str] | None = None,
         with_spare: bool = False,
     ) -> Iterator[Result]:
-        """Reads tile by tile, by all threads, and has each looked at while it is in memory.
+        """Reads tiles with all threads, and calls a function with each while it is in memory.
 
         Args:
             tiles_to_read: the tiles.
-            look: is called in the thread that read the tile. What it is given is overwritten when it has returned.
-            dtypes: of the targets, as safetensors spells them; only with it is made what the tiles make.
-            with_spare: whether ``look`` needs as much memory again, see :class:`Made`.
+            look: the function; it runs in the thread that read the tile. The arrays that it gets are reused afterwards.
+            dtypes: target name -> dtype as safetensors spells it; without it no targets are made.
+            with_spare: whether ``look`` needs a second array for each stretch, see :class:`Made`.
 
         Yields:
             What ``look`` returned, in the order of the tiles.
@@ -171,7 +172,7 @@ class Transfer:
 
         def work(tile: Tile) -> tuple[Tile, Result]:
             made = [(*made, dtypes[made[0][0].target]) for made in writes(tile)] if dtypes else []
-            is_plain = len(tile) == 1 and tile[0].lies_alike
+            is_plain = len(tile) == 1 and tile[0].is_plain_copy
             is_made_by_reading = is_plain and all(dtype == tile[0].source.dtype for *_, dtype in made)
             arrays = (not is_made_by_reading) + with_spare
             nbytes_read = read_nbytes(tile)
@@ -205,7 +206,7 @@ class Transfer:
         return self.each(tiles(copies), lambda loaded: max(map(largest_magnitude, loaded.elements)))
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """``function`` of each item, by all threads, in order; takes only a few items in advance."""
+        """Applies ``function`` to each item with all threads, in order; takes only a few items in advance."""
         pending: deque[Future[Result]] = deque()
         for item in items:
             pending.append(self._pool.submit(function, item))
@@ -215,11 +216,11 @@ class Transfer:
             yield pending.popleft().result()
 
     def _fill(self, tile: Tile, target: np.ndarray) -> list[float]:
-        """Straight from the file when the elements lie there as they do in the target."""
+        """Reads from the file into the target itself where the elements are stored as in the target."""
         places = [copy.target_view.of(target) for copy in tile]
         (copy, place), *others = zip(tile, places)
         dtype = DTYPES[copy.source.dtype]
-        if not others and copy.lies_alike and dtype == target.dtype:
+        if not others and copy.is_plain_copy and dtype == target.dtype:
             self.read(copy.source, copy.source_view.offset, place)
             return [largest_magnitude(place)]
         with self.buffers.lend(read_nbytes(tile)) as memory:
@@ -232,14 +233,14 @@ class Transfer:
             ]
 
     def gather(self, tile: Tile, memory: np.ndarray) -> list[np.ndarray]:
-        """Reads what a tile needs, each byte once.
+        """Reads the sources of a tile, each byte once.
 
         Args:
             tile: the copies.
             memory: room for :func:`read_nbytes` bytes.
 
         Returns:
-            For each copy the elements it takes, as they lie in the file: views of ``memory``.
+            For each copy the elements that it reads, as they are stored: views of ``memory``.
         """
         found: dict[Copy, np.ndarray] = {}
         for copies, stretch in reads(tile):
@@ -251,7 +252,7 @@ class Transfer:
         return [found[copy] for copy in tile]
 
     def read(self, source: TensorInfo, start: int, out: np.ndarray) -> None:
-        """Fills a C-contiguous array with the elements of a tensor from number ``start`` on."""
+        """Fills a C-contiguous array with the elements of a tensor, from element ``start`` on."""
         memory = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         self._reader.read(source, start * out.itemsize, memory)
 
@@ -275,7 +276,7 @@ def read_nbytes(tile: Tile) -> int:
 
 def copy_elements(source: np.ndarray, target: np.ndarray) -> None:
     """``target[...] = source``; elements of one dtype move as raw integers, which numpy does faster than bfloat16."""
-    with np.errstate(over="ignore"):  # whoever casts looks for infinities
+    with np.errstate(over="ignore"):  # those who cast check for infinities
         if source.ndim == 2 and _innermost_axis(source) != _innermost_axis(target):
             _transpose(source, target)
         else:
@@ -294,19 +295,19 @@ def _innermost_axis(array: np.ndarray) -> int:
 
 
 def _transpose(source: np.ndarray, target: np.ndarray) -> None:
-    """Copies between a matrix that lies row by row and one that lies column by column.
+    """Copies between a row-major and a column-major matrix.
 
-    A column's elements lie a row apart, as a rule a power of two, and then in so few of a cache's sets that they drive
-    each other out. So some rows at a time are first laid out at a distance that is none: four times as fast.
+    A column's elements are a row apart, often a power of two: they share few cache sets and evict each other. Copying
+    some rows at a time to a padded buffer first is four times as fast.
     """
     if _innermost_axis(source) == 0:
         source, target = source.T, target.T
     rows, columns = source.shape
-    laid_out = np.empty((_ROWS_OF_A_TRANSPOSE, columns + 16), target.dtype)[:, :columns]  # cast while they lie alike
+    padded = np.empty((_ROWS_OF_A_TRANSPOSE, columns + 16), target.dtype)[:, :columns]  # cast before transposing
     for start in range(0, rows, _ROWS_OF_A_TRANSPOSE):
         block = source[start : start + _ROWS_OF_A_TRANSPOSE]
-        _copy(block, laid_out[: len(block)])
-        _copy(laid_out[: len(block)], target[start : start + _ROWS_OF_A_TRANSPOSE])
+        _copy(block, padded[: len(block)])
+        _copy(padded[: len(block)], target[start : start + _ROWS_OF_A_TRANSPOSE])
 
 
 def have_equal_bytes(left: TensorInfo, right: TensorInfo, number: int = 0, count: int = 1) -> bool:

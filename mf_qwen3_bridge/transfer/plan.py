@@ -1,7 +1,7 @@
-"""A conversion as a list of copies, made from headers alone: first the plan, then the bytes.
+"""Plans a conversion: a list of copies, made from headers alone.
 
-Everything that can be wrong between a checkpoint and a model comes out while the plan is made, all at once, before
-anything is built or read. What happens to the bytes afterwards (into a network, into files) is up to who runs it.
+Everything in which a checkpoint does not fit a model is found while the plan is made, all at once, before anything is
+built or read. What is done with the bytes (loaded into a network, written to files, compared) is up to the caller.
 """
 
 from __future__ import annotations
@@ -30,19 +30,25 @@ FLOATS = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor to be made.
+    """A tensor to make.
 
     Attributes:
         name: its name in the target dialect.
         shape: its shape.
         dtype: its dtype as safetensors spells it.
-        copies: what it is made of; together they cover each element once.
+        copies: what it is made of; together they cover each of its elements once.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     copies: tuple[Copy, ...]
+
+    @classmethod
+    def of(cls, tensor: TensorInfo) -> Target:
+        """The target that is a checkpoint's tensor unchanged."""
+        whole = View.whole(tensor.shape)
+        return cls(tensor.name, tensor.shape, tensor.dtype, tuple(from_shards(Copy(tensor, whole, tensor.name, whole))))
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +59,7 @@ class Target:
         """The tensor, its sources read from disk.
 
         Args:
-            transfer: of whoever makes several: its threads and open files serve them all.
+            transfer: runs the copies; share one among several tensors, as it keeps threads and open files.
 
         Raises:
             BridgeError: a file ended early or could not be read.
@@ -68,16 +74,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to make of a checkpoint.
+    """What is made of a checkpoint, and from which tensors.
 
     Attributes:
-        source: the dialect that it is in.
-        target: the dialect that is made.
+        source: the checkpoint's dialect.
+        target: the dialect of what is made.
         targets: the tensors to make, in the model's order.
         duplicates: pairs (kept, dropped) of source tensors that must hold the same bytes: an ``lm_head`` that is
             stored although it is tied to the embedding.
-        ignored: source tensors that are no weights.
-        rank: the process it is for.
+        ignored: names of source tensors that are not weights.
+        rank: the process that it is for.
         whole: gives the plan that makes whole tensors, if this one makes slices of them.
     """
 
@@ -97,7 +103,7 @@ class Plan:
 
     @property
     def source_nbytes(self) -> int:
-        """Bytes that are read, the duplicates apart."""
+        """Bytes that are read, without the duplicates."""
         return sum(copy.nbytes for target in self.targets for copy in target.copies)
 
     def check_duplicates(
@@ -106,16 +112,16 @@ class Plan:
         """Compares the bytes of each pair of duplicates.
 
         Args:
-            rank: one of several processes that all call this; each compares its share of the bytes.
+            rank: one of several processes that all call this; each compares its share of the rows.
             are_equal: compares two tensors, when they are not on disk.
 
         Raises:
-            BridgeError: they differ: the checkpoint's config and weights disagree on what is tied.
+            BridgeError: they differ, so config.json and weights disagree on whether the embeddings are tied.
         """
         problems = [
             Problem(
                 dropped.name,
-                f"differs from {kept.name}, but the config says that they are one (tie_word_embeddings: true)",
+                f"differs from {kept.name}, but the config ties them (tie_word_embeddings: true)",
                 "set tie_word_embeddings to false in config.json if the model was trained untied; otherwise "
                 f"remove {dropped.name}",
             )
@@ -140,26 +146,19 @@ class Plan:
             return not any(transfer.magnitudes(copy for copy in whole.copies if copy.source.name == source.name))
 
 
-def as_it_is(tensor: TensorInfo) -> Target:
-    """A tensor of the checkpoint, under its own name and in its own dtype."""
-    whole = View.whole(tensor.shape)
-    return Target(tensor.name, tensor.shape, tensor.dtype, tuple(from_shards(Copy(tensor, whole, tensor.name, whole))))
-
-
 def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Plan | None = None) -> None:
-    """Looks for what no trained model holds: a tensor that is all zero, NaN, infinities.
+    """Refuses invalid weights: tensors that are all zero, or contain NaN or infinity.
 
-    Rows of tokens that nobody uses may be zero, and fill a rank's slice of the embedding. So a tensor of which a rank
-    holds a slice is refused only if all of it is zero: the rank reads the rest when its slice is. Where the ranks of a
-    run saved a file each, the same holds for the embedding and the output layer; another tensor that is all zero in one
-    of the files is damaged.
+    Rows of unused tokens may be zero and fill a rank's slice of the embedding. So a tensor that a rank holds a slice of
+    is refused only if the whole tensor is zero; a rank whose slice is zero reads the rest to find out. The same applies
+    to the shards of the embedding and of the output layer. A shard of another tensor that is all zero is refused.
 
     Args:
-        magnitudes: for each target, for each source tensor in it the largest magnitude.
-        plan: what was carried out, if it may have been a rank's share.
+        magnitudes: target name -> source tensor -> largest magnitude.
+        plan: the plan that was carried out, if it may have made slices of tensors.
 
     Raises:
-        BridgeError: names what was found, and the files it comes from.
+        BridgeError: names the tensors and their files.
     """
     remedy = "the file is damaged (or, in float16, its numbers are too large): compare checksums with the source"
     problems = []
@@ -178,15 +177,15 @@ def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Pla
         if lines:
             problems.append(Problem(target, "\n".join(lines), remedy))
     if problems:
-        raise BridgeError("weights that no trained model has", problems)
+        raise BridgeError("invalid weights: tensors that are all zero or contain NaN or infinity", problems)
 
 
 @dataclass(frozen=True)
-class Stock:
-    """What a checkpoint has of what a model needs.
+class TensorMatch:
+    """How a checkpoint's tensors match those that a model needs.
 
     Attributes:
-        problems: tensors that are missing, left over, of a wrong shape or dtype.
+        problems: tensors that are missing, left over, or of a wrong shape or dtype.
         duplicates: see :class:`Plan`.
         ignored: see :class:`Plan`.
     """
@@ -196,8 +195,14 @@ class Stock:
     ignored: tuple[str, ...]
 
 
-def take_stock(rules: Iterable[Rule], tensors: Mapping[str, TensorInfo], source: Dialect) -> Stock:
-    """Holds the names, shapes and dtypes of ``tensors`` against the model's table."""
+def match_tensors(rules: Iterable[Rule], tensors: Mapping[str, TensorInfo], source: Dialect) -> TensorMatch:
+    """Compares the names, shapes and dtypes of a checkpoint's tensors with those that a model needs.
+
+    Args:
+        rules: the model's table.
+        tensors: the checkpoint's tensors by name.
+        source: the checkpoint's dialect.
+    """
     expected = {place.tensor: place.shape for rule in rules for place in rule.places(source)}
     leftover = tensors.keys() - expected.keys()
     ignored = {name for name in leftover if not source.is_hf and is_training_state(name, expected)}
@@ -209,7 +214,7 @@ def take_stock(rules: Iterable[Rule], tensors: Mapping[str, TensorInfo], source:
         *_shape_problems(tensors, expected),
         *_dtype_problems(tensors[name] for name in expected if name in tensors),
     )
-    return Stock(problems, tuple(duplicates), tuple(sorted(ignored)))
+    return TensorMatch(problems, tuple(duplicates), tuple(sorted(ignored)))
 
 
 def make_plan(
@@ -220,23 +225,26 @@ def make_plan(
     dtype: str | None = None,
     rank: Rank = WHOLE,
 ) -> Plan:
-    """The plan that turns ``tensors`` from one dialect into the other.
+    """Plans the conversion of a checkpoint from one dialect to another.
 
     Args:
         rules: the model's table.
-        tensors: what the checkpoint holds.
-        source: the dialect it is in.
-        target: the dialect wanted.
-        dtype: dtype of the result as safetensors spells it; as in the checkpoint when left out.
-        rank: the process that the result is for; it holds its part of every parameter.
+        tensors: the checkpoint's tensors by name.
+        source: the checkpoint's dialect.
+        target: the dialect to make.
+        dtype: dtype of the result as safetensors spells it; as in the checkpoint by default.
+        rank: the process that the result is for; it holds its share of every parameter.
+
+    Returns:
+        The plan. Its targets are in the model's order.
 
     Raises:
-        BridgeError: tensors that are missing, left over, of a wrong shape or dtype. Lists everything.
+        BridgeError: tensors are missing, left over, or of a wrong shape or dtype. Lists all of them.
     """
     rules = list(rules)
-    stock = take_stock(rules, tensors, source)
-    if stock.problems:
-        raise BridgeError("the checkpoint does not fit the model", stock.problems)
+    match = match_tensors(rules, tensors, source)
+    if match.problems:
+        raise BridgeError("the checkpoint does not fit the model", match.problems)
     copies: dict[tuple[str, tuple[int, ...]], list[Copy]] = {}
     for rule in rules:
         for here, there in _merged(list(shares(rule, rank, source, target))):
@@ -246,15 +254,18 @@ def make_plan(
         Target(name, shape, dtype or _common_dtype(parts), tuple(parts)) for (name, shape), parts in copies.items()
     )
     whole = None if rank == WHOLE else partial(make_plan, rules, tensors, source, target, dtype)
-    return Plan(source, target, tuple(targets), stock.duplicates, stock.ignored, rank, whole)
+    return Plan(source, target, tuple(targets), match.duplicates, match.ignored, rank, whole)
 
 
 def write_slices(plan: Plan, boxes: Mapping[str, Box]) -> Plan:
-    """A plan that makes a block of each target, where there is one for it, instead of all.
+    """Restricts a plan to blocks of its targets.
 
     Args:
         plan: makes whole tensors.
-        boxes: for each of those that are cut the block to make.
+        boxes: target name -> the block to make; targets without one are made whole.
+
+    Returns:
+        A plan whose targets have the shapes of the blocks.
     """
     targets = []
     for target in plan.targets:
@@ -271,7 +282,7 @@ def write_slices(plan: Plan, boxes: Mapping[str, Box]) -> Plan:
 
 
 def _merged(pairs: list[tuple[Place, Place]]) -> list[tuple[Place, Place]]:
-    """One pair instead of several, where all parts of one tensor lie in one other as they lie in it."""
+    """One pair instead of several, where all parts of one tensor are laid out in one other as in itself."""
     (here, there), *others = pairs
     size = prod(there.shape)
     tensors_differ = any((a.tensor, b.tensor) != (here.tensor, there.tensor) for a, b in others)
@@ -290,7 +301,7 @@ def _common_dtype(copies: Iterable[Copy]) -> str:
 def _duplicates(
     tensors: Mapping[str, TensorInfo], leftover: set[str], source: Dialect
 ) -> list[tuple[TensorInfo, TensorInfo]]:
-    """A tied model's output layer that is stored all the same, as several released checkpoints do."""
+    """A tied model's output layer, if it is stored all the same, as in several released checkpoints."""
     kept, dropped = source.name(EMBEDDING), source.name(OUTPUT)
     if dropped in leftover and kept in tensors and tensors[kept].shape == tensors[dropped].shape:
         return [(tensors[kept], tensors[dropped])]

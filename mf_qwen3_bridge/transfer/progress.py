@@ -1,4 +1,4 @@
-"""A progress bar for bytes: amount, rate and time left; nothing when no one is watching."""
+"""Shows progress bars on a terminal, and formats sizes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Item = TypeVar("Item")
 
 @contextmanager
 def progress_bar(label: str, nbytes: int) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr over ``nbytes`` bytes; yields the function to call with each number of bytes done."""
+    """Shows a bar on stderr over ``nbytes`` bytes; yields the function to call with each number of bytes done."""
     with tqdm(total=nbytes, desc=label, unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False) as bar:
         yield bar.update
 
 
 def steps(label: str, items: Iterable[Item], total: int) -> Iterator[Item]:
-    """The same items, with a bar on stderr that counts them."""
+    """Yields the same items, with a bar on stderr that counts them."""
     yield from tqdm(items, total=total, desc=label, unit="stage", disable=None, leave=False)
 
 
 def size_text(nbytes: float) -> str:
-    """A number of bytes for a person: ``1.11 GiB``, ``45.0 MiB``, ``3.2 KiB``."""
+    """Formats a number of bytes: ``1.11 GiB``, ``45.0 MiB``, ``3.2 KiB``."""
     for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20)):
         if nbytes >= factor:
             return f"{nbytes / factor:.{2 if unit == 'GiB' else 1}f} {unit}"

@@ -1,4 +1,4 @@
-"""Copies cut into tiles: what is read, permuted and put in place at a time."""
+"""Divides copies into tiles: what is read, permuted and put in place at a time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 from mf_qwen3_bridge.model.layouts import View
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo
 
-# What a tile reads: long for a disk, yet still in the cache when it is put in place.
+# What a tile reads: long enough for a disk, and still in the cache when it is put in place.
 TILE_BYTES = 4 << 20
-# An expert is transposed as a whole, up to this size, rather than cut into pieces whose bytes lie scattered.
+# An expert is transposed as a whole, up to this size, rather than cut into pieces whose bytes are scattered.
 _LARGEST_TILE_BYTES = 32 << 20
-_MUCH_DEARER = 1.25
+# A tile is divided unless that multiplies its cost by more.
+_COST_LIMIT = 1.25
 # A call of the operating system takes as long as reading so many bytes.
 _BYTES_PER_RUN = 8 << 10
-# A disk reads whole pages: what lies between two runs of wanted bytes is skipped if it is one at least.
+# A disk reads whole pages: a gap between two runs of wanted bytes is skipped if it is a page at least.
 _PAGE_BYTES = 4096
 
 
@@ -28,9 +29,9 @@ class Copy:
 
     Attributes:
         source: the tensor it is read from.
-        source_view: what is read of it.
+        source_view: the elements that are read.
         target: the name of the tensor that is made.
-        target_view: where it goes in it.
+        target_view: where they go in it.
     """
 
     source: TensorInfo
@@ -49,40 +50,43 @@ class Copy:
         return self.source_view.size * self.itemsize
 
     @property
-    def lies_alike(self) -> bool:
-        """Whether it is one run of neighbours, in the same order, on both sides."""
+    def is_plain_copy(self) -> bool:
+        """Whether it copies one run of neighbouring elements to another, in the same order."""
         return self.source_view.is_contiguous and self.target_view.is_contiguous
 
     def cut(self, axis: int, start: int, stop: int) -> Copy:
-        """Its entries ``start`` to ``stop`` along an axis."""
+        """The copy of entries ``start`` to ``stop`` along an axis of the views."""
         where = (*[slice(None)] * axis, slice(start, stop))
         return replace(self, source_view=self.source_view[where], target_view=self.target_view[where])
 
 
-# Copies that are carried out together, because what they read, or what they make, lies interleaved.
+# Copies that are carried out together, because what they read or make is interleaved.
 Tile = tuple[Copy, ...]
 
 
 def tiles(copies: Iterable[Copy], to_files: bool = False) -> Iterator[Tile]:
-    """The same copies, cut and put together so that each tile reads few bytes, in long runs.
+    """Divides copies into tiles, so that each reads few bytes, in long runs.
 
     Args:
-        copies: what to carry out; their order is kept as far as what belongs together lets it.
-        to_files: whether what a tile makes is written to a file, so that it should lie in long runs as well.
+        copies: the copies; their order is kept, except that interleaved copies come together.
+        to_files: whether what a tile makes is written to files, so that it should be in long runs as well.
+
+    Yields:
+        Tiles of about TILE_BYTES; larger ones where cutting would make runs short.
     """
-    for tile in _interwoven(list(copies)):
+    for tile in _interleaved(list(copies)):
         nbytes = _nbytes(tile)
         if nbytes <= TILE_BYTES:
             yield tile
             continue
-        cuts = [_Cut(axis, length, nbytes) for axis, length in _common_axes(tile)]
-        if not cuts:
+        divisions = [_Division(axis, length, nbytes) for axis, length in _common_axes(tile)]
+        if not divisions:
             for copy in tile:
                 yield from tiles((copy,), to_files)
             continue
-        best = min(cuts, key=lambda cut: cut.cost(tile, to_files))
-        is_dear = to_files and best.cost(tile, to_files) > _MUCH_DEARER * _cost(tile, to_files)
-        if is_dear and nbytes <= _LARGEST_TILE_BYTES:
+        best = min(divisions, key=lambda division: division.cost(tile, to_files))
+        is_costly = to_files and best.cost(tile, to_files) > _COST_LIMIT * _cost(tile, to_files)
+        if is_costly and nbytes <= _LARGEST_TILE_BYTES:
             yield tile
             continue
         for piece in best.pieces(tile):
@@ -90,20 +94,20 @@ def tiles(copies: Iterable[Copy], to_files: bool = False) -> Iterator[Tile]:
 
 
 def _nbytes(tile: Tile) -> int:
-    """Bytes that a tile reads, with the gaps."""
+    """Bytes that a tile reads, gaps included."""
     return sum(stretch.size * copies[0].itemsize for copies, stretch in reads(tile))
 
 
 def _cost(tile: Tile, to_files: bool) -> int:
-    """What a tile costs: bytes to read, and as many as could be read in the time that each run takes."""
+    """A tile's cost in bytes: those it reads, plus a fixed number for each run."""
     sides = [reads(tile), writes(tile)] if to_files else [reads(tile)]
     runs = sum(len(stretch.starts) for side in sides for _, stretch in side)
     return _nbytes(tile) + runs * _BYTES_PER_RUN
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """A tile cut along an axis into pieces that read TILE_BYTES, or a single entry of the axis, each."""
+class _Division:
+    """A way to divide a tile along an axis, into pieces that read TILE_BYTES, or one entry of the axis, each."""
 
     axis: int
     length: int
@@ -122,8 +126,8 @@ class _Cut:
         return -(-self.length // self.step) * _cost(next(self.pieces(tile)), to_files)
 
 
-def _interwoven(copies: Sequence[Copy]) -> list[Tile]:
-    """The copies in groups: those of a group overlap, in a source or a target, from first element to last."""
+def _interleaved(copies: Sequence[Copy]) -> list[Tile]:
+    """Groups the copies whose ranges, from first element to last, overlap in a source or a target."""
     spans: dict[TensorInfo | str, list[tuple[int, int, int]]] = defaultdict(list)
     for number, copy in enumerate(copies):
         for tensor, view in (copy.target, copy.target_view), (copy.source, copy.source_view):
@@ -158,7 +162,7 @@ def _common_axes(tile: Tile) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Stretch:
-    """What some views show of a tensor, as runs of neighbouring elements.
+    """The elements of a tensor that some views cover, as runs of neighbouring elements.
 
     Attributes:
         starts: index of each run's first element in the tensor: int64 (runs,).
@@ -177,13 +181,13 @@ class Stretch:
 
 
 def reads(tile: Tile) -> list[tuple[Tile, Stretch]]:
-    """What a tile reads: for each stretch of a source the copies that it is for. Short gaps are read too."""
+    """The stretches of sources that a tile reads, each with the copies that it is for; short gaps are read too."""
     gap = (_PAGE_BYTES - 1) // tile[0].itemsize
     return _stretches(tile, [copy.source for copy in tile], [copy.source_view for copy in tile], gap)
 
 
 def writes(tile: Tile) -> list[tuple[Tile, Stretch]]:
-    """What a tile makes: for each stretch of a target the copies that it is made of, which cover it."""
+    """The stretches of targets that a tile makes, each with the copies that it is made of, which cover it."""
     return _stretches(tile, [copy.target for copy in tile], [copy.target_view for copy in tile], 0)
 
 

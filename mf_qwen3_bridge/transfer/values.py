@@ -1,7 +1,7 @@
-"""What weights never are (NaN, infinities, nothing but zeros), and what casting does to them.
+"""Checks values: NaN, infinity, all zero; rounding and overflow of casts.
 
-Looks at the bits: numpy has no fast loops for bfloat16. The bits of a float without its sign grow with its magnitude,
-and those of infinities and NaN are the largest.
+Uses the bits of floats, as numpy has no fast loops for bfloat16: without the sign they grow with the magnitude, and
+those of infinity and NaN are the largest.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ def largest_magnitude(array: np.ndarray) -> float:
 
 
 def fault_of(magnitude: float) -> str | None:
-    """What is wrong with a tensor whose :func:`largest_magnitude` this is; None when nothing is."""
+    """The fault of a tensor with this :func:`largest_magnitude`; None if it has none."""
     if math.isinf(magnitude):
         return "NaN or infinity"
     return "all zero" if magnitude == 0 else None
 
 
 def is_exact(source: np.dtype, target: np.dtype) -> bool:
-    """Whether every value of one dtype is one of the other too."""
+    """Whether casting from one dtype to the other changes no value."""
     return source == target or (source, target) in _EXACT
 
 
 @dataclass
 class Casts:
-    """What casting from one dtype to a narrower one did.
+    """What casting from one dtype to a narrower one changed.
 
     Attributes:
-        values: how many were cast.
-        rounded: how many of them are not what they were.
-        vanished: how many of these became zero.
+        values: number of values that were cast.
+        rounded: number of values that changed.
+        vanished: number of values that became zero.
         overflowed: names of the tensors in which finite values became infinite.
     """
 
@@ -66,12 +66,12 @@ class Casts:
 
 
 def casts_of(name: str, source: np.ndarray, target: np.ndarray) -> Casts:
-    """Compares an array with what became of it in another dtype.
+    """Compares an array with its cast to another dtype.
 
     Args:
         name: the tensor's name.
-        source: the values.
-        target: the same values, cast; of the same shape.
+        source: the values before.
+        target: the values after, of the same shape.
     """
     casts = Casts(values=source.size)
     pairs = np.nditer([source, target], ["external_loop", "buffered"], buffersize=_BUFFERED_ELEMENTS)

@@ -1396,11 +1396,21 @@ BAD: dict[str, tuple[Callable[[Given], object], tuple[str, ...]]] = {
     ),
     "NaN": (
         with_value(np.nan),
-        ("weights that no trained model has", "{target}", "NaN or infinity: {tensor}", "compare checksums with the"),
+        (
+            "invalid weights: tensors that are all zero or contain NaN or infinity",
+            "{target}",
+            "NaN or infinity: {tensor}",
+            "compare checksums with the",
+        ),
     ),
     "infinity": (
         with_value(-np.inf),
-        ("weights that no trained model has", "{target}", "NaN or infinity: {tensor}", "compare checksums with the"),
+        (
+            "invalid weights: tensors that are all zero or contain NaN or infinity",
+            "{target}",
+            "NaN or infinity: {tensor}",
+            "compare checksums with the",
+        ),
     ),
     "quantization_config": (
         lambda source: source.in_config(quantization_config={"quant_method": "awq", "bits": 4}),

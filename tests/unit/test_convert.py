@@ -245,7 +245,7 @@ def test_values_too_large_for_float16(tmp_path, hf_dir):
 def test_values_that_no_model_has(tmp_path, hf_dir, value, fault):
     tensors = random_tensors(SPEC, TRAIN)
     tensors["decoder.layers.1.self_attention.linear_proj.weight"][...] = value
-    with pytest.raises(BridgeError, match=f"(?s)no trained model has.*{fault}"):
+    with pytest.raises(BridgeError, match=f"(?s)invalid weights: .*{fault}"):
         run(to_hf(check_trained(open_source(write(tmp_path / "t", tensors)), hf_dir), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -16,7 +16,7 @@ from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.transfer.blocks import within
 from mf_qwen3_bridge.transfer.copying import have_equal_bytes
-from mf_qwen3_bridge.transfer.plan import as_it_is, make_plan, write_slices
+from mf_qwen3_bridge.transfer.plan import Target, make_plan, write_slices
 from mf_qwen3_bridge.transfer.safetensors import Reader, Shard, TensorInfo
 from tests.tiny import MOE_SPEC, SPEC, Tensors, random_tensors, write
 
@@ -127,4 +127,4 @@ def test_a_whole_tensor_in_shards_can_not_be_read_at_once(tmp_path):
     tensor = sharded(tmp_path, whole, {"a": [Box((0, 3)), Box((3, 8))]})["a"]
     with Reader() as reader, pytest.raises(ValueError, match="2 shards"):
         reader.read(tensor, 0, memoryview(bytearray(32)))
-    np.testing.assert_array_equal(as_it_is(tensor).make(), whole["a"])
+    np.testing.assert_array_equal(Target.of(tensor).make(), whole["a"])
