@@ -1,1 +1,1 @@
-"""A checked input into a directory: jobs, file layout, crash-safe output, several workers."""
+"""Writes checkpoints: jobs, file layout, crash-safe output directories, several workers."""

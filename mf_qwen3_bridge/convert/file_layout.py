@@ -1,4 +1,4 @@
-"""Which file each tensor of a plan goes to, and what stands in the file before the tensors."""
+"""Assigns tensors to files and builds safetensors headers and indexes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A safetensors file that is to be written.
+    """A safetensors file to write.
 
     Attributes:
         name: its path in the output directory.
@@ -39,7 +39,7 @@ class OutputFile:
 
 
 def output_file(name: str, targets: Iterable[Target], metadata: Mapping[str, str]) -> OutputFile:
-    """A safetensors file that holds ``targets``, those of the widest dtype first: then each is aligned."""
+    """Lays out a safetensors file that holds ``targets``: widest dtypes first, so that each tensor is aligned."""
     ordered = sorted(targets, key=lambda target: -DTYPES[target.dtype].itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -57,43 +57,45 @@ def output_file(name: str, targets: Iterable[Target], metadata: Mapping[str, str
 
 
 def hf_files(plan: Plan, max_bytes: int = HF_SHARD_BYTES) -> tuple[list[OutputFile], dict[str, bytes]]:
-    """The files of a Hugging Face checkpoint, and its index where there are several.
+    """Lays out the files of a Hugging Face checkpoint, and its index if there are several.
 
     Mirrors ``save_pretrained`` of transformers: a tensor goes to a new file when the last has no room for it.
     """
-    dealt = list(_deal(plan.targets, max_bytes))
-    names = [f"model-{number:05d}-of-{len(dealt):05d}.safetensors" for number in range(1, len(dealt) + 1)]
-    if len(dealt) == 1:
+    shards = list(_split(plan.targets, max_bytes))
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
         names = ["model.safetensors"]
-    files = [output_file(name, targets, {"format": "pt"}) for name, targets in zip(names, dealt)]
+    files = [output_file(name, targets, {"format": "pt"}) for name, targets in zip(names, shards)]
     return files, {HF_INDEX: _index(files)} if len(files) > 1 else {}
 
 
 def mindformers_metadata(layout: Layout | None, saved_by: int | None = None) -> dict[str, str]:
-    """What every file of a MindFormers checkpoint says of itself: its layout, or how many ranks saved it."""
-    stamp = {LAYOUT_KEY: str(layout)} if layout else {}
+    """Metadata of every file of a MindFormers checkpoint: its layout, or how many tensor parallel ranks saved it."""
+    metadata = {"format": "ms", "remove_redundancy": "False"}
+    if layout:
+        metadata[LAYOUT_KEY] = str(layout)
     if saved_by:
-        stamp[TENSOR_PARALLEL_KEY] = str(saved_by)
-    return {"format": "ms", "remove_redundancy": "False", **stamp}
+        metadata[TENSOR_PARALLEL_KEY] = str(saved_by)
+    return metadata
 
 
 def mindformers_files(
     plan: Plan, max_bytes: int = MINDFORMERS_FILE_BYTES, saved_by: int | None = None
 ) -> tuple[list[OutputFile], dict[str, bytes]]:
-    """The files of a MindFormers checkpoint, each stamped, and ``param_name_map.json``.
+    """Lays out the files of a MindFormers checkpoint, each with layout metadata, and ``param_name_map.json``.
 
     Mirrors what ``mindspore.unified_safetensors`` (2.7 to 2.9) writes.
     """
     metadata = mindformers_metadata(plan.target.layout, saved_by)
     files = [
         output_file(f"part{number}.safetensors", targets, metadata)
-        for number, targets in enumerate(_deal(plan.targets, max_bytes))
+        for number, targets in enumerate(_split(plan.targets, max_bytes))
     ]
     return files, {MINDFORMERS_INDEX: _index(files)}
 
 
 def rank_file(plan: Plan, rank: int, model: str) -> OutputFile:
-    """The file of one rank; MindFormers reads the newest of a rank's directory, so there is one.
+    """Lays out the file of one rank: a single one, as MindFormers reads only the newest of a rank's directory.
 
     Mirrors the names that ``CheckpointMonitor`` of ``mindformers/core/callback`` (1.7 to 1.9) gives.
     """
@@ -101,17 +103,17 @@ def rank_file(plan: Plan, rank: int, model: str) -> OutputFile:
     return output_file(name, plan.targets, mindformers_metadata(plan.target.layout))
 
 
-def _deal(targets: Sequence[Target], max_bytes: int) -> Iterator[list[Target]]:
-    """The targets in their order, in lists of at most ``max_bytes``, or of one."""
-    taken: list[Target] = []
-    total = 0
+def _split(targets: Sequence[Target], max_bytes: int) -> Iterator[list[Target]]:
+    """Splits the targets, in their order, into lists of at most ``max_bytes`` bytes, or of a single target."""
+    shard: list[Target] = []
+    nbytes = 0
     for target in targets:
-        if taken and total + target.nbytes > max_bytes:
-            yield taken
-            taken, total = [], 0
-        taken.append(target)
-        total += target.nbytes
-    yield taken
+        if shard and nbytes + target.nbytes > max_bytes:
+            yield shard
+            shard, nbytes = [], 0
+        shard.append(target)
+        nbytes += target.nbytes
+    yield shard
 
 
 def _index(files: Iterable[OutputFile]) -> bytes:
@@ -125,10 +127,10 @@ _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size as Hugging Face writes it: ``5GB`` (10^9), ``300MiB`` (2^20), ``5000000``.
+    """Parses a size as Hugging Face writes it: ``5GB`` (10^9), ``300MiB`` (2^20), ``5000000``; returns bytes.
 
     Raises:
-        BridgeError: it is none.
+        BridgeError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     units = {unit.upper(): factor for unit, factor in _UNITS.items()}

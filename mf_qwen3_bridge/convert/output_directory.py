@@ -1,10 +1,10 @@
-"""A directory that is seen under its name when everything in it is on disk, and not before.
+"""Writes a directory that gets its name only when everything in it is on disk.
 
-Until then it is ``NAME.incomplete`` beside it. Its safetensors files bear other names and have no header, so that
-nothing takes them for weights. Several workers, on one machine or on several that share the disk, may write to it.
+Until then it is ``NAME.incomplete`` beside it. Its safetensors files have other names and no header, so that nothing
+loads them as weights. Several workers, on one machine or on several that share the disk, may write to it.
 
-Who is killed, or finds the disk full, leaves it; the same command goes on with it. There is no record of what was
-written: whoever goes on compares, and writes what differs.
+If a run is killed or the disk is full, the directory stays, and the same command resumes it. There is no record of what
+was written: the resumed run compares, and writes what differs.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.transfer.progress import size_text
 from mf_qwen3_bridge.transfer.safetensors import UNFINISHED_SUFFIX
 
-# Holds what the bridge itself needs until all is done.
+# Holds what the bridge itself needs until the directory is complete.
 _STATE = ".mf-qwen3"
 _COMPARED_BYTES = 1 << 20
 
 
 class OutputDirectory:
-    """The directory and its files.
+    """An output directory and its files.
 
     Args:
-        path: where it is to be; does not exist, or is empty.
-        files: the safetensors files.
-        job: all that decides what the bytes will be; an interrupted run is only continued by the same job.
+        path: the directory; does not exist yet, or is empty.
+        files: its safetensors files.
+        job: everything that determines the bytes; only the same job resumes an interrupted run.
         worker: which of the workers this is.
     """
 
@@ -55,7 +55,7 @@ class OutputDirectory:
         self._present: dict[str, int] = {}  # bytes that a file had when it was opened
         self._lock = Lock()
         self._is_discarded = False
-        self.notes: list[str] = []  # what the user should know when all is done
+        self.notes: list[str] = []  # for the user, when the directory is complete
 
     @property
     def nbytes(self) -> int:
@@ -63,10 +63,10 @@ class OutputDirectory:
         return sum(file.nbytes for file in self.files.values())
 
     def check(self) -> None:
-        """Whether it can be made, without making anything.
+        """Checks whether the directory can be made, without making anything.
 
         Raises:
-            BridgeError: the place is taken, or the disk is too small.
+            BridgeError: the path is taken, or the disk is too small.
         """
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
             raise BridgeError(f"{self.path} is there already, and is no directory: choose another output")
@@ -94,7 +94,7 @@ class OutputDirectory:
             )
 
     def _check_interrupted(self) -> None:
-        """Refuses to touch an unfinished directory that another job left."""
+        """Refuses an unfinished directory that another job left."""
         if self.incomplete.is_symlink():
             raise BridgeError(f"{self.incomplete} is in the way, and a link: remove it, or choose another output")
         if not self.incomplete.exists():
@@ -117,7 +117,7 @@ class OutputDirectory:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Makes the unfinished directory, or takes up the one that is there.
+        """Makes the unfinished directory, or resumes the one that is there.
 
         Raises:
             BridgeError: see :meth:`check`; another process is writing to it; the disk is full.
@@ -125,12 +125,12 @@ class OutputDirectory:
         self.check()
         _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
-        with _said_to_the_user(self.path):
+        with _translating_os_errors(self.path):
             self.state.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.state / f"lock.{self.worker.number}", os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._claim(lock)
-                self.check()  # until the lock was taken, another process may have begun, or finished
+                self.check()  # another process may have started, or finished, before the lock was taken
                 write_whole(self.state / "job.json", self._job.encode(), f"job.{self.worker.number}")
                 yield
             finally:
@@ -141,7 +141,7 @@ class OutputDirectory:
                 self._clean_up()
 
     def _clean_up(self) -> None:
-        """Removes what is not needed any more. No file of it may be open: NFS would keep that, and its directory."""
+        """Removes what is no longer needed. Its files must be closed: NFS keeps open ones, and so their directory."""
         if self._is_discarded:
             shutil.rmtree(self.incomplete)
         state = self.path / _STATE
@@ -162,10 +162,10 @@ class OutputDirectory:
             pass
 
     def put(self, file: str, start: int, elements: np.ndarray) -> None:
-        """Writes elements to a file unless they are there already. Several threads may do so.
+        """Writes elements to a file unless they are there already. Several threads may call this.
 
         Args:
-            file: its name.
+            file: the file's name.
             start: offset in bytes.
             elements: a C-contiguous array.
         """
@@ -182,7 +182,7 @@ class OutputDirectory:
                 partial.parent.mkdir(parents=True, exist_ok=True)
                 finished = self.incomplete / name
                 with suppress(FileNotFoundError):
-                    finished.rename(partial)  # the last run was killed at its very end
+                    finished.rename(partial)  # the last run was killed while it completed the directory
                 self._descriptors[name] = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
                 self._present[name] = os.fstat(self._descriptors[name]).st_size
             return self._descriptors[name]
@@ -191,19 +191,19 @@ class OutputDirectory:
         return self.incomplete / f"{name}.partial"
 
     def sync(self, run: Callable[[Callable[[int], None], Iterable[int]], Iterable[None]] = map) -> None:
-        """Waits until what this worker wrote is on disk.
+        """Waits until everything that this worker wrote is on disk.
 
         Args:
-            run: applies a function to each descriptor, as ``map`` does.
+            run: applies a function to each item, as ``map`` does.
         """
         for _ in run(os.fsync, list(self._descriptors.values())):
             pass
 
     def complete(self, others: Mapping[str, bytes]) -> None:
-        """Makes the directory appear, with all its safetensors files written.
+        """Writes headers and the remaining files, and gives the directory its name.
 
         Args:
-            others: the remaining files: config, tokenizer; the index last.
+            others: name -> contents of the remaining files: config, tokenizer; the index last.
         """
         for name, file in self.files.items():
             descriptor = self._descriptor(name)
@@ -224,7 +224,7 @@ class OutputDirectory:
 
 
 def _write_all(descriptor: int, start: int, data: memoryview) -> None:
-    """A full disk may take a part only, and say nothing."""
+    """Writes everything: a full disk may take only a part of it, without an error."""
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], start + done)
@@ -249,8 +249,8 @@ def _sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def _said_to_the_user(path: Path) -> Iterator[None]:
-    """What the operating system refuses, as the user's affair."""
+def _translating_os_errors(path: Path) -> Iterator[None]:
+    """Turns errors of the operating system into a message with a remedy."""
     try:
         yield
     except OSError as error:

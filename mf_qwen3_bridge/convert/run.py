@@ -1,4 +1,4 @@
-"""Plans carried out into files: the same for every direction."""
+"""Runs jobs: carries out plans into the files of a directory, in either direction."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from mf_qwen3_bridge.transfer.values import Casts, casts_of, is_exact, largest_m
 
 @dataclass(frozen=True)
 class Part:
-    """A plan, and the files that hold what it makes.
+    """A plan and the files that its targets are written to.
 
     Attributes:
-        make_plan: gives the plan; of many parts not all are held at a time.
+        make_plan: returns the plan; of many parts not all are kept in memory.
         files: the files.
         source_nbytes: bytes that the plan reads.
-        sources: the files that it reads from.
+        sources: the files that it reads.
     """
 
     make_plan: Callable[[], Plan]
@@ -44,26 +44,25 @@ class Part:
 
     @classmethod
     def of(cls, plan: Plan, files: Sequence[OutputFile], make_plan: Callable[[], Plan] | None = None) -> Part:
-        """The part that ``plan`` makes in ``files``; it is not kept if ``make_plan`` gives it again."""
+        """The part that writes ``plan`` to ``files``; the plan is not kept if ``make_plan`` makes it again."""
         sources = frozenset(copy.source.file for target in plan.targets for copy in target.copies)
         return cls(make_plan or (lambda: plan), files, plan.source_nbytes, sources)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A directory to be made.
+    """A directory to write.
 
     Attributes:
-        source: what it is made of, for a person.
-        num_source_tensors: of how many tensors.
-        target: what it is, for a person.
-        output: where.
-        parts: what its safetensors files are made of; one, or one for each rank.
-        others: its other files, the index last.
-        ignored: tensors that are left out, because they are no weights.
-        checks_values: whether what is moved are weights, which are never NaN or all zero.
-        notes: what the user should know.
-        warning: what the user must know, last of all; empty if nothing.
+        source: describes the source to the user.
+        num_source_tensors: number of tensors that are read.
+        target: describes the result to the user.
+        output: the directory.
+        parts: plans and safetensors files: one part, or one for each rank.
+        others: name -> contents of the other files, the index last.
+        ignored: names of tensors that are left out because they are not weights.
+        checks_values: whether the tensors are weights, which must not be all zero or contain NaN or infinity.
+        notes: notes for the user.
     """
 
     source: str
@@ -89,7 +88,7 @@ class Job:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """All that decides what its bytes will be."""
+        """Everything that determines the bytes that are written."""
         sources = frozenset.union(*(part.sources for part in self.parts))
         return {
             "bridge": __version__,
@@ -103,31 +102,31 @@ class Job:
         }
 
     def directory(self, worker: Worker = ALONE) -> OutputDirectory:
-        """The directory that this job makes."""
+        """The output directory, for one of the workers."""
         return OutputDirectory(self.output, [file for part in self.parts for file in part.files], self.identity, worker)
 
 
 @dataclass
 class Findings:
-    """What was seen of the values on their way.
+    """What was found about the values while they were copied.
 
     Attributes:
-        magnitudes: for each target and source tensor the largest magnitude.
-        casts: for each pair of dtypes what casting did.
+        magnitudes: (target name, source tensor) -> largest magnitude.
+        casts: (source dtype, target dtype) -> what casting changed.
     """
 
     magnitudes: dict[tuple[str, TensorInfo], float] = field(default_factory=lambda: defaultdict(float))
     casts: dict[tuple[str, str], Casts] = field(default_factory=lambda: defaultdict(Casts))
 
     def add(self, other: Findings) -> None:
-        """Takes in what another has seen."""
+        """Adds what was found elsewhere."""
         for place, magnitude in other.magnitudes.items():
             self.magnitudes[place] = max(self.magnitudes[place], magnitude)
         for dtypes, casts in other.casts.items():
             self.casts[dtypes] += casts
 
     def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads."""
+        """The findings for :meth:`from_json`."""
         casts = [[*dtypes, asdict(c) | {"overflowed": sorted(c.overflowed)}] for dtypes, c in self.casts.items()]
         magnitudes = [
             [target, [source.name, source.shape, source.dtype, str(source.file), source.start, source.nbytes], value]
@@ -137,7 +136,7 @@ class Findings:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Findings:
-        """What another worker has seen."""
+        """The findings of another worker, from :meth:`to_json`."""
         found = cls()
         for target, (name, shape, dtype, file, *place), value in content["magnitudes"]:
             found.magnitudes[target, TensorInfo(name, tuple(shape), dtype, Path(file), *place)] = value
@@ -148,7 +147,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job did: tensors and bytes written, seconds, what casting did; what else the user should know."""
+    """The result of a job: tensors and bytes written, seconds, what casting changed, notes for the user."""
 
     num_tensors: int
     nbytes: int
@@ -157,7 +156,7 @@ class Summary:
     notes: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:
-        """For a person."""
+        """The summary as lines of text."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         yield from cast_lines(self.casts)
         yield (
@@ -168,7 +167,7 @@ class Summary:
 
 
 def cast_lines(casts: Mapping[tuple[str, str], Casts]) -> Iterator[str]:
-    """What casting to narrower dtypes did, for a person."""
+    """What casting to narrower dtypes changed, as lines of text."""
     for (source, target), cast in sorted(casts.items()):
         yield (
             f"cast        {source} to {target}: {cast.rounded} of {cast.values} values rounded, "
@@ -177,17 +176,17 @@ def cast_lines(casts: Mapping[tuple[str, str], Casts]) -> Iterator[str]:
 
 
 def run(job: Job, worker: Worker = ALONE) -> Summary | None:
-    """Makes a job's directory, or this worker's share of it; continues one that was interrupted.
+    """Writes a job's directory, or this worker's share of it; resumes a run that was interrupted.
 
     Args:
-        job: what to make. All workers have to be given the same.
-        worker: which of the workers this is. The first waits for the others and finishes the directory.
+        job: the job, the same for all workers.
+        worker: which of the workers this is. The first waits for the others and completes the directory.
 
     Returns:
-        What was done, from the first worker; None from the others.
+        The summary, in the first worker; None in the others.
 
     Raises:
-        BridgeError: no room, the place is taken, invalid weights, values that don't fit their new
+        BridgeError: no room, the place is taken, invalid weights, values that do not fit their new
             dtype, another worker failed.
     """
     started = time.monotonic()
@@ -214,7 +213,7 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
 
 
 def _shares(job: Job, worker: Worker) -> Iterator[tuple[Iterator[Tile], Mapping[str, TensorInfo]]]:
-    """Of each part this worker's tiles, and where each target goes. Each worker gets as many bytes."""
+    """This worker's tiles of each part, and the places of the targets. All workers get equally many bytes."""
     done, total = 0, max(job.source_nbytes, 1)
 
     def mine(plan: Plan) -> Iterator[Tile]:
@@ -230,7 +229,7 @@ def _shares(job: Job, worker: Worker) -> Iterator[tuple[Iterator[Tile], Mapping[
 
 
 def _write(job: Job, directory: OutputDirectory) -> Findings:
-    """Reads this worker's tiles, permutes them, and writes them."""
+    """Reads, permutes and writes this worker's tiles."""
     findings = Findings()
     nbytes = job.source_nbytes // directory.worker.count
     with progress_bar("writing", nbytes) as advance, Transfer(advance) as transfer:
@@ -263,7 +262,7 @@ def _look_at_values(loaded: LoadedTile) -> Findings:
 
 @contextmanager
 def _discarding(directory: OutputDirectory) -> Iterator[None]:
-    """What is written of weights that are refused is of no use; but other workers still look into the directory."""
+    """Removes the directory if weights are refused; not while other workers use it."""
     try:
         yield
     except BridgeError:
@@ -273,7 +272,7 @@ def _discarding(directory: OutputDirectory) -> Iterator[None]:
 
 
 def _check_values(findings: Findings) -> None:
-    """Looks at the values, now that all have been seen."""
+    """Refuses invalid weights, and values that do not fit the new dtype."""
     magnitudes: dict[str, dict[TensorInfo, float]] = defaultdict(dict)
     for (target, source), magnitude in findings.magnitudes.items():
         magnitudes[target][source] = magnitude
@@ -289,7 +288,7 @@ def _check_values(findings: Findings) -> None:
 
 
 def describe(job: Job) -> Iterator[str]:
-    """The plan of a job, for a person: what will be made, what it takes."""
+    """Describes what a job will write and what it needs, as lines of text."""
     directory = job.directory()
     largest = max((t for file in directory.files.values() for t in file.tensors.values()), key=lambda t: t.nbytes)
     ranks = f" for {len(job.parts)} ranks" if len(job.parts) > 1 else ""

@@ -1,4 +1,4 @@
-"""Identifies the processes that share a job, and tells each what became of the others."""
+"""Coordinates several processes that share a job: their numbers, heartbeats and reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Worker:
-    """One of several processes that share out a job."""
+    """One of several processes that share a job."""
 
     number: int
     count: int
@@ -31,10 +31,10 @@ ALONE = Worker(0, 1)
 
 
 def this_worker() -> Worker | None:
-    """Which of msrun's workers this process is; None for its scheduler, which has nothing to do.
+    """Which of msrun's workers this process is; None for its scheduler, which writes nothing.
 
     Raises:
-        BridgeError: msrun was started so that workers get their numbers when MindSpore does.
+        BridgeError: msrun was started without --node_rank, so that workers get their numbers only from MindSpore.
     """
     role = os.environ.get("MS_ROLE")
     if role == "MS_SCHED":
@@ -47,7 +47,7 @@ def this_worker() -> Worker | None:
 
 
 def write_whole(path: Path, content: bytes, temporary: str = "tmp") -> None:
-    """A small file, whole or not at all."""
+    """Writes a small file atomically, and syncs it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{temporary}")
     with partial.open("wb") as stream:
@@ -58,10 +58,10 @@ def write_whole(path: Path, content: bytes, temporary: str = "tmp") -> None:
 
 
 class Workers:
-    """The workers of one job and what each has found, in a file for each in the unfinished directory.
+    """Heartbeats and reports of a job's workers, in one file each in the unfinished directory.
 
-    A worker touches its file every second, its heartbeat. The file is empty until the worker is done or has failed.
-    Files that an earlier run left don't count: only one that is seen to change does.
+    A worker touches its file every second: the heartbeat. The file is empty until the worker is done or has failed.
+    Files that an earlier run left are ignored until they change.
 
     Args:
         state: the folder for them, in the unfinished directory.

@@ -1,4 +1,4 @@
-"""What the ranks of a training run left on disk, seen as the whole tensors it makes up."""
+"""Presents per-rank checkpoint files as one checkpoint of whole tensors."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mf_qwen3_bridge.transfer.safetensors import Shard, TensorInfo, read_header
 
 @dataclass(frozen=True)
 class Sharding:
-    """How one parameter lies on the devices of its pipeline stage, as a MindSpore strategy file says it.
+    """How one parameter is distributed over the devices of its pipeline stage, as in a MindSpore strategy file.
 
     Attributes:
-        device_matrix: the devices as an array; the last axis is innermost.
-        tensor_map: for each axis of the tensor the axis of ``device_matrix`` that cuts it, counted from the right;
-            -1: not cut.
-        optimizer_shards: among how many of the devices that hold the same part it is cut again, along its first axis;
-            -1: among all, 0: not.
+        device_matrix: shape of the array of devices; the last axis is innermost.
+        tensor_map: for each axis of the tensor the axis of ``device_matrix`` that it is divided over, counted from the
+            right; -1: not divided.
+        optimizer_shards: number of devices holding the same part over which it is divided again, along the first axis;
+            -1: all of them; 0: not divided.
     """
 
     device_matrix: tuple[int, ...]
@@ -34,11 +34,11 @@ class Sharding:
 
     @property
     def num_devices(self) -> int:
-        """Devices of the stage."""
+        """Number of devices of the stage."""
         return prod(self.device_matrix)
 
     def parts(self) -> tuple[int, ...]:
-        """Into how many parts each axis is cut, the optimizer's shards apart."""
+        """Number of parts of each axis, without the optimizer's shards."""
         return tuple(self.device_matrix[-1 - axis] if axis >= 0 else 1 for axis in self.tensor_map)
 
     def place(self, device: int) -> tuple[tuple[int, int], ...]:
@@ -65,7 +65,7 @@ class Sharding:
         """The block of a tensor of ``shape`` that a device of the stage holds.
 
         Raises:
-            ValueError: the tensor can't be cut so, or is cut along another axis than the first two.
+            ValueError: the shape is not divisible, or divided along another axis than the first two.
         """
         places = self.place(device)
         if len(places) != len(shape) or any(length % parts for length, (_, parts) in zip(shape, places)):
@@ -80,14 +80,14 @@ def _box(bounds: Sequence[tuple[int, int]], parts: Sequence[int]) -> Box:
     """The block with these bounds along each axis.
 
     Raises:
-        ValueError: it is cut along another axis than the first two; no parameter of Qwen3 is.
+        ValueError: it is divided along another axis than the first two; no parameter of Qwen3 is.
     """
     if any(number > 1 for number in parts[2:]) or (len(parts) > 2 and parts[1] > 1):
         raise ValueError(f"{len(parts)} axes, cut along another than the first: no parameter of Qwen3 is")
     return Box(bounds[0] if bounds else (0, 1), bounds[1] if len(bounds) == 2 else None)
 
 
-# For each pipeline stage the sharding of each of its parameters.
+# For each pipeline stage: parameter name -> sharding.
 Strategies = Sequence[Mapping[str, Sharding]]
 
 
@@ -99,17 +99,20 @@ def open_rank_files(
     weights_only: bool = False,
     without_prefix: str | None = None,
 ) -> Source:
-    """Finds the blocks of every parameter that the strategies list.
+    """Opens the per-rank files of a training run, and finds the shards of every parameter that the strategies list.
 
     Args:
         directory: holds ``rank_0/``, ``rank_1/``, ...
-        strategies: of each pipeline stage.
-        file_suffix: ``EPOCH_STEP`` of the files to take; may be left out where each rank has one file.
-        weights_only: leaves out an optimizer's state.
-        without_prefix: leaves out tensors whose names begin so.
+        strategies: the shardings of each pipeline stage.
+        file_suffix: ``EPOCH_STEP`` of the files to read; optional if each rank has one file.
+        weights_only: whether to leave out the optimizer's state.
+        without_prefix: leaves out tensors whose names have this prefix.
+
+    Returns:
+        The files as one checkpoint of whole tensors.
 
     Raises:
-        BridgeError: ranks, files or blocks are missing, or blocks don't fit together. Lists everything.
+        BridgeError: ranks, files or blocks are missing, or blocks do not fit together. Lists all of them.
     """
     devices = {sharding.num_devices for stage in strategies for sharding in stage.values()}
     if len(devices) != 1:
@@ -135,8 +138,8 @@ def open_rank_files(
     listed = {name for stage in strategies for name in stage}
 
     def is_left_out(name: str) -> bool:
-        begins_so = without_prefix is not None and name.startswith(without_prefix)
-        return begins_so or (weights_only and is_training_state(name, listed))
+        has_prefix = without_prefix is not None and name.startswith(without_prefix)
+        return has_prefix or (weights_only and is_training_state(name, listed))
 
     left_out = sorted(filter(is_left_out, found))
     for name in left_out:
@@ -159,14 +162,14 @@ def open_rank_files(
             except ValueError as error:
                 problems.append(Problem(name, str(error), "is a rank's file of another step or run, or missing?"))
     if problems:
-        raise BridgeError(f"{directory} does not hold what the strategy files say", _fold(problems))
+        raise BridgeError(f"{directory} does not hold what the strategy files declare", _fold(problems))
     shared = set.intersection(*(set(entry.items()) for entry in metadata)) - {("remove_redundancy", "True")}
     unlisted = {name: ranks[0] for name, ranks in found.items() if name not in listed and 0 in ranks}
     return Source(directory, whole, dict(shared), _tensor_parallel(strategies), unlisted, tuple(left_out))
 
 
 def _fold(problems: Iterable[Problem]) -> list[Problem]:
-    """One row for all tensors, or ranks, that have the same fault."""
+    """Combines the rows of tensors, or ranks, that have the same fault."""
     rows: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         rows.setdefault((problem.found, problem.remedy), []).append(problem.subject)
@@ -183,7 +186,7 @@ def _tensor_parallel(strategies: Strategies) -> int:
 
 
 def _files_of(directory: Path, num_ranks: int, file_suffix: str | None) -> dict[int, Path]:
-    """Each rank's file."""
+    """Rank -> its file."""
     if not directory.is_dir():
         raise BridgeError(f"{directory} does not exist: give the folder that holds rank_0, rank_1, ...")
     ranks = {int(path.name[5:]): path for path in directory.iterdir() if re.fullmatch(r"rank_\d+", path.name)}
@@ -214,7 +217,7 @@ def _files_of(directory: Path, num_ranks: int, file_suffix: str | None) -> dict[
 
 @cache
 def _devices_of_places(sharding: Sharding) -> dict[tuple[tuple[int, int], ...], list[int]]:
-    """For each block of a parameter the devices of the stage that hold it."""
+    """Block of a parameter -> the devices of the stage that hold it."""
     devices: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for device in range(sharding.num_devices):
         devices.setdefault(sharding.place(device), []).append(device)
@@ -222,10 +225,10 @@ def _devices_of_places(sharding: Sharding) -> dict[tuple[tuple[int, int], ...], 
 
 
 def _assemble(sharding: Sharding, tensors: Mapping[int, TensorInfo]) -> TensorInfo:
-    """The whole tensor, from what the devices of a stage hold.
+    """The whole tensor with its shards, from the blocks that the devices of a stage hold.
 
     Raises:
-        ValueError: they don't make up a whole one; says what is wrong.
+        ValueError: the blocks are not a whole tensor; the text names the fault.
     """
     if not tensors:
         raise ValueError("in no rank's file")
@@ -233,7 +236,7 @@ def _assemble(sharding: Sharding, tensors: Mapping[int, TensorInfo]) -> TensorIn
     if any(tensor.shape != some.shape or tensor.dtype != some.dtype for tensor in tensors.values()):
         raise ValueError("not of one shape and dtype in all ranks' files")
     if len(sharding.tensor_map) != len(some.shape):
-        raise ValueError(f"shape {some.shape}, the strategy files say {len(sharding.tensor_map)} axes")
+        raise ValueError(f"shape {some.shape}, {len(sharding.tensor_map)} axes in the strategy files")
     devices_of = _devices_of_places(sharding)
     keepers = {place: next(filter(tensors.__contains__, devices), None) for place, devices in devices_of.items()}
     places = {place: tensors[device] for place, device in keepers.items() if device is not None}

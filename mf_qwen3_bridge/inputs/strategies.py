@@ -1,4 +1,4 @@
-"""MindSpore's strategy files: how a training run spread its parameters."""
+"""Reads MindSpore's strategy files: how a training run distributed its parameters."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mf_qwen3_bridge.inputs.rank_files import Sharding, Strategies
 
 
 def read_strategy(file: Path) -> tuple[int, dict[str, Sharding]]:
-    """The pipeline stage of the rank whose strategy file this is, and how that stage's parameters lie.
+    """Reads the strategy file of a rank: its pipeline stage, and parameter name -> sharding of that stage.
 
     Raises:
-        BridgeError: it is missing or damaged.
+        BridgeError: the file is missing or damaged.
     """
     _messages()
     try:
@@ -26,12 +26,12 @@ def read_strategy(file: Path) -> tuple[int, dict[str, Sharding]]:
 
 
 def read_strategies(directory: Path) -> Strategies:
-    """The strategies of each pipeline stage, from ``ckpt_strategy_rank_N.ckpt`` of all ranks or some.
+    """Reads the strategies of each pipeline stage, from ``ckpt_strategy_rank_N.ckpt`` of all ranks or some.
 
     Mirrors ``_load_protobuf_strategy`` of ``mindspore/parallel/_parallel_serialization.py`` (2.7 to 2.9).
 
     Raises:
-        BridgeError: none are there, they are damaged, contradict each other, or lack a stage.
+        BridgeError: files are missing, damaged or contradict each other, or a stage has none.
     """
     if not directory.is_dir():
         raise BridgeError(f"{directory} does not exist: give the run's strategy folder")
@@ -61,7 +61,7 @@ def read_strategies(directory: Path) -> Strategies:
 
 @cache
 def _messages() -> Any:
-    """MindSpore's own definition of the files, without importing MindSpore: that takes seconds, and 400 MB.
+    """MindSpore's own definition of the files, loaded without importing MindSpore, which takes seconds and 400 MB.
 
     Raises:
         ModuleNotFoundError: MindSpore is not installed.

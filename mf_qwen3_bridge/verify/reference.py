@@ -1,7 +1,7 @@
-"""Qwen3 and Qwen3-MoE in numpy, a layer at a time: what MindFormers' networks are held against.
+"""Computes Qwen3 and Qwen3-MoE in numpy, a layer at a time: the reference for MindFormers' networks.
 
-Written from the architecture, for clarity and not for speed; the tests hold it to transformers' logits. Weights are
-read when they are used, so that it needs memory for one layer.
+Written from the architecture, for clarity, not speed; the tests compare it with transformers' logits. Weights are read
+when they are used, so one layer has to fit in memory.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _ROWS_OF_OUTPUT = 16 << 10  # of the output layer, read and multiplied at a time
 
 @dataclass(frozen=True)
 class Stage:
-    """A value that both a network and the reference compute.
+    """A value that both the network and the reference compute.
 
     Attributes:
         layer: the layer's number; None before the first and after the last.
-        name: MindFormers' name of the module that makes it.
+        name: MindFormers' name of the module that computes it.
     """
 
     layer: int | None
@@ -49,17 +49,17 @@ EMBEDDED, LOGITS = Stage(None, "embedding"), Stage(None, "logits")
 def forward(
     model: CheckedCheckpoint, token_ids: Sequence[int], given: Mapping[Stage, np.ndarray] | None = None
 ) -> Iterator[tuple[Stage, np.ndarray]]:
-    """Computes one sequence, and yields what each stage makes of it.
+    """Computes one sequence, and yields the value of each stage.
 
     Args:
-        model: with a config.json (``hf_config``); its weights may be in any dialect.
+        model: a model with ``hf_config``; its weights may be in any dialect.
         token_ids: the sequence.
-        given: what a network made of the stages. Each layer begins with what the network's layer began with, so that
-            rounding does not add up over layers, and a wrong layer does not make the next ones wrong.
+        given: the values of a network's stages. Each layer starts from the network's input to this layer, so that
+            rounding does not accumulate and a wrong layer does not make later ones wrong.
 
     Yields:
         The embedding, each stage of each layer, and then the logits, float32 (len(token_ids), width). ``linear_qkv`` is
-        [q k v], ``linear_fc1`` [gate up]; the router's value is what each expert counts for each token.
+        [q k v], ``linear_fc1`` [gate up]; the router's value is the routing weights, 0 for experts not selected.
     """
     with Transfer() as transfer:
         yield from _stages(model, _Weights(model, transfer), token_ids, given or {})
@@ -93,7 +93,7 @@ class _Weights:
 
     @cached_property
     def _plans(self) -> dict[str, Plan]:
-        """For each of them the plan that makes it alone."""
+        """Tensor name -> the plan that makes this tensor alone."""
         plan = self.model.plan(HF, "F32")
         return {target.name: replace(plan, targets=(target,)) for target in plan.targets}
 
@@ -121,7 +121,7 @@ class _Layer:
         return weight * values / np.sqrt((values**2).mean(-1, keepdims=True) + np.float32(epsilon))
 
     def forward(self, hidden: np.ndarray, rope: tuple[np.ndarray, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-        """All stages; the last is the layer's output."""
+        """Yields all stages; the last is the layer's output."""
         normed = self.norm(hidden, self.weight("input_layernorm"))
         query, key, value = (normed @ self.weight(f"self_attn.{name}_proj").T for name in "qkv")
         yield QKV, np.hstack([query, key, value])
@@ -145,7 +145,7 @@ class _Layer:
     def attend(
         self, query: np.ndarray, key: np.ndarray, value: np.ndarray, rope: tuple[np.ndarray, np.ndarray]
     ) -> np.ndarray:
-        """Causal attention of query heads in groups, each of which shares a key and a value."""
+        """Causal attention; the query heads of a group share a key and a value."""
         spec = self.model.spec
         tokens = len(query)
         heads = (tokens, spec.num_query_groups, -1, spec.head_dim)
@@ -157,7 +157,7 @@ class _Layer:
         return np.einsum("ghts,sgd->tghd", _softmax(scores), values[:, :, 0]).reshape(tokens, -1)
 
     def route(self, normed: np.ndarray) -> np.ndarray:
-        """What each expert counts for each token, (tokens, experts): 0 for those that are not chosen."""
+        """Routing weights, (tokens, experts); 0 for experts not selected."""
         config = self.model.hf_config
         probabilities = _softmax(normed @ self.weight("mlp.gate").T)
         others = np.argsort(-probabilities, axis=-1, kind="stable")[:, config["num_experts_per_tok"] :]
@@ -165,7 +165,7 @@ class _Layer:
         return probabilities / probabilities.sum(-1, keepdims=True) if config["norm_topk_prob"] else probabilities
 
     def mix(self, normed: np.ndarray, shares: np.ndarray) -> np.ndarray:
-        """The sum of what the chosen experts make of each token."""
+        """Weighted sum of the selected experts' outputs, (tokens, hidden_size)."""
         result = np.zeros_like(normed)
         for expert in np.flatnonzero(shares.any(axis=0)):
             gate, up, down = (self.weight(f"mlp.experts.{expert}.{name}_proj") for name in ("gate", "up", "down"))
@@ -195,7 +195,7 @@ def _rope(model: CheckedCheckpoint, tokens: int) -> tuple[np.ndarray, np.ndarray
         length = yarn["original_max_position_embeddings"]
 
         def dimension(rotations: float) -> float:
-            """That which turns so many times within the original length."""
+            """The dimension that rotates this many times within the original length."""
             return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
         first = max(math.floor(dimension(yarn["beta_fast"])), 0)
@@ -209,7 +209,7 @@ def _rope(model: CheckedCheckpoint, tokens: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _rotate(heads: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
-    """Turns each pair (i, i + head_dim / 2) of (tokens, groups, heads, head_dim)."""
+    """Rotates each pair (i, i + head_dim / 2) of an array (tokens, groups, heads, head_dim)."""
     left, right = np.split(heads, 2, axis=-1)
     cosines, sines = cosines[:, None, None], sines[:, None, None]
     return np.concatenate([left * cosines - right * sines, right * cosines + left * sines], axis=-1)

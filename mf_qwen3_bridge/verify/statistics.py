@@ -1,4 +1,4 @@
-"""What the values of a checkpoint look like by themselves: what no model has, and what stands out among its kind."""
+"""Measures the values of a checkpoint: refuses invalid ones, lists outliers among tensors of the same kind."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from mf_qwen3_bridge.transfer.progress import progress_bar
 from mf_qwen3_bridge.transfer.tiles import tiles
 from mf_qwen3_bridge.transfer.values import largest_magnitude
 
-_BLOCK = 64 << 10  # elements that numpy sums up exactly enough in float32, and that stay in the cache
+_BLOCK = 64 << 10  # elements that numpy sums accurately enough in float32, and that stay in the cache
 
-_SQUARABLE = (1e-15, 1e15)  # magnitudes whose squares float32 holds
+_SQUARABLE = (1e-15, 1e15)  # magnitudes whose squares float32 represents
 
-# What trained Qwen3 models keep far away from. Norms multiply activations, around 1; matrices are centred on 0.
+# Values of trained Qwen3 models are far from these limits. Norms are around 1; matrices are centred on 0.
 _NORM_RMS = (1e-3, 1e3)
 _MATRIX_RMS = (1e-5, 10.0)
 _MATRIX_MEAN = 0.5  # of the RMS
 _ZEROS, _ZEROS_OF_TOKENS = 0.01, 0.1  # of the elements
-# A tensor stands out among those of its kind, in other layers, by a factor, and by multiples of their own spread.
+# An outlier differs from the median of its kind, over all layers, by this factor and this multiple of their spread.
 _FACTOR = 4.0
 _SPREADS = 8.0
 _FEWEST = 5
@@ -38,16 +38,16 @@ _FEWEST = 5
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the values of one tensor; all but ``size``, ``zeros`` and ``magnitude`` leave NaN and infinities out.
+    """Statistics of one tensor's values; all but ``size``, ``zeros`` and ``magnitude`` exclude NaN and infinity.
 
     Attributes:
         size: number of elements.
-        total: their sum.
-        squares: the sum of their squares.
-        zeros: how many are zero.
-        smallest: the smallest.
-        largest: the largest.
-        magnitude: the largest magnitude; infinity if there are infinities or NaN.
+        total: sum of the elements.
+        squares: sum of their squares.
+        zeros: number of zeros.
+        smallest: smallest element.
+        largest: largest element.
+        magnitude: largest magnitude; infinity if there is an infinity or NaN.
     """
 
     size: int = 0
@@ -81,7 +81,7 @@ class Statistics:
 
 
 def statistics_of(array: np.ndarray) -> Statistics:
-    """Of the values of a float32, float16 or bfloat16 array."""
+    """Computes the statistics of a float32, float16 or bfloat16 array."""
     flat = array.reshape(-1)
     found = Statistics()
     for start in range(0, flat.size, _BLOCK):
@@ -105,11 +105,11 @@ def statistics_of(array: np.ndarray) -> Statistics:
 
 
 def measure(weights: Weights) -> dict[str, Statistics]:
-    """Statistics of each tensor, under Hugging Face's names; every byte is read once.
+    """Computes the statistics of each tensor, under Hugging Face's names; reads every byte once.
 
     Raises:
-        BridgeError: it is no whole model; a tied output layer differs from the embedding; tensors that are all zero, or
-            hold NaN or infinities.
+        BridgeError: the model is not whole; a tied output layer differs from the embedding; tensors are all zero or
+            contain NaN or infinity.
     """
     plan = weights.plan(HF)
     plan.check_duplicates()
@@ -128,7 +128,7 @@ def measure(weights: Weights) -> dict[str, Statistics]:
 
 
 def kinds(statistics: Mapping[str, Statistics]) -> dict[str, dict[str, Statistics]]:
-    """The tensors of each kind: those whose names differ in the numbers of layer and expert only."""
+    """Groups tensors by kind: names that differ only in the numbers of layer and expert."""
     found: dict[str, dict[str, Statistics]] = defaultdict(dict)
     for name, one in statistics.items():
         found[re.sub(r"\.\d+\.", ".*.", name)][name] = one
@@ -136,7 +136,7 @@ def kinds(statistics: Mapping[str, Statistics]) -> dict[str, dict[str, Statistic
 
 
 def rows(statistics: Mapping[str, Statistics]) -> Iterator[tuple[str, ...]]:
-    """Of each kind: name, number of tensors, RMS (least, median, greatest), mean, smallest and largest value."""
+    """A row for each kind: name, number of tensors, RMS (least, median, greatest), mean, smallest and largest value."""
     for kind, members in kinds(statistics).items():
         several = sorted(one.rms for one in members.values())
         rms = " ".join(f"{value:.3g}" for value in (several[0], median(several), several[-1]))
@@ -146,10 +146,10 @@ def rows(statistics: Mapping[str, Statistics]) -> Iterator[tuple[str, ...]]:
 
 
 def outliers(statistics: Mapping[str, Statistics]) -> Iterator[str]:
-    """What is not impossible but strange: a line for each oddity of each kind."""
+    """A line for each unusual property of each kind of tensor."""
     for members in kinds(statistics).values():
         found: dict[str, dict[str, float]] = defaultdict(dict)
-        for name, oddity, value in (*_beside_others(members), *_by_themselves(members)):
+        for name, oddity, value in (*_among_others(members), *_by_themselves(members)):
             found[oddity][name] = value
         for oddity, values in found.items():
             least, most = (f"{value:.3g}" for value in (min(values.values()), max(values.values())))
@@ -157,8 +157,8 @@ def outliers(statistics: Mapping[str, Statistics]) -> Iterator[str]:
             yield f"{names}: {oddity.format(least if least == most else f'{least} to {most}')}"
 
 
-def _beside_others(members: Mapping[str, Statistics]) -> Iterator[tuple[str, str, float]]:
-    """Name, oddity and number of what stands out among its kind."""
+def _among_others(members: Mapping[str, Statistics]) -> Iterator[tuple[str, str, float]]:
+    """Yields (name, oddity, number) for outliers among tensors of one kind."""
     if len(members) < _FEWEST:
         return
     logarithms = {name: math.log(one.rms) for name, one in members.items()}
@@ -182,7 +182,7 @@ def _by_themselves(members: Mapping[str, Statistics]) -> Iterator[tuple[str, str
             yield name, "mean {}; norms are positive as a rule", one.mean
         if not is_norm and abs(one.mean) > _MATRIX_MEAN * one.rms:
             yield name, "mean {} of the RMS; matrices are centred on 0", one.mean / one.rms
-        # Rows of tokens that nobody uses may be zero.
+        # Rows of unused tokens may be zero.
         usual = _ZEROS_OF_TOKENS if name in (EMBEDDING[0], OUTPUT[0]) else _ZEROS
         if one.zeros > usual * one.size:
             yield name, "{} of the elements are zero: a hole in the file?", one.zeros / one.size
