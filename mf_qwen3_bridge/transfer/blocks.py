@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from math import prod
 
 from mf_qwen3_bridge.model.layouts import Box, View
+from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 from mf_qwen3_bridge.transfer.tiles import Copy
 
 
@@ -80,3 +83,16 @@ def from_shards(copy: Copy) -> Iterator[Copy]:
     for shard in copy.source.shards:
         for here, there in within(copy.source_view, copy.target_view, copy.source.shape, shard.box):
             yield Copy(shard.tensor, here, copy.target, there)
+
+
+def from_range(tensor: TensorInfo, start: int, size: int) -> Iterator[Copy]:
+    """Copies ``size`` elements of a tensor that is stored in shards, from element ``start`` on, to an array of them."""
+    width = prod(tensor.shape[1:])
+    whole, stop = View.whole((tensor.shape[0], width)), start + size
+    whole_rows = -(-start // width) * width, stop // width * width
+    bounds = sorted({start, min(whole_rows[0], stop), max(whole_rows[1], start), stop})
+    for begin, end in pairwise(bounds):
+        row, column = divmod(begin, width)
+        is_part = end - begin < width
+        view = whole[row, column : column + end - begin] if is_part else whole[row : end // width]
+        yield from from_shards(Copy(tensor, view, tensor.name, replace(View.whole(view.shape), offset=begin - start)))

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from mf_qwen3_bridge.model.layouts import View
-from mf_qwen3_bridge.transfer.blocks import from_shards
+from mf_qwen3_bridge.transfer.blocks import from_range, from_shards
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, TensorInfo
 from mf_qwen3_bridge.transfer.tiles import Copy, Tile, reads, tiles, writes
 from mf_qwen3_bridge.transfer.values import is_exact, largest_magnitude
@@ -253,6 +253,12 @@ class Transfer:
 
     def read(self, source: TensorInfo, start: int, out: np.ndarray) -> None:
         """Fills a C-contiguous array with the elements of a tensor, from element ``start`` on."""
+        if source.shards:
+            for copy in from_range(source, start, out.size):
+                rows = range(copy.source_view.shape[0])
+                for piece in [copy] if copy.is_plain_copy else [copy.cut(0, row, row + 1) for row in rows]:
+                    self.read(piece.source, piece.source_view.offset, piece.target_view.of(out))
+            return
         memory = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         self._reader.read(source, start * out.itemsize, memory)
 

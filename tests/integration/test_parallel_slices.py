@@ -15,6 +15,7 @@ import pytest
 from mindformers.parallel_core.inference import parallel_state
 from mindformers.parallel_core.inference.model_utils import InferModelMixin
 
+from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
@@ -107,3 +108,20 @@ def test_the_routers_order_is_the_networks_own(monkeypatch, tmp_path: Path):
         load_network(direct, model)
         load_network(rotated, model)
         assert bits(direct) == bits(upstream) != bits(rotated)
+
+
+@pytest.mark.parametrize("is_delegated", [False, True], ids=["direct", "delegated"])
+def test_a_rank_whose_tokens_nobody_uses(monkeypatch, tmp_path: Path, is_delegated):
+    """Its slice of the embedding is zero, as the whole may not be: all ranks give the same answer."""
+    tensors = random_tensors(DENSE)
+    for rows, is_refused in ((DENSE.vocab_size // 2, False), (0, True)):
+        tensors["model.embed_tokens.weight"][rows:] = 0
+        directory = write(tmp_path / str(rows), tensors, hf_config(DENSE))
+        for number in range(2):
+            with playing(monkeypatch, ParallelConfig(2), number):
+                network, model = empty_network(directory)
+                if is_refused:
+                    with pytest.raises(BridgeError, match=r"all zero: model\.embed_tokens"):
+                        load_network(network, model, use_training_conversion=is_delegated)
+                else:
+                    load_network(network, model, use_training_conversion=is_delegated)

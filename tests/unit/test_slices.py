@@ -15,9 +15,10 @@ from mf_qwen3_bridge.model.layouts import Box, Layout, View
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.transfer.blocks import within
-from mf_qwen3_bridge.transfer.copying import have_equal_bytes
+from mf_qwen3_bridge.transfer.copying import Transfer, have_equal_bytes
 from mf_qwen3_bridge.transfer.plan import Target, make_plan, write_slices
-from mf_qwen3_bridge.transfer.safetensors import Reader, Shard, TensorInfo
+from mf_qwen3_bridge.transfer.safetensors import Checkpoint, Reader, Shard, TensorInfo
+from mf_qwen3_bridge.verify.comparison import Side, compare
 from tests.tiny import MOE_SPEC, SPEC, Tensors, random_tensors, write
 
 DIALECTS = [Dialect(Layout(qkv, gate_up)) for qkv in (True, False) for gate_up in (True, False)]
@@ -128,3 +129,29 @@ def test_a_whole_tensor_in_shards_can_not_be_read_at_once(tmp_path):
     with Reader() as reader, pytest.raises(ValueError, match="2 shards"):
         reader.read(tensor, 0, memoryview(bytearray(32)))
     np.testing.assert_array_equal(Target.of(tensor).make(), whole["a"])
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), shape=st.sampled_from([(9,), (7, 5), (1, 6), (4, 3, 2)]))
+def test_any_range_of_a_tensor_in_shards(tmp_path_factory, data, shape):
+    whole = {"a": np.arange(np.prod(shape), dtype=np.float32).reshape(shape)}
+    tensors = sharded(tmp_path_factory.mktemp("range"), whole, {"a": boxes(data.draw, shape)})
+    start = data.draw(st.integers(0, whole["a"].size - 1))
+    out = np.full(data.draw(st.integers(1, whole["a"].size - start)), -1, np.float32)
+    with Transfer() as transfer:
+        transfer.read(tensors["a"], start, out)
+    np.testing.assert_array_equal(out, whole["a"].reshape(-1)[start : start + out.size])
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_shards_on_either_side_of_a_comparison(tmp_path, is_wrong):
+    train = random_tensors(SPEC, TRAIN)
+    cut = {name: [Box((0, 3)), Box((3, len(array)))] for name, array in train.items()}
+    cut["decoder.layers.0.mlp.linear_fc2.weight"] = [Box((0, 12), (0, 4)), Box((0, 12), (4, 10))]
+    in_shards = Side(Checkpoint(tmp_path, sharded(tmp_path / "a", train, cut), {}), TRAIN, SPEC)
+    if is_wrong:
+        train["decoder.layers.0.mlp.linear_fc2.weight"][7, 9] += 1
+    whole = Side(open_source(write(tmp_path / "b", train)), TRAIN, SPEC)
+    for sides in (in_shards, whole), (whole, in_shards):
+        counts = compare(*sides).counts
+        assert [count.different for count in counts.values()] == [1] * is_wrong
