@@ -143,7 +143,7 @@ class OutputDirectory:
     def _clean_up(self) -> None:
         """Removes what is no longer needed. Its files must be closed: NFS keeps open ones, and so their directory."""
         if self._is_discarded:
-            shutil.rmtree(self.incomplete)
+            shutil.rmtree(self.incomplete, ignore_errors=True)  # why it is discarded matters more
         state = self.path / _STATE
         if self.incomplete.exists() or not state.exists():
             return

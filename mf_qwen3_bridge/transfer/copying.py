@@ -171,35 +171,39 @@ class Transfer:
         """
 
         def work(tile: Tile) -> tuple[Tile, Result]:
-            made = [(*made, dtypes[made[0][0].target]) for made in writes(tile)] if dtypes else []
-            is_plain = len(tile) == 1 and tile[0].is_plain_copy
-            is_made_by_reading = is_plain and all(dtype == tile[0].source.dtype for *_, dtype in made)
-            arrays = (not is_made_by_reading) + with_spare
-            nbytes_read = read_nbytes(tile)
-            nbytes_made = arrays * sum(room(stretch.size, DTYPES[dtype]) for _, stretch, dtype in made)
-            with self.buffers.lend(nbytes_read + nbytes_made) as memory:
-                elements = dict(zip(tile, self.gather(tile, memory)))
-                memory = memory[nbytes_read:]
-                loaded = LoadedTile(tile, list(elements.values()), [])
-                for copies, stretch, dtype in made:
-                    spare = None
-                    if with_spare:
-                        spare, memory = carve(memory, stretch.size, DTYPES[dtype])
-                    if is_made_by_reading:
-                        array = loaded.elements[0].reshape(-1)
-                    else:
-                        array, memory = carve(memory, stretch.size, DTYPES[dtype])
-                    places = [view.of(array) for view in stretch.views]
-                    if not is_made_by_reading:
-                        for copy, place in zip(copies, places):
-                            copy_elements(elements[copy], place)
-                    parts = [(copy, elements[copy], place) for copy, place in zip(copies, places)]
-                    loaded.made.append(Made(copies[0].target, dtype, stretch.starts.tolist(), array, spare, parts))
+            with self._load(tile, dtypes, with_spare) as loaded:
                 return tile, look(loaded)
 
         for tile, result in self.map(work, tiles_to_read):
             yield result
             self._advance(sum(copy.nbytes for copy in tile))
+
+    @contextmanager
+    def _load(self, tile: Tile, dtypes: Mapping[str, str] | None, with_spare: bool) -> Iterator[LoadedTile]:
+        """Reads a tile and makes its stretches of targets, in one loan, as waiting for a second could deadlock."""
+        stretches = [(*one, dtypes[one[0][0].target]) for one in writes(tile)] if dtypes else []
+        is_plain = len(tile) == 1 and tile[0].is_plain_copy
+        is_made_by_reading = is_plain and all(dtype == tile[0].source.dtype for *_, dtype in stretches)
+        arrays = (not is_made_by_reading) + with_spare
+        nbytes_read = read_nbytes(tile)
+        nbytes_made = arrays * sum(room(stretch.size, DTYPES[dtype]) for _, stretch, dtype in stretches)
+        with self.buffers.lend(nbytes_read + nbytes_made) as memory:
+            elements = self.gather(tile, memory)
+            of_copy, free = dict(zip(tile, elements)), memory[nbytes_read:]
+            made = []
+            for copies, stretch, dtype in stretches:
+                spare = None
+                if with_spare:
+                    spare, free = carve(free, stretch.size, DTYPES[dtype])
+                if is_made_by_reading:
+                    array = elements[0].reshape(-1)
+                else:
+                    array, free = carve(free, stretch.size, DTYPES[dtype])
+                parts = [(copy, of_copy[copy], view.of(array)) for copy, view in zip(copies, stretch.views)]
+                for _, source, place in () if is_made_by_reading else parts:
+                    copy_elements(source, place)
+                made.append(Made(copies[0].target, dtype, stretch.starts.tolist(), array, spare, parts))
+            yield LoadedTile(tile, elements, made)
 
     def magnitudes(self, copies: Iterable[Copy]) -> Iterator[float]:
         """The largest magnitudes in what the copies read, tile by tile."""
