@@ -130,7 +130,9 @@ class OutputDirectory:
             lock = os.open(self.state / f"lock.{self.worker.number}", os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._claim(lock)
+                self._is_discarded = self.worker.count == 1 and not (self.state / "job.json").is_file()
                 self.check()  # another process may have started, or finished, before the lock was taken
+                self._is_discarded = False
                 write_whole(self.state / "job.json", self._job.encode(), f"job.{self.worker.number}")
                 yield
             finally:

@@ -267,6 +267,7 @@ def test_a_job_that_another_finished_meanwhile(dirs, tmp_path):
         with pytest.raises(BridgeError, match="is not empty"), late.opened():
             pass
     assert_same(contents(out), expected)
+    assert not (tmp_path / "out.incomplete").exists()
 
 
 def test_no_file_is_open_when_the_state_is_removed(dirs, tmp_path, monkeypatch):
