@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.model.layouts import Box
 
 DTYPES: dict[str, np.dtype] = {
@@ -314,18 +315,19 @@ def open_files(path: Path, files: Iterable[Path]) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     all_metadata: list[dict[str, str]] = []
     problems = []
+    twice: dict[str, list[str]] = defaultdict(list)
     for file in files:
         try:
             found, file_metadata = read_header(file)
         except BridgeError as error:
             problems += error.problems
             continue
-        for name in sorted(tensors.keys() & found.keys()):
-            problems.append(
-                Problem(name, f"both in {tensors[name].file.name} and {file.name}", "remove the file that is stale")
-            )
+        for name in tensors.keys() & found.keys():
+            twice[f"both in {tensors[name].file.name} and {file.name}"].append(name)
         all_metadata.append(file_metadata)
         tensors |= found
+    for where, names in twice.items():
+        problems += [Problem(name, where, "remove the file that is stale") for name in fold_names(names)]
     if problems:
         raise BridgeError(f"{path} is not a whole checkpoint", problems)
     # One file does not vouch for another: what they don't all say is not said.
@@ -352,31 +354,27 @@ def _open_indexed(directory: Path, index: Path) -> Checkpoint:
         checkpoint = open_files(directory, files)
     except BridgeError as error:
         raise BridgeError(error.headline, problems + error.problems) from error
-    opened = {file.name for file in files}
-    for name, where in weight_map.items():
-        if where not in opened:
-            continue
-        tensor = checkpoint.tensors.get(name)
-        if tensor is None or tensor.file.name != where:
-            found = "in no file of the index" if tensor is None else f"in {tensor.file.name}"
-            problems.append(
-                Problem(
-                    name,
-                    f"{index.name} says it is in {where}; it is {found}",
-                    "copy index and files again, from one source",
-                )
-            )
-    for name in checkpoint.tensors.keys() - weight_map.keys():
-        problems.append(
-            Problem(
-                name,
-                f"in {checkpoint.tensors[name].file.name}, but not in {index.name}",
-                "copy index and files again, from one source",
-            )
-        )
+    problems += _misplaced(checkpoint, weight_map, index.name, {file.name for file in files})
     if problems:
         raise BridgeError(f"{directory} is not a whole checkpoint", problems)
     return checkpoint
+
+
+def _misplaced(
+    checkpoint: Checkpoint, weight_map: Mapping[str, str], index: str, opened: set[str]
+) -> Iterator[Problem]:
+    """Tensors that are not where an index says; those of one reason, of one pair of files, in as few rows as can be."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, where in weight_map.items():
+        tensor = checkpoint.tensors.get(name)
+        if where in opened and (tensor is None or tensor.file.name != where):
+            found = f"in {tensor.file.name}" if tensor else "in no file of the index"
+            names[f"{index} says it is in {where}; it is {found}"].append(name)
+    for name in checkpoint.tensors.keys() - weight_map.keys():
+        names[f"in {checkpoint.tensors[name].file.name}, but not in {index}"].append(name)
+    for found in sorted(names):
+        for folded in fold_names(names[found]):
+            yield Problem(folded, found, "copy index and files again, from one source")
 
 
 def _is_file(file: Path) -> bool:

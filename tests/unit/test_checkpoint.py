@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.transfer import safetensors
 from mf_qwen3_bridge.transfer.safetensors import HYPER_PARAMETERS, open_files, read_header, stale_files
-from tests.tiny import NUMPY, random_tensors, read, write
+from tests.tiny import MOE_SPEC, NUMPY, random_tensors, read, write
 
 
 @pytest.mark.parametrize("dtype", NUMPY)
@@ -201,6 +202,22 @@ def test_an_index_of_other_files(tmp_path: Path):
     assert "absent.weight" in message(tmp_path)
 
 
+def test_an_index_of_another_sharding(tmp_path: Path):
+    """Of a large MoE it was a row for each of thousands of tensors; a run of layers or experts is one."""
+    spec = replace(MOE_SPEC, num_layers=12, num_experts=32)
+    tensors = random_tensors(spec)
+    write(tmp_path / "other", tensors, shards=3)
+    write(tmp_path, dict(reversed(tensors.items())), shards=3)
+    (tmp_path / "other" / "model.safetensors.index.json").rename(tmp_path / "model.safetensors.index.json")
+    with pytest.raises(BridgeError) as error:
+        open_source(tmp_path)
+    problems = error.value.problems
+    assert len(problems) < len(tensors) / 6
+    (row,) = (p for p in problems if p.subject == "lm_head.weight")
+    index = "model.safetensors.index.json says it is in "
+    assert row.found == f"{index}model-00003-of-00003.safetensors; it is in model-00001-of-00003.safetensors"
+
+
 def test_a_tensor_in_two_files(tmp_path: Path):
     tensors = random_tensors()
     write(tmp_path, tensors)
@@ -208,6 +225,16 @@ def test_a_tensor_in_two_files(tmp_path: Path):
     assert "stale.safetensors" in message(tmp_path)
     with pytest.raises(BridgeError, match="stale"):
         open_files(tmp_path, [tmp_path / "model.safetensors", tmp_path / "stale.safetensors"])
+
+
+def test_all_tensors_in_two_files(tmp_path: Path):
+    tensors = random_tensors(MOE_SPEC)
+    write(tmp_path, tensors)
+    save_file(tensors, tmp_path / "stale.safetensors")
+    with pytest.raises(BridgeError) as error:
+        open_source(tmp_path)
+    names = [problem.subject for problem in error.value.problems]
+    assert len(names) == 15 and "model.layers.{0..1}.mlp.experts.{0..3}.up_proj.weight" in names
 
 
 def test_a_missing_shard_without_an_index(tmp_path: Path):
