@@ -10,6 +10,7 @@ from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.documents import read_document
+from mf_qwen3_bridge.transfer.directories import directory_meant
 
 # What a normalised config holds: the key, and the value that transformers takes when a config.json leaves it out
 # (None: it has to be there).
@@ -50,7 +51,9 @@ def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) 
         raise BridgeError(f"{model_dir} is not a directory: give the one you downloaded, that holds config.json")
     path = model_dir / "config.json"
     if not path.is_file():
-        raise BridgeError(f"{path} is missing: copy it from where the checkpoint came from")
+        meant = directory_meant(model_dir, path.name)
+        remedy = f"give {meant}" if meant else "copy it from where the checkpoint came from"
+        raise BridgeError(f"{path} is missing: {remedy}")
     return normalise(read_json(path) | dict(overrides or {}), str(path))
 
 

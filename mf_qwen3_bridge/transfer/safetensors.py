@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.model.layouts import Box
+from mf_qwen3_bridge.transfer.directories import directory_meant
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -278,7 +279,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not files:
         pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(kind))
         hint = f"; it holds {', '.join(pickled[:3])}: only safetensors are read" if pickled else ""
-        if below := sorted({file.parent.name for file in path.glob("*/*.safetensors")}):
+        if (meant := directory_meant(path, "*.safetensors")) and not meant.name.startswith("rank_"):
+            hint += f"; give {meant}"
+        elif below := sorted({file.parent.name for file in path.glob("*/*.safetensors")}):
             hint += f"; {', '.join(below[:3])} in it do"
             if below[0].startswith("rank_"):
                 hint += (

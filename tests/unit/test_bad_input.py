@@ -76,6 +76,24 @@ def awq(changed: dict) -> None:
     changed |= {f"{Q_PROJ}.{x}": np.zeros((2, 2), np.int32) for x in ("qweight", "qzeros", "scales")}
 
 
+def hub_cache(directory: Path) -> None:
+    """As huggingface_hub keeps it: two snapshots, of which refs/main names one."""
+    snapshot = directory / "snapshots" / "b968826"
+    snapshot.mkdir(parents=True)
+    for file in directory.glob("*.*"):
+        file.rename(snapshot / file.name)
+    write(directory / "snapshots" / "older", random_tensors(), hf_config())
+    (directory / "refs").mkdir()
+    (directory / "refs" / "main").write_text("b968826")
+
+
+def one_below(directory: Path) -> None:
+    (directory / "Qwen3-8B").mkdir()
+    for file in directory.glob("*.*"):
+        file.rename(directory / "Qwen3-8B" / file.name)
+    (directory / "original").mkdir()
+
+
 BAD = {
     "missing shard": (lambda d: (d / SHARD).unlink(), SHARD),
     "truncated shard": (truncate, "truncated"),
@@ -106,6 +124,8 @@ BAD = {
     "numbers of nobody": (tensors(lambda t: [t.update({n: v[:0]}) for n, v in t.items() if "q_norm" in n]), "q_norm"),
     "a billion layers": (config(num_hidden_layers=10**9), "num_hidden_layers"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
+    "the root of the Hub's cache": (hub_cache, "give $/snapshots/b968826"),
+    "the directory above": (one_below, "give $/Qwen3-8B"),
     "no directory": (lambda d: d.rename(d.with_name("elsewhere")), "not a directory"),
     "pickles": (only_pickles, "only safetensors"),
     "a tensor in two files": (
@@ -141,5 +161,5 @@ def test_refused_before_mindspore_is_imported(tmp_path: Path, case):
     command = [sys.executable, "-c", script, str(directory)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
     assert result.returncode == 2, result.stderr
-    assert named in words(result.stderr), result.stderr
+    assert named.replace("$", str(directory)) in words(result.stderr), result.stderr
     assert "Traceback" not in result.stderr

@@ -289,6 +289,19 @@ def test_pickles_are_not_read(tmp_path: Path):
     assert "does not exist" in message(tmp_path / "absent")
 
 
+def test_the_directory_that_is_meant(tmp_path: Path):
+    snapshots = tmp_path / "models--Qwen--Qwen3-8B" / "snapshots"
+    write(snapshots / "one", random_tensors())
+    assert f"give {snapshots / 'one'}" in message(snapshots.parent)
+    assert f"give {snapshots / 'one'}" in message(snapshots)
+    write(snapshots / "two", random_tensors())
+    assert "no *.safetensors" in message(snapshots.parent) and "give" not in message(snapshots.parent)
+    (snapshots.parent / "refs").mkdir()
+    for revision, meant in (("two", True), ("three", False), ("../snapshots/two", False), ("\0", False), ("", False)):
+        (snapshots.parent / "refs" / "main").write_text(revision)
+        assert (f"give {snapshots / 'two'}" in message(snapshots.parent)) == meant
+
+
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path):
     info = open_source(write(tmp_path, random_tensors())).tensors["model.norm.weight"]
     info.file.write_bytes(info.file.read_bytes()[: info.start + 4])
