@@ -57,6 +57,29 @@ def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) 
     return normalise(read_json(path) | dict(overrides or {}), str(path))
 
 
+def config_notes(model_dir: Path, overrides: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """What the config.json of a Hugging Face directory asks for, and not everybody computes.
+
+    Args:
+        model_dir: the directory; there are no notes if it has no config.json.
+        overrides: as for :func:`read_hf_config`.
+
+    Raises:
+        BridgeError: as :func:`read_hf_config`.
+    """
+    path = model_dir / "config.json"
+    if not path.is_file():
+        return
+    raw = read_json(path) | dict(overrides or {})
+    yarn = normalise(raw, str(path))["rope_scaling"]
+    given = (raw.get("rope_scaling") or raw.get("rope_parameters") or {}).get("attn_factor")
+    if yarn and given not in (None, 1):
+        yield (
+            f"rope_scaling's attn_factor {given} is not used: MindFormers and transformers compute "
+            f"{_attention_factor(yarn):.4f}; vLLM multiplies by it"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -279,8 +302,7 @@ def _yarn(scaling: Mapping[str, Any], max_position_embeddings: int) -> tuple[dic
         return None, problems
     if not (yarn["mscale"] and yarn["mscale_all_dim"]):
         yarn |= {"mscale": 1.0, "mscale_all_dim": 0.0}
-    log_factor = math.log(yarn["factor"])
-    computed = (0.1 * yarn["mscale"] * log_factor + 1) / (0.1 * yarn["mscale_all_dim"] * log_factor + 1)
+    computed = _attention_factor(yarn)
     given = scaling.get("attention_factor")
     if given is not None and not (_is_number(given, 0) and math.isclose(given, computed, rel_tol=1e-6)):
         problems.append(
@@ -289,3 +311,9 @@ def _yarn(scaling: Mapping[str, Any], max_position_embeddings: int) -> tuple[dic
     if not scaling.get("truncate", True):
         problems.append(Problem("YaRN's truncate", "false", "MindFormers always truncates the correction range"))
     return yarn, problems
+
+
+def _attention_factor(yarn: Mapping[str, Any]) -> float:
+    """What MindFormers and transformers multiply the rotary embedding by, from YaRN's numbers in full."""
+    log_factor = math.log(yarn["factor"])
+    return (0.1 * yarn["mscale"] * log_factor + 1) / (0.1 * yarn["mscale_all_dim"] * log_factor + 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
+from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_json
 from mf_qwen3_bridge.inputs.identify import dialect_of, numbers_of, spec_of
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.source import Source
@@ -186,6 +186,7 @@ def _config_notes(path: Path, numbers: dict[str, Any]) -> Iterator[str]:
             yield f"{field}: config.json {number}, tensors {numbers[field]}"
     if config["rope_scaling"]:
         yield f"YaRN, factor {config['rope_scaling']['factor']}"
+    yield from config_notes(path)
 
 
 def lines(inspection: Inspection) -> Iterator[str]:

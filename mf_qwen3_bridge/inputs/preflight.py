@@ -9,7 +9,7 @@ from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.disagreements import computed_rows, declared_by, number_rows, tensor_problems
-from mf_qwen3_bridge.inputs.hf_config import normalise, read_hf_config
+from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_hf_config
 from mf_qwen3_bridge.inputs.identify import Weights, dialect_of, incomplete, numbers_of, spec_of
 from mf_qwen3_bridge.inputs.mindformers_yaml import (
     ADDITIONS,
@@ -159,8 +159,13 @@ def check_against_network(weights: Path, model_config: Mapping[str, Any], origin
 
 
 def _read_hf_config(hf_dir: Path, yaml: MindFormersYaml, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return read_hf_config(hf_dir, _additions(yaml, arguments))
+
+
+def _additions(yaml: MindFormersYaml, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What YAML and arguments add to config.json."""
     declared = yaml.model_config | dict(arguments)
-    return read_hf_config(hf_dir, {key: declared[key] for key in ADDITIONS if key in declared})
+    return {key: declared[key] for key in ADDITIONS if key in declared}
 
 
 def _check(
@@ -201,7 +206,8 @@ def _check(
         raise BridgeError(f"{what} change what the table says", problems + run_problems)
     if run_problems:
         raise BridgeError(f"{source.path} can't be run like this", run_problems)
-    notes = list(notes_on(source, hf_dir or source.directory, yaml))
+    notes = list(config_notes(hf_dir, _additions(yaml, arguments)) if hf_dir else ())
+    notes += notes_on(source, hf_dir or source.directory, yaml)
     if absent and yaml.model_config:
         notes.append(f"{yaml.origin} does not declare {', '.join(absent)}")
     return CheckedCheckpoint(

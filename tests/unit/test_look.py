@@ -110,6 +110,22 @@ def test_the_command(tmp_path: Path):
     assert row.endswith("\tdecoder.layers.0.mlp.experts.weight1")
 
 
+def test_an_attn_factor_that_only_vllm_uses_is_told(tmp_path: Path):
+    """As in DeepSeek-R1-0528-Qwen3-8B: 1.1386 * 0.8782 is 1."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    told = "attn_factor 0.8782488562869419 is not used: MindFormers and transformers compute 1.1386; vLLM multiplies"
+    for attn_factor, is_told in ((0.8782488562869419, True), (1, False), (None, False)):
+        config = hf_config() | {"rope_scaling": yarn | {"attn_factor": attn_factor}}
+        directory = write(tmp_path / "hf", random_tensors(), config)
+        assert (told in said("inspect", directory)) == is_told
+        assert (told in said("check", "--model_dir", directory)) == is_told
+        parameters = hf_config() | {"rope_parameters": config["rope_scaling"] | {"rope_theta": 1e6}}
+        del parameters["rope_scaling"]
+        assert (told in "\n".join(check(write(directory, random_tensors(), parameters)).notes)) == is_told
+    override = {"rope_scaling": yarn | {"attn_factor": 0.5}}
+    assert "attn_factor 0.5 " in check(directory, overrides=override).notes[0]
+
+
 # ------------------------------------------------------------------------------------------------------------ truncate
 
 
