@@ -92,12 +92,19 @@ def tensor_problems(
     in_tensors: Mapping[str, tuple[int, str]],
 ) -> list[Problem]:
     """What is wrong with the tensors as such: a number that a config has wrong is in another row, once."""
-    blocks = dialect.layout.tensor_parallel if dialect.layout else 1
-    if any(ParallelConfig(blocks).problems(spec, training=True)):
-        found = f"{blocks}, num_query_groups {spec.num_query_groups}, ffn_hidden_size {spec.ffn_hidden_size}"
-        return [Problem("tensor parallel of the training run", found, "it has to divide both: is the YAML theirs?")]
+    if problems := block_problems(spec, dialect):
+        return problems
     numbers: dict[str, Any] = {field: number for field, (number, _) in in_tensors.items()}
     try:
         return list(match_tensors(model_rules(replace(spec, **numbers)), tensors, dialect).problems)
     except ValueError:  # heads and groups that don't divide: their rows are in another table
         return []
+
+
+def block_problems(spec: ModelSpec, dialect: Dialect) -> list[Problem]:
+    """Whether the blocks of a contiguous layout divide the model."""
+    blocks = dialect.layout.tensor_parallel if dialect.layout else 1
+    if not any(ParallelConfig(blocks).problems(spec, training=True)):
+        return []
+    found = f"{blocks}, num_query_groups {spec.num_query_groups}, ffn_hidden_size {spec.ffn_hidden_size}"
+    return [Problem("tensor parallel of the training run", found, "it has to divide both: is the YAML theirs?")]

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.inputs.disagreements import block_problems
 from mf_qwen3_bridge.inputs.mindformers_yaml import MindFormersYaml, read_mindformers_yaml
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.source import Source
@@ -83,23 +84,25 @@ def open_weights(path: Path, config: Path | None = None) -> Weights:
     return recognise(source, yaml)
 
 
-def recognise(source: Source, yaml: MindFormersYaml, tied: bool | None = None) -> Weights:
+def recognise(source: Source, yaml: MindFormersYaml) -> Weights:
     """The weights of a source, as its tensors show them.
 
     Args:
         source: the tensors.
         yaml: declares the layout of MindFormers weights whose files don't; MindFormers' default where neither does.
-        tied: whether the output layer is the embedding, if that is known; else it is if there is no output layer.
 
     Raises:
-        BridgeError: the tensors' shapes don't show a whole model.
+        BridgeError: the tensors' shapes don't show a whole model, or not one that can have this layout.
     """
     configured = yaml.layout_of_weights(source.has_experts, source.tensor_parallel)
     dialect = dialect_of(source, configured, yaml.origin, TRAINING_DEFAULT)
     try:
-        return Weights(source, dialect, spec_of(source.tensors, dialect, tied))
+        weights = Weights(source, dialect, spec_of(source.tensors, dialect))
     except KeyError as missing:
         raise incomplete(source, missing) from None
+    if problems := block_problems(weights.spec, dialect):
+        raise BridgeError(f"{source.path} can't have this layout", problems)
+    return weights
 
 
 def incomplete(source: Source, missing: KeyError) -> BridgeError:
@@ -160,6 +163,8 @@ def spec_of(tensors: Mapping[str, TensorInfo], dialect: Dialect, tied: bool | No
     """
     tied = dialect.name(OUTPUT) not in tensors if tied is None else tied
     numbers = {field: number for field, (number, _) in numbers_of(tensors, dialect).items()}
+    if numbers.get("num_attention_heads", 0) % numbers.get("num_query_groups", 1):
+        del numbers["num_query_groups"]
     return ModelSpec.from_model_config(numbers | {"tie_word_embeddings": tied})
 
 

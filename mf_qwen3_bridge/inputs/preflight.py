@@ -272,9 +272,9 @@ def _spec_of(
     """The model by its config.json; without one by the tensors' shapes or, where these are damaged, by the sides."""
     if hf_config is not None:
         return ModelSpec.from_model_config(hf_config)
-    tied = {value for _, _, value in declared_by(sides, ("tie_word_embeddings",))}
+    tied = [value for _, _, value in declared_by(sides, ("tie_word_embeddings",))]
     try:
-        return spec_of(source.tensors, dialect, tied == {True} if tied else None)
+        return spec_of(source.tensors, dialect, all(value in (True,) for value in tied) if tied else None)
     except KeyError as missing:
         try:
             return ModelSpec.from_model_config({key: value for side in sides.values() for key, value in side.items()})

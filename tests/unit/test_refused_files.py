@@ -14,13 +14,15 @@ from mf_qwen3_bridge.cli.main import main
 from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers, to_ranks, unify
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.inputs.inspection import inspect
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import check, check_trained
 from mf_qwen3_bridge.inputs.rank_files import Sharding, open_rank_files
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
-from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
+from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
 from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
+from tests.unit.test_bad_input import words
 from tests.unit.test_convert import contents
 
 EVEN = replace(SPEC, ffn_hidden_size=12)
@@ -260,3 +262,39 @@ def test_a_yaml_that_contains_itself_or_a_billion_values(tmp_path, capsys, hf):
     for content, found in (("unknown: &a [*a]", "in itself"), (laughs, "more than 100000 values")):
         (tmp_path / "odd.yaml").write_text(f"{content}\nmodel: {{model_config: {{}}}}\n")
         assert found in refusal(capsys, "check", "--model_dir", hf, "--config", tmp_path / "odd.yaml")
+
+
+@pytest.mark.parametrize("dialect", [HF, TRAIN], ids=str)
+def test_groups_that_do_not_divide_the_heads(tmp_path, capsys, dialect):
+    """By the tensors alone, without a config.json; ValueError until now."""
+    tensors = random_tensors(EVEN, dialect)
+    for name, rows in (("k_proj", 12), ("v_proj", 12), ("linear_qkv", 40)):
+        tensors |= {n: np.ones((rows, 12), np.float32) for n in tensors if f".{name}." in n}
+    directory = write(tmp_path / "odd", tensors)
+    for command in (["verify", directory], ["verify", directory, directory]):
+        assert "don't show num_query_groups" in refusal(capsys, *command)
+    assert any("num_query_groups" in line for line in inspect(directory).unusual)
+
+
+def test_metadata_of_ranks_that_do_not_divide_the_model(tmp_path, capsys):
+    layout = {"mf_qwen3_bridge.layout": "qkv=contiguous,gate_up=contiguous,tensor_parallel=3"}
+    directory = write(tmp_path / "mf", random_tensors(EVEN, TRAIN), metadata=layout)
+    for command in (["verify", directory], ["verify", directory, directory]):
+        assert "tensor parallel of the training run" in words(refusal(capsys, *command))
+
+
+@pytest.mark.parametrize("value", [[], {"a": 1}, "x", None])
+def test_a_tie_that_is_neither(tmp_path, capsys, hf, value):
+    run(to_mindformers(check(hf), TRAIN, tmp_path / "mf"))
+    config = training_yaml(tmp_path, tie_word_embeddings=value)
+    arguments = ["--input_path", tmp_path / "mf", "--output_path", tmp_path / "out", "--config", config]
+    if value is None:
+        main_is_done("export", *arguments)
+    else:
+        assert "tie_word_embeddings" in refusal(capsys, "export", *arguments)
+
+
+def main_is_done(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([str(argument) for argument in arguments])
+    assert done.value.code == 0
