@@ -43,7 +43,7 @@ def open_source(
     """
     if strategies is None:
         checkpoint = open_checkpoint(path) if isinstance(path, Path) else open_files(path[0].parent, path)
-        return Source(checkpoint.path, checkpoint.tensors, checkpoint.metadata)
+        return Source(checkpoint.path, checkpoint.tensors, checkpoint.metadata, checkpoint.contradictions)
     assert isinstance(path, Path)
     listed = read_strategies(strategies)
     return open_rank_files(path, listed, file_suffix, weights_only=weights_only, without_prefix=without_prefix)

@@ -165,7 +165,7 @@ def open_rank_files(
         raise BridgeError(f"{directory} does not hold what the strategy files declare", _fold(problems))
     shared = set.intersection(*(set(entry.items()) for entry in metadata)) - {("remove_redundancy", "True")}
     unlisted = {name: ranks[0] for name, ranks in found.items() if name not in listed and 0 in ranks}
-    return Source(directory, whole, dict(shared), _tensor_parallel(strategies), unlisted, tuple(left_out))
+    return Source(directory, whole, dict(shared), {}, _tensor_parallel(strategies), unlisted, tuple(left_out))
 
 
 def _fold(problems: Iterable[Problem]) -> list[Problem]:

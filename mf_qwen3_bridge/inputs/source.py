@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parameters import is_expert_name, is_hf_name, is_mindformers_name
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
@@ -27,6 +27,7 @@ class Source:
         path: the directory or file.
         tensors: by name; each is stored whole, or in shards.
         metadata: what the headers of all files have in common.
+        contradictions: for each key of the metadata that files contradict each other on, what they declare.
         strategies_tensor_parallel: how many tensor parallel ranks saved it, by its strategy files.
         unlisted: of ranks' files, tensors of the first rank that no strategy file lists, such as ``global_step``.
         left_out: of ranks' files, names of tensors that were not wanted.
@@ -35,6 +36,7 @@ class Source:
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    contradictions: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
     strategies_tensor_parallel: int | None = None
     unlisted: Mapping[str, TensorInfo] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
@@ -81,8 +83,14 @@ class Source:
         """The layout of QKV and gate/up that the files' metadata declares.
 
         Raises:
-            BridgeError: it declares one that does not exist.
+            BridgeError: it declares one that does not exist, or files declare different ones.
         """
+        if problems := [
+            Problem(key, "\n".join(value or "none" for value in self.contradictions[key]), "take all from one source")
+            for key in (LAYOUT_KEY, TENSOR_PARALLEL_KEY)
+            if key in self.contradictions
+        ]:
+            raise BridgeError(f"the files of {self.path} declare different layouts", problems)
         declared = self.metadata.get(LAYOUT_KEY)
         try:
             layout = Layout.parse(declared) if declared else None

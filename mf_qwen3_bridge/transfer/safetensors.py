@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.model.layouts import Box
-from mf_qwen3_bridge.transfer.directories import directory_meant
+from mf_qwen3_bridge.transfer.directories import absent_shards, what_else_is_there
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -162,15 +161,15 @@ class Checkpoint:
 
     Attributes:
         path: the directory or file.
-        tensors: by name.
-        metadata: what all files declare.
-        left_out: names of tensors that are in the files and were not asked for.
+        tensors: the tensors by name.
+        metadata: what all files declare alike.
+        contradictions: what they do not, and the values; empty text is for files that declare none.
     """
 
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
-    left_out: tuple[str, ...] = ()
+    contradictions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -277,36 +276,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
             return checkpoint
     files = sorted(file for file in path.glob("*.safetensors") if file.name != HYPER_PARAMETERS)
     if not files:
-        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(kind))
-        hint = f"; it holds {', '.join(pickled[:3])}: only safetensors are read" if pickled else ""
-        if (meant := directory_meant(path, "*.safetensors")) and not meant.name.startswith("rank_"):
-            hint += f"; give {meant}"
-        elif below := sorted({file.parent.name for file in path.glob("*/*.safetensors")}):
-            hint += f"; {', '.join(below[:3])} in it do"
-            if below[0].startswith("rank_"):
-                hint += (
-                    ": what the ranks of a training run saved, which mf-qwen3 unify merges, given their strategy files"
-                )
-        raise BridgeError(f"no *.safetensors in {path}{hint}")
-    if absent := _absent_shards(files):
+        raise BridgeError(f"no *.safetensors in {path}{what_else_is_there(path)}")
+    if absent := absent_shards(files):
         raise BridgeError(
             f"{path} is not a whole checkpoint",
             [Problem(name, "missing, by the number in the other files' names", "copy the file") for name in absent],
         )
     return open_files(path, files)
-
-
-_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
-
-
-def _absent_shards(files: Iterable[Path]) -> list[str]:
-    """The files that a directory without an index should hold by Hugging Face's ``NAME-00001-of-00003`` and lacks."""
-    present = {file.name for file in files}
-    wanted = set()
-    for match in filter(None, map(_SHARD.fullmatch, present)):
-        stem, total = match.groups()
-        wanted |= {f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1)}
-    return sorted(wanted - present)
 
 
 def open_files(path: Path, files: Iterable[Path]) -> Checkpoint:
@@ -333,9 +309,10 @@ def open_files(path: Path, files: Iterable[Path]) -> Checkpoint:
         problems += [Problem(name, where, "remove the file that is stale") for name in fold_names(names)]
     if problems:
         raise BridgeError(f"{path} is not a whole checkpoint", problems)
-    # One file does not vouch for another: what they don't all say is not said.
-    shared = set.intersection(*(set(entry.items()) for entry in all_metadata)) if all_metadata else set()
-    return Checkpoint(path, tensors, dict(shared))
+    declared = {key: sorted({entry.get(key, "") for entry in all_metadata}) for entry in all_metadata for key in entry}
+    shared = {key: values[0] for key, values in declared.items() if len(values) == 1}
+    contradictions = {key: tuple(values) for key, values in declared.items() if len(values) > 1}
+    return Checkpoint(path, tensors, shared, contradictions)
 
 
 def _open_indexed(directory: Path, index: Path) -> Checkpoint:

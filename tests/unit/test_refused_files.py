@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import yaml
 from mf_qwen3_bridge.cli.files import convert_weight
@@ -298,3 +299,19 @@ def main_is_done(*arguments: object) -> None:
     with pytest.raises(SystemExit) as done:
         main([str(argument) for argument in arguments])
     assert done.value.code == 0
+
+
+@pytest.mark.parametrize("key", ["layout", "tensor_parallel"])
+@pytest.mark.parametrize("other", [{}, {"layout": "qkv=interleaved,gate_up=interleaved", "tensor_parallel": "1"}])
+def test_files_that_declare_different_layouts(tmp_path, capsys, key, other):
+    """They were taken to have MindFormers' default layout, with a note: contiguous ones came out scrambled."""
+    value = {"layout": "qkv=contiguous,gate_up=contiguous", "tensor_parallel": "2"}[key]
+    directory = write(
+        tmp_path / "mf", random_tensors(EVEN, TRAIN), shards=2, metadata={f"mf_qwen3_bridge.{key}": value}
+    )
+    file = directory / "model-00002-of-00002.safetensors"
+    save_file(load_file(file), file, {f"mf_qwen3_bridge.{key}": other[key]} if other else None)
+    for command in (["export", "--input_path", directory, "--output_path", tmp_path / "out"], ["inspect", directory]):
+        text = refusal(capsys, *command)
+        assert "declare different layouts" in text and value in text and (other or {key: "none"})[key] in text
+    assert not (tmp_path / "out").exists()
