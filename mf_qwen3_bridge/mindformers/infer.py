@@ -11,7 +11,7 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.hf_config import read_json
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check
 from mf_qwen3_bridge.mindformers.load import load_network
-from mf_qwen3_bridge.mindformers.network import build_inference_network
+from mf_qwen3_bridge.mindformers.network import build_inference_network, check_token_ids
 from mf_qwen3_bridge.model.parallel import num_processes
 
 # An id that no prompt holds: upstream takes the pad tokens that end a prompt away.
@@ -143,12 +143,8 @@ def check_prompts(model: CheckedCheckpoint, prompts: Sequence[list[int]], max_ne
     Raises:
         BridgeError: the longest prompt leaves no room for its answer; the tokenizer is not this model's.
     """
-    largest = max(token for prompt in prompts for token in prompt)
-    if largest >= model.spec.vocab_size:
-        raise BridgeError(
-            f"the tokenizer gives token {largest}, but the model knows {model.spec.vocab_size}: it is another model's "
-            "tokenizer; see --tokenizer_path"
-        )
+    for prompt in prompts:
+        check_token_ids(prompt, model.spec.vocab_size)
     longest = max(map(len, prompts))
     if longest + max_new_tokens > model.max_length:
         raise BridgeError(

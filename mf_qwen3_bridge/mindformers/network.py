@@ -36,9 +36,11 @@ class _Generates:
         draws: the random numbers to sample with; numpy's global generator unless :func:`share_random_draws` was called.
     """
 
+    config: Any
     draws: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        check_token_ids(args[0] if args else kwargs.get("input_ids"), self.config.vocab_size)
         with inference_device(), self.draws():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
@@ -153,6 +155,27 @@ def _device_target(requested: str) -> str:
     if requested == "Ascend" != chosen:
         raise BridgeError("MindSpore found no Ascend NPU, or this process computes on the CPU already")
     return chosen if requested == "auto" else requested
+
+
+def check_token_ids(input_ids: Any, vocab_size: int) -> None:
+    """Refuses token ids that a model has no embedding for; upstream fails in an operator, which names no token.
+
+    Args:
+        input_ids: one list of token ids or several, as lists or arrays. What is none of these is left to upstream.
+        vocab_size: of the model.
+
+    Raises:
+        BridgeError: names the largest.
+    """
+    try:
+        array = np.asarray(input_ids)
+    except ValueError:  # lists of several lengths, which upstream refuses
+        return
+    if array.size and array.dtype.kind in "iu" and (largest := int(array.max())) >= vocab_size:
+        raise BridgeError(
+            f"the tokenizer gives token {largest}, but the model knows {vocab_size}: it is another model's tokenizer; "
+            "see --tokenizer_path"
+        )
 
 
 def share_random_draws(network: InferenceNetwork) -> None:

@@ -108,6 +108,23 @@ def test_nothing_is_generated_from_weights_that_were_not_loaded():
     assert greedy_tokens(network, [first.prompt], 4) == [first.tokens[:4]]
 
 
+@pytest.mark.parametrize("form", [list, np.array])
+def test_a_token_that_the_model_does_not_know_is_named(form: Callable[[Any], Any]):
+    """Such as a larger model's tokenizer gives. Upstream fails in an operator, or computes with another row."""
+    network = network_by_yaml(CHECKPOINTS / "untied_fp32")
+    network.load_weights(CHECKPOINTS / "untied_fp32")
+    size = network.config.vocab_size
+    for tokens in (form([1, 2, size + 3]), form([[1, 2], [size + 3, -1]])):
+        with pytest.raises(BridgeError, match=f"gives token {size + 3}, but the model knows {size}"):
+            network.generate(tokens, max_new_tokens=2)
+        with pytest.raises(BridgeError, match=f"gives token {size + 3}, but the model knows {size}"):
+            network.generate(input_ids=tokens, max_new_tokens=2)
+    mf_qwen3_bridge.unpatch()
+    unpatched = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / "untied_fp32")
+    with pytest.raises(BridgeError, match=f"gives token {size + 3}, but the model knows {size}"):
+        unpatched.generate([[size + 3]], max_new_tokens=2)
+
+
 def test_a_single_file():
     network = network_by_yaml(CHECKPOINTS / "untied_fp32")
     (file,) = (CHECKPOINTS / "untied_fp32").glob("*.safetensors")

@@ -116,6 +116,18 @@ def test_what_is_wrong_is_said(tmp_path: Path, damage: str):
     assert not (tmp_path / "text_generation_result.txt").exists()
 
 
+def test_graph_mode_on_a_cpu_is_refused_before_anything_is_built(tmp_path: Path):
+    name = "untied_fp32"
+    directory = generating(with_tokenizer(name, tmp_path))
+    context = {"mode": 0, "device_target": "CPU"}
+    config = changed_yaml("cpu/predict_qwen3.yaml", tmp_path, directory, {"seq_length": 64}, context=context)
+    result = predict(tmp_path, config, name)
+    assert result.returncode != 0
+    assert "BridgeError" in result.stderr and "context.mode: 1" in result.stderr, result.stderr[-3000:]
+    assert "in wrap_config_init" in result.stderr  # its config is made first
+    assert not (tmp_path / "text_generation_result.txt").exists()
+
+
 @pytest.mark.parametrize("name", ["one_kv_head", "moe_scattered"])
 def test_two_processes(tmp_path: Path, name: str):
     directory = generating(with_tokenizer(name, tmp_path))

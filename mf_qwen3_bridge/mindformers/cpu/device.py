@@ -12,6 +12,7 @@ from mindformers.core.context.build_context import Context
 from mindformers.parallel_core import transformer_config_utils
 from mindformers.parallel_core.inference.base_models.common.embeddings import rope_utils
 
+from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers.cpu import inference_ops
 
 
@@ -67,7 +68,11 @@ def builds_training_networks() -> bool:
 
 
 def prepare_device() -> None:
-    """On a CPU: the stand-ins for what it lacks, and for inference upstream's PyNative mode. Elsewhere nothing."""
+    """On a CPU: the stand-ins for what it lacks, and for inference upstream's PyNative mode. Elsewhere nothing.
+
+    Raises:
+        BridgeError: the run is a predict run in graph mode, on a CPU.
+    """
     if ms.get_context("device_target") != "CPU":
         return
     if builds_training_networks():
@@ -76,6 +81,8 @@ def prepare_device() -> None:
         inference_ops.uninstall()  # of an earlier network; it gets them back when it generates
         training_ops.install()
     else:
+        if os.environ.get("RUN_MODE") == "predict" and ms.get_context("mode") == ms.GRAPH_MODE:
+            raise BridgeError("a CPU can't compute MindFormers' inference network in graph mode: set context.mode: 1")
         set_cpu_environment()
         inference_ops.install()
 

@@ -26,6 +26,7 @@ from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.cpu.device import inference_device
 from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
 from mf_qwen3_bridge.mindformers.load_training import load_training_network
+from mf_qwen3_bridge.mindformers.network import check_token_ids
 from mf_qwen3_bridge.mindformers.patching import compat
 from mf_qwen3_bridge.mindformers.patching.configs import said_of_layout
 from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
@@ -88,7 +89,7 @@ def load_weights(
 @HOOKS.wraps_upstream(InferenceQwen3ForCausalLM, "generate", inherited=True)
 @HOOKS.wraps_upstream(InferenceQwen3MoeForCausalLM, "generate", inherited=True)
 def wrap_generate(upstream: Callable[..., Any], network: Any, *args: Any, **kwargs: Any) -> Any:
-    """``generate``, but not from weights that were never loaded.
+    """``generate``, but not from weights that were never loaded, nor of tokens that the model does not know.
 
     Stands for ``generate`` of ``mindformers/generation/text_generator.py`` (1.7 to 1.9). MindFormers generates from
     zeros when it finds no weights, or is not asked for any.
@@ -101,6 +102,7 @@ def wrap_generate(upstream: Callable[..., Any], network: Any, *args: Any, **kwar
                 "load_checkpoint name weights?"
             )
         FILLED.add(network)
+    check_token_ids(args[0] if args else kwargs.get("input_ids"), network.config.vocab_size)
     with inference_device():
         return upstream(network, *args, **kwargs)
 
