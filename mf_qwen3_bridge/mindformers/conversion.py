@@ -19,7 +19,7 @@ from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3M
 from mindformers.parallel_core.utils.model_mixin import TrainModelMixin
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.mindformers.ranks import rank_of
+from mf_qwen3_bridge.mindformers.network import rank_of
 from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
 from mf_qwen3_bridge.model.rules import HF_STACKED, INFER, Place, hf_dialect, model_rules, shares

@@ -15,7 +15,7 @@ from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.mindformers import conversion
-from mf_qwen3_bridge.mindformers.ranks import rank_of
+from mf_qwen3_bridge.mindformers.network import rank_of
 from mf_qwen3_bridge.model.rules import INFER
 from mf_qwen3_bridge.transfer.copying import Transfer
 from mf_qwen3_bridge.transfer.plan import Plan, Target, check_values

@@ -16,6 +16,7 @@ from mindformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
 from mindformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3MoeForCausalLM
+from mindformers.parallel_core.inference import parallel_state
 from mindspore.communication import get_rank
 
 from mf_qwen3_bridge.errors import BridgeError
@@ -25,8 +26,7 @@ from mf_qwen3_bridge.mindformers.cpu.device import (
     predict_environment,
     prepare_device,
 )
-from mf_qwen3_bridge.mindformers.ranks import rank_of
-from mf_qwen3_bridge.model.parallel import SINGLE, ParallelConfig
+from mf_qwen3_bridge.model.parallel import SINGLE, ParallelConfig, Rank
 
 
 class _Generates:
@@ -76,7 +76,6 @@ def build_inference_network(
     *,
     device_target: str = "auto",
     parallel: ParallelConfig = SINGLE,
-    **overrides: Any,
 ) -> InferenceNetwork:
     """Builds the network that MindFormers runs for ``run_mode: predict``; its parameters are zeros (norms: ones).
 
@@ -90,7 +89,6 @@ def build_inference_network(
             ``num_blocks`` (of the KV cache: together they must hold all tokens of a batch)...
         device_target: ``Ascend``, ``CPU``, or ``auto``: Ascend when there is one.
         parallel: the sizes of a run of several processes, each of which calls this; msrun started them.
-        overrides: go before ``model_config``.
 
     Raises:
         BridgeError: there is no such device, or this process already computes on another one, or in another place of
@@ -102,7 +100,7 @@ def build_inference_network(
             f"expert parallel {parallel.expert_parallel} of {parallel.world_size} processes needs several groups of "
             "processes, and CPUs know one: use 1 or all"
         )
-    merged = _FLOAT32_DTYPES | _DTYPES[target] | dict(model_config) | overrides
+    merged = _FLOAT32_DTYPES | _DTYPES[target] | dict(model_config)
     config_class, network_class = _CLASSES[merged["model_type"]]
     with predict_environment(target), _predict_context(target, parallel):
         prepare_device()
@@ -115,6 +113,19 @@ def build_inference_network(
     if parallel.world_size > 1:
         share_random_draws(network)
     return network
+
+
+def rank_of(network: Any) -> Rank:
+    """Which part of every parameter an inference network holds; everything in a process that runs alone."""
+    return Rank(
+        tensor_parallel=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        expert_parallel=parallel_state.get_moe_expert_parallel_world_size(),
+        expert_rank=parallel_state.get_moe_expert_parallel_rank(),
+        expert_tensor_parallel=parallel_state.get_moe_tensor_parallel_world_size(),
+        expert_tensor_rank=parallel_state.get_moe_tensor_parallel_rank(),
+        uses_all_to_all=bool(network.model.config.use_alltoall),
+    )
 
 
 def network_logits(network: InferenceNetwork, token_ids: Sequence[int]) -> np.ndarray:

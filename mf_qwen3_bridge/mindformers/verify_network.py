@@ -16,10 +16,9 @@ from mf_qwen3_bridge.inputs.layout_detection import describe, likeness_of_layout
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.mindformers.infer import build_network
 from mf_qwen3_bridge.mindformers.load import load_network
-from mf_qwen3_bridge.mindformers.network import InferenceNetwork, network_logits
+from mf_qwen3_bridge.mindformers.network import InferenceNetwork, network_logits, rank_of
 from mf_qwen3_bridge.mindformers.patching.hooks import model_of
 from mf_qwen3_bridge.mindformers.quiet import upstream_kept_quiet
-from mf_qwen3_bridge.mindformers.ranks import rank_of
 from mf_qwen3_bridge.model.layouts import INFERENCE
 from mf_qwen3_bridge.model.parallel import SINGLE, WHOLE
 from mf_qwen3_bridge.model.rules import INFER, RowsRule, Rule
@@ -99,9 +98,9 @@ def _record(network: InferenceNetwork, token_ids: Sequence[int]) -> dict[Stage, 
     found: dict[Stage, np.ndarray] = {}
     hooks = []
 
-    def listen(cell: Any, read: Callable[[Any, Any, Any], np.ndarray], *stage: Any) -> None:
+    def listen(cell: Any, read: Callable[[Any, Any, Any], np.ndarray], stage: Stage) -> None:
         def hook(cell: Any, inputs: Any, output: Any) -> None:
-            found[Stage(*stage)] = read(cell, inputs, output)
+            found[stage] = read(cell, inputs, output)
 
         hooks.append(cell.register_forward_hook(hook))
 
@@ -111,19 +110,19 @@ def _record(network: InferenceNetwork, token_ids: Sequence[int]) -> dict[Stage, 
     def began(_: Any, inputs: Any, output: ms.Tensor) -> np.ndarray:
         return _array(inputs[0])
 
-    listen(network.model.decoder.layers[0].input_layernorm, began, *vars(EMBEDDED).values())
+    listen(network.model.decoder.layers[0].input_layernorm, began, EMBEDDED)
     for number, layer in enumerate(network.model.decoder.layers):
         attention, mlp = layer.self_attention, layer.mlp
-        listen(attention.linear_qkv, made, number, reference.QKV)
-        listen(attention.linear_proj, began, number, reference.ATTENTION)
+        listen(attention.linear_qkv, made, Stage(number, reference.QKV))
+        listen(attention.linear_proj, began, Stage(number, reference.ATTENTION))
         # Two hooks of one cell are called one after the other.
-        listen(attention.linear_proj, made, number, reference.PROJ)
+        listen(attention.linear_proj, made, Stage(number, reference.PROJ))
         if hasattr(mlp, "router"):
-            listen(mlp.router, _shares, number, reference.ROUTER)
+            listen(mlp.router, _shares, Stage(number, reference.ROUTER))
         else:
-            listen(mlp.linear_fc1, made, number, reference.FC1)
-        listen(mlp, made, number, reference.MLP)
-        listen(layer, made, number, reference.LAYER)
+            listen(mlp.linear_fc1, made, Stage(number, reference.FC1))
+        listen(mlp, made, Stage(number, reference.MLP))
+        listen(layer, made, Stage(number, reference.LAYER))
     try:
         found[LOGITS] = network_logits(network, token_ids)
     finally:

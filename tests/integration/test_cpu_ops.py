@@ -44,7 +44,7 @@ def config_of(name: str) -> dict[str, Any]:
 
 def build(name: str, **overrides: Any) -> Any:
     """The fixture's network with the fixture's weights, which upstream's own loader reads."""
-    network = build_inference_network(config_of(name), **{**SMALL_CACHE, **overrides})
+    network = build_inference_network(config_of(name) | SMALL_CACHE | overrides)
     network.load_weights(str(CHECKPOINTS / name))
     return network
 
@@ -174,7 +174,7 @@ def test_other_uses_of_the_operators_are_refused() -> None:
 @pytest.mark.parametrize(("expert_ranks", "tensor_ranks"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
 def test_what_the_ranks_of_a_moe_layer_say_adds_up(expert_ranks: int, tensor_ranks: int, compute_dtype: str) -> None:
     """Upstream's layer on each rank, one after the other, with this rank's slices of the experts."""
-    network = build_inference_network(MOE, compute_dtype=compute_dtype, **SMALL_CACHE)
+    network = build_inference_network(MOE | SMALL_CACHE | {"compute_dtype": compute_dtype})
     whole, config = network.model.decoder.layers[0].mlp, network.model.config
     rng = np.random.default_rng(0)
     shapes = (whole.router.weight.shape, whole.experts.weight1.shape, whole.experts.weight2.shape)

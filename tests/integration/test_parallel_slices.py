@@ -18,8 +18,7 @@ from mindformers.parallel_core.inference.model_utils import InferModelMixin
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers.load import load_network
-from mf_qwen3_bridge.mindformers.network import build_inference_network
-from mf_qwen3_bridge.mindformers.ranks import rank_of
+from mf_qwen3_bridge.mindformers.network import build_inference_network, rank_of
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.spec import ModelSpec
 from tests.integration.conftest import bits, empty_network
@@ -102,7 +101,7 @@ def test_the_routers_order_is_the_networks_own(monkeypatch, tmp_path: Path):
     model = check(directory)
     with playing(monkeypatch, ParallelConfig(2, 2), 1):
         upstream, direct, rotated = (
-            build_inference_network(model.hf_config, use_alltoall=flag) for flag in (True, True, False)
+            build_inference_network(model.hf_config | {"use_alltoall": flag}) for flag in (True, True, False)
         )
         InferModelMixin.load_weights(upstream, str(directory))
         load_network(direct, model)
