@@ -1,0 +1,130 @@
+"""Stand-ins for rotary embedding and attention over a paged KV cache; ``inference_ops`` explains the shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from mindformers.parallel_core.inference.base_models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from mindformers.parallel_core.inference.transformer.flash_attention import FlashAttention
+from mindspore import Tensor
+
+from mf_qwen3_bridge.mindformers.cpu.stand_ins import STAND_INS, to_float32, to_tensor
+
+
+@STAND_INS.replaces(RotaryEmbedding, "construct")
+def _rotary_embedding_construct(
+    self: RotaryEmbedding,
+    query: Tensor,
+    key: Tensor,
+    rotary_pos_cos: Tensor,
+    rotary_pos_sin: Tensor,
+    seq_lens_tensor: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``ApplyRotaryPosEmb`` in its mode "rotate_half".
+
+    Args:
+        query: (T, N*D).
+        key: (T, G*D).
+        rotary_pos_cos: the whole table (positions, D) in prefill, a row per token (T, D) in decode.
+        rotary_pos_sin: likewise.
+        seq_lens_tensor: int32 (B,), the length of each sequence with what is cached.
+
+    Returns:
+        ``query`` and ``key``, rotated, in their own shapes and dtypes.
+    """
+    if self.rotary_percent < 1.0:
+        raise NotImplementedError("the CPU stand-in for RotaryEmbedding rotates whole heads only")
+    seq_lens, cos, sin = (tensor.asnumpy() for tensor in (seq_lens_tensor, rotary_pos_cos, rotary_pos_sin))
+    if seq_lens.sum() == query.shape[0]:  # nothing is cached: prefill
+        positions = np.concatenate([np.arange(length) for length in seq_lens])
+        cos, sin = cos[positions], sin[positions]
+    cos, sin = cos.astype(np.float32), sin.astype(np.float32)
+    return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
+def _rotate(x: Tensor, cos: np.ndarray, sin: np.ndarray) -> Tensor:
+    """Rotates every head of ``x`` (T, heads*D) by its token's angles, ``cos`` and ``sin`` float32 (T, D)."""
+    num_tokens, head_dim = cos.shape
+    heads = to_float32(x).reshape(num_tokens, -1, head_dim)
+    first, second = np.split(heads, 2, axis=-1)
+    half_rotated = np.concatenate([-second, first], axis=-1)
+    rotated = heads * cos[:, None] + half_rotated * sin[:, None]
+    return to_tensor(rotated.reshape(x.shape), x.dtype)
+
+
+@STAND_INS.replaces(FlashAttention, "construct")
+def _flash_attention_construct(
+    self: FlashAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    batch_valid_length: Tensor,
+    context_lens_tensor: Tensor,
+    q_seq_lens: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    **_: Any,
+) -> Tensor:
+    """``ReshapeAndCache``, then causal attention over the cache: prefill, decode and what is between in one way.
+
+    Args:
+        query: (T, N*D).
+        key: (T, G*D), like ``value``.
+        slot_mapping: int32 (T,), each token's place in the cache.
+        block_tables: int32 (B, max blocks), each sequence's blocks, padded with -1.
+        batch_valid_length: int32 (B,), all tokens of each sequence, cached and new.
+        context_lens_tensor: int32 (B,), the cached ones.
+        q_seq_lens: int32 (B,), the new ones.
+        key_cache: (blocks, block_size, G, D), like ``value_cache``; written in place.
+        _: what else upstream passes (masks, actual_seq_qlen...); it says the same in another way.
+
+    Returns:
+        (T, N*D) in ``query``'s dtype.
+    """
+    slots, blocks = slot_mapping.asnumpy(), block_tables.asnumpy()
+    q_lens, kv_lens = q_seq_lens.asnumpy(), batch_valid_length.asnumpy()
+    block_size, head_dim = key_cache.shape[1], key_cache.shape[3]
+    _write_cache(key_cache, slots, key)
+    _write_cache(value_cache, slots, value)
+
+    queries = to_float32(query).reshape(len(slots), -1, head_dim)
+    context = np.empty_like(queries)
+    stops = np.cumsum(q_lens)
+    for start, stop, kv_len, table in zip(stops - q_lens, stops, kv_lens, blocks, strict=True):
+        cached = table[: -(-kv_len // block_size)]
+        keys, values = (_read_cache(cache, cached)[:kv_len] for cache in (key_cache, value_cache))
+        context[start:stop] = _causal_attention(queries[start:stop], keys, values, self.flash_attention.scale_value)
+    return to_tensor(context.reshape(query.shape), query.dtype)
+
+
+def _write_cache(cache: Tensor, slots: np.ndarray, rows: Tensor) -> None:
+    """Writes ``rows`` (T, G*D) to ``slots`` (T,) of ``cache`` (blocks, block_size, G, D), in place.
+
+    On a CPU ``asnumpy()`` is a view of the tensor's own memory.
+    """
+    flat = cache.asnumpy().reshape(-1, cache.shape[-2] * cache.shape[-1])
+    flat[slots] = rows.asnumpy()
+
+
+def _read_cache(cache: Tensor, blocks: np.ndarray) -> np.ndarray:
+    """The tokens held by ``blocks``, in order: float32 (len(blocks) * block_size, G, D)."""
+    return cache.asnumpy()[blocks].astype(np.float32).reshape(-1, *cache.shape[-2:])
+
+
+def _causal_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float) -> np.ndarray:
+    """Attention of the last tokens of a sequence to all tokens up to themselves, float32.
+
+    ``query`` (Q, N, D), ``key`` and ``value`` (K, G, D) with Q <= K; returns (Q, N, D).
+    """
+    (q_len, num_heads, head_dim), (kv_len, num_groups, _) = query.shape, key.shape
+    grouped = query.reshape(q_len, num_groups, num_heads // num_groups, head_dim).transpose(1, 2, 0, 3)
+    scores = grouped @ key.transpose(1, 2, 0)[:, None] * np.float32(scale)  # (G, N/G, Q, K)
+    future = np.triu(np.ones((q_len, kv_len), dtype=bool), k=kv_len - q_len + 1)
+    scores[..., future] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    context = weights @ value.transpose(1, 0, 2)[:, None]  # (G, N/G, Q, D)
+    return context.transpose(2, 0, 1, 3).reshape(query.shape)
