@@ -108,7 +108,7 @@ def convert_weight_dict(
     if condition is not None:
         arrays = _unstacked(spec, arrays, lambda array, place: place.view.of(array))
         logic = TrainingConversion(spec, TRAINING_DEFAULT)
-        return logic.convert_weight_dict(arrays, qkv_dict=qkv_dict, condition=_ImpatientCondition(condition))
+        return logic.convert_weight_dict(arrays, qkv_dict=qkv_dict, condition=_ConditionWithTimeout(condition))
     converted = TrainingConversion(spec, INFERENCE).convert_weight_dict(_checked(spec, arrays))
     rank = WHOLE if isinstance(owner, type) else rank_of(owner)
     return {name: as_parameter(name, value) for name, value in _share_of(spec, converted, rank).items()}
@@ -254,8 +254,8 @@ def _checked(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.
     return _unstacked(spec, uniform, lambda array, place: place.view.of(array))
 
 
-class _ImpatientCondition:
-    """Upstream's condition, whose ``wait_for`` gives up instead of waiting for ever."""
+class _ConditionWithTimeout:
+    """A ``multiprocessing.Condition`` whose ``wait_for`` always ends."""
 
     def __init__(self, condition: Any) -> None:
         self._condition = condition
@@ -269,9 +269,21 @@ class _ImpatientCondition:
     def notify_all(self) -> None:
         self._condition.notify_all()
 
-    def wait_for(self, predicate: Any) -> None:
-        if not self._condition.wait_for(predicate, timeout=_PATIENCE_SECONDS):
+    def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
+        """Waits until the predicate is true, and returns its value.
+
+        Args:
+            predicate: is asked after each notification.
+            timeout: in seconds; ``_PATIENCE_SECONDS`` if the caller, as MindFormers 1.7 to 1.9, gives none.
+
+        Raises:
+            TimeoutError: it was not true in time.
+        """
+        seconds = _PATIENCE_SECONDS if timeout is None else timeout
+        result = self._condition.wait_for(predicate, timeout=seconds)
+        if not result:
             raise TimeoutError(
-                f"another process did not deliver a part of QKV or gate/up within {_PATIENCE_SECONDS} s: a file of the "
+                f"another process did not deliver a part of QKV or gate/up within {seconds} s: a file of the "
                 "checkpoint is missing or damaged; run `mf-qwen3 check` on it"
             )
+        return result

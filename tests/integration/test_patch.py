@@ -179,6 +179,20 @@ def test_the_chain_of_processes_does_not_wait_for_ever(monkeypatch):
         )
 
 
+def test_the_condition_waits_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch):
+    """MindFormers 2.0 and 2.1 say how long: ``condition.wait_for(predicate, timeout=600)``; 1.7 to 1.9 don't."""
+    monkeypatch.setattr(conversion, "_PATIENCE_SECONDS", 0.1)
+    condition = conversion._ConditionWithTimeout(multiprocessing.Condition())
+    with condition:
+        assert condition.wait_for(lambda: "delivered", timeout=600) == "delivered"
+        assert condition.wait_for(lambda: "delivered") == "delivered"
+        with pytest.raises(TimeoutError, match=r"within 0\.1 s"):
+            condition.wait_for(lambda: False)
+        with pytest.raises(TimeoutError, match=r"within 0\.2 s"):
+            condition.wait_for(lambda: False, timeout=0.2)
+        condition.notify_all()
+
+
 def test_convert_map_dict():
     tensors = dict.fromkeys(random_tensors(), "a.safetensors")
     tensors["model.layers.1.self_attn.q_proj.weight"] = "b.safetensors"
