@@ -56,6 +56,17 @@ def from_pretrained(
 
     Raises:
         BridgeError: the checkpoint is not whole, does not fit its config, or can't be computed by MindFormers.
+
+    Example::
+
+        import mf_qwen3_bridge
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained("demo/qwen3-demo")
+        network = mf_qwen3_bridge.from_pretrained("demo/qwen3-demo")
+        prompt = tokenizer("Weights move from Hugging Face")["input_ids"]
+        (tokens,) = network.generate(input_ids=[prompt], max_new_tokens=32, do_sample=False)
+        print(tokenizer.decode(tokens, skip_special_tokens=True))
     """
     model = check(
         Path(model_dir),

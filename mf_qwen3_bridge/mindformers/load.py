@@ -206,6 +206,14 @@ def load_checkpoint(
 
     Raises:
         BridgeError: a file is missing or damaged, or a tensor is in two files.
+
+    Example::
+
+        import mf_qwen3_bridge
+
+        parameters = mf_qwen3_bridge.load_checkpoint("demo/qwen3-demo")
+        for name, parameter in parameters.items():
+            print(name, parameter.shape, parameter.dtype)
     """
     single_file = {
         "strict_load": strict_load,

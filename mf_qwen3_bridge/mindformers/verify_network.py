@@ -48,6 +48,14 @@ def verify_network(network: InferenceNetwork, model_dir: str | Path) -> LayerErr
     Raises:
         BridgeError: they differ, and where; network and directory are not of one model, by what the network was built
             from.
+
+    Example::
+
+        import mf_qwen3_bridge
+
+        network = mf_qwen3_bridge.from_pretrained("demo/qwen3-demo", device_target="CPU")
+        errors = mf_qwen3_bridge.verify_network(network, "demo/qwen3-demo")
+        print(errors.summary)
     """
     model = model_of(network, Path(model_dir))  # RoPE too, of which few tokens show little
     problems = list(wrong_parameters(network, model))

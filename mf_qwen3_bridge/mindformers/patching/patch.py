@@ -31,19 +31,45 @@ from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
 
 
 def patch() -> None:
-    """Puts the bridge in MindFormers' way for Qwen3 and Qwen3-MoE. Calling it again changes nothing.
+    """Installs the bridge's hooks on MindFormers' Qwen3 and Qwen3-MoE classes. Idempotent.
 
     Raises:
-        BridgeError: MindFormers lacks a class, function or method that the bridge hooks into. Nothing is changed then.
+        BridgeError: MindFormers lacks an attribute that the bridge replaces. Nothing is changed then.
+
+    Example::
+
+        import mf_qwen3_bridge
+        import mindspore as ms
+        from mindformers import AutoModel
+
+        mf_qwen3_bridge.patch()
+        network = AutoModel.from_pretrained("demo/qwen3-demo", auto_convert=True)
+
+        # What MindFormers calls itself when it loads weights:
+        parameters = network.convert_weight_dict(mf_qwen3_bridge.load_checkpoint("demo/qwen3-demo"))
+        print(ms.load_param_into_net(network, parameters))
     """
     HOOKS.install()
 
 
 def is_patched() -> bool:
-    """Whether the bridge is in MindFormers' way in this process."""
+    """Whether the hooks are installed in this process."""
     return bool(HOOKS.installed)
 
 
 def unpatch() -> None:
-    """Takes it out again: MindFormers is as it was, but for stand-ins that a CPU needs."""
+    """Removes the hooks: MindFormers' classes are as they were. Idempotent.
+
+    On a CPU the stand-ins for Ascend's operators stay: networks that were built go on using them.
+
+    Example::
+
+        import mf_qwen3_bridge
+        from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
+
+        upstream = InferenceQwen3ForCausalLM.load_weights
+        mf_qwen3_bridge.patch()
+        mf_qwen3_bridge.unpatch()
+        print(InferenceQwen3ForCausalLM.load_weights is upstream)
+    """
     HOOKS.uninstall()
