@@ -139,7 +139,7 @@ def check_trained(
     return _check(source, hf_dir, declared, yaml, arguments, default_layout=TRAINING_DEFAULT, layout=layout)
 
 
-def check_against_network(weights: Path, model_config: Mapping[str, Any], origin: str) -> CheckedCheckpoint:
+def check_against_config(weights: Path, model_config: Mapping[str, Any], origin: str) -> CheckedCheckpoint:
     """Checks weights against the config that a network was built from, and against a config.json beside them.
 
     Args:

@@ -1,1 +1,1 @@
-"""The only room that imports MindSpore or MindFormers: loading, networks, and what the other rooms need of them."""
+"""Builds, fills and verifies MindFormers' networks. No other room imports MindSpore or MindFormers."""

@@ -1,4 +1,4 @@
-"""The delegated road: MindFormers' own training class converts the weights, in the layout that the consumer reads.
+"""Converts weights with the methods of MindFormers' own training class, in the layout that the consumer reads.
 
 ``TrainingQwen3ForCausalLM`` and ``TrainingQwen3MoeForCausalLM`` know how to rename and fuse Hugging Face weights, but
 only as methods of a built training network, in that network's layout. Here these methods run on an object that is no
@@ -103,29 +103,29 @@ def convert_weight_dict(
         BridgeError: tensors are missing, left over or of a wrong shape (all are listed), or there is no config.
         TimeoutError: another process never delivered a tensor.
     """
-    spec = _spec_of(owner, model_config)
-    arrays = {name: _as_numpy(value) for name, value in source_dict.items()}
+    spec = _read_spec(owner, model_config)
+    arrays = {name: _to_numpy(value) for name, value in source_dict.items()}
     if condition is not None:
-        arrays = _unstacked(spec, arrays, lambda array, place: place.view.of(array))
+        arrays = _unstack_experts(spec, arrays, lambda array, place: place.view.of(array))
         logic = TrainingConversion(spec, TRAINING_DEFAULT)
         return logic.convert_weight_dict(arrays, qkv_dict=qkv_dict, condition=_ConditionWithTimeout(condition))
-    converted = TrainingConversion(spec, INFERENCE).convert_weight_dict(_checked(spec, arrays))
+    converted = TrainingConversion(spec, INFERENCE).convert_weight_dict(_check_arrays(spec, arrays))
     rank = WHOLE if isinstance(owner, type) else rank_of(owner)
-    return {name: as_parameter(name, value) for name, value in _share_of(spec, converted, rank).items()}
+    return {name: to_parameter(name, value) for name, value in _slice_for_rank(spec, converted, rank).items()}
 
 
 def convert_map_dict(
     owner: Any, source_dict: Mapping[str, str], *, model_config: Any = None, qkv_concat: bool = True
 ) -> dict[str, str]:
-    """{Hugging Face name: file} as {MindFormers name: file}; a fused parameter lies where its first part lay.
+    """{Hugging Face name: file} as {MindFormers name: file}; a fused parameter is in the file of its first part.
 
     Mirrors and delegates to ``convert_map_dict`` of ``mindformers/models/qwen3/modeling_qwen3_train.py`` (1.7 to 1.9).
 
     Raises:
         BridgeError: the map lacks parts of a fused parameter.
     """
-    spec = _spec_of(owner, model_config)
-    files = _unstacked(spec, source_dict, lambda file, place: file)
+    spec = _read_spec(owner, model_config)
+    files = _unstack_experts(spec, source_dict, lambda file, place: file)
     missing = fold_names(name for rule in model_rules(spec) for name in rule.tensors if name not in files)
     if missing:
         remedy = "use the index that came with the checkpoint"
@@ -136,7 +136,7 @@ def convert_map_dict(
 
 
 def obtain_name_map(owner: Any, load_checkpoint_files: Iterable[str | Path]) -> dict[str, str]:
-    """Refuses: a map of names can't say that three tensors make one parameter.
+    """Refuses: a map of names can't express that three tensors make one parameter.
 
     MindFormers would pass the result to ``ms.load_distributed_checkpoint``, which skips without a word what the map
     does not name: QKV and gate/up would stay zero.
@@ -151,23 +151,23 @@ def obtain_name_map(owner: Any, load_checkpoint_files: Iterable[str | Path]) -> 
     )
 
 
-def under_hf_names(network: Any, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def rename_to_hf(network: Any, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Arrays by Hugging Face's names, of arrays, Tensors or slices of an open safetensors file.
 
-    They may be called what upstream's ``convert_name`` makes of Hugging Face's names.
+    The names may be Hugging Face's, or those that upstream's ``convert_name`` returns for them.
     """
-    spec = _spec_of(network, None)
+    spec = _read_spec(network, None)
     names = {name for rule in model_rules(spec) for name in rule.tensors}
     names |= {place.tensor for rule in model_rules(spec) for place in rule.places(HF_STACKED)}
     hf_name = {TrainingConversion(spec, INFERENCE).convert_name(name): name for name in names}
     return {
-        hf_name.get(name, name): _as_numpy(value[:] if hasattr(value, "get_shape") else value)
+        hf_name.get(name, name): _to_numpy(value[:] if hasattr(value, "get_shape") else value)
         for name, value in values.items()
     }
 
 
-def tensor_infos(arrays: Mapping[str, np.ndarray]) -> dict[str, TensorInfo]:
-    """What a file's header would say of arrays that are in memory."""
+def describe_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, TensorInfo]:
+    """The tensor infos of arrays in memory, as a file's header would hold them."""
     spelling = {dtype.name: name for name, dtype in DTYPES.items()}
     return {
         name: TensorInfo(
@@ -177,7 +177,7 @@ def tensor_infos(arrays: Mapping[str, np.ndarray]) -> dict[str, TensorInfo]:
     }
 
 
-def as_parameter(name: str, value: np.ndarray | ms.Tensor) -> ms.Parameter:
+def to_parameter(name: str, value: np.ndarray | ms.Tensor) -> ms.Parameter:
     """A Parameter of that name: ``value`` itself if it is one."""
     if isinstance(value, ms.Parameter):
         value.name = name
@@ -186,12 +186,12 @@ def as_parameter(name: str, value: np.ndarray | ms.Tensor) -> ms.Parameter:
     return ms.Parameter(tensor, name=name, requires_grad=False)
 
 
-def _as_numpy(value: Any) -> np.ndarray:
+def _to_numpy(value: Any) -> np.ndarray:
     return value.asnumpy() if isinstance(value, ms.Tensor) else np.asarray(value)
 
 
-def _spec_of(owner: Any, model_config: Any) -> ModelSpec:
-    """The numbers of a network, or of the config that came with a call on its class."""
+def _read_spec(owner: Any, model_config: Any) -> ModelSpec:
+    """The model's numbers: of a network, or of the config that was passed with a call on its class."""
     is_network = not isinstance(owner, type)
     config = owner.config if is_network else model_config
     if isinstance(config, ModelSpec):
@@ -201,13 +201,13 @@ def _spec_of(owner: Any, model_config: Any) -> ModelSpec:
     try:
         return ModelSpec.from_model_config(config if isinstance(config, Mapping) else vars(config))
     except KeyError as missing:
-        raise BridgeError(f"model_config does not say {missing.args[0]}") from None
+        raise BridgeError(f"model_config has no {missing.args[0]}") from None
 
 
 Value = TypeVar("Value")
 
 
-def _unstacked(
+def _unstack_experts(
     spec: ModelSpec, values: Mapping[str, Value], part_of: Callable[[Value, Place], Value]
 ) -> dict[str, Value]:
     """Experts that are stacked (transformers 5) under the names of single ones, which is all that upstream knows."""
@@ -220,11 +220,11 @@ def _unstacked(
     return result
 
 
-def _share_of(spec: ModelSpec, converted: Mapping[str, Any], rank: Rank) -> dict[str, Any]:
+def _slice_for_rank(spec: ModelSpec, converted: Mapping[str, Any], rank: Rank) -> dict[str, Any]:
     """A rank's part of the parameters, in the shapes of the inference network."""
     result: dict[str, Any] = {}
     for rule in model_rules(spec):
-        whole = np.ascontiguousarray(_as_numpy(converted[rule.parameter]))
+        whole = np.ascontiguousarray(_to_numpy(converted[rule.parameter]))
         for here, there in shares(rule, rank, INFER, INFER):
             if rank == WHOLE:
                 result[rule.parameter] = whole.reshape(there.shape)
@@ -234,14 +234,14 @@ def _share_of(spec: ModelSpec, converted: Mapping[str, Any], rank: Rank) -> dict
     return result
 
 
-def _checked(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Holds arrays in memory to the rules that files are held to, and returns those that make up the model.
+def _check_arrays(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Checks arrays in memory as files are checked, and returns those that make up the model.
 
     Parts of different dtypes are widened to the one that holds them all: numpy can't concatenate float16 and bfloat16.
     """
-    infos = tensor_infos(arrays)
+    infos = describe_arrays(arrays)
     if any(name.startswith("decoder.") for name in arrays):
-        raise BridgeError("these weights bear MindFormers' names already: convert_weight_dict takes Hugging Face's")
+        raise BridgeError("these weights have MindFormers' names already: convert_weight_dict takes Hugging Face's")
     plan = make_plan(model_rules(spec), infos, hf_dialect(arrays), INFER)
     plan.check_duplicates(are_equal=lambda kept, dropped: arrays[kept.name].tobytes() == arrays[dropped.name].tobytes())
     uniform = {
@@ -251,7 +251,7 @@ def _checked(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.
         for target in plan.targets
         for copy in target.copies
     }
-    return _unstacked(spec, uniform, lambda array, place: place.view.of(array))
+    return _unstack_experts(spec, uniform, lambda array, place: place.view.of(array))
 
 
 class _ConditionWithTimeout:

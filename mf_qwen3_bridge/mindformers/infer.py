@@ -1,4 +1,4 @@
-"""From a checkpoint to a network that generates text."""
+"""Loads a checkpoint into a network that generates text."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def from_pretrained(
     expert_parallel: int | None = None,
     **model_config_overrides: Any,
 ) -> Any:
-    """MindFormers' inference network with a checkpoint's weights in it, ready for ``network.generate(...)``.
+    """Builds MindFormers' inference network and loads a checkpoint's weights, ready for ``network.generate(...)``.
 
-    ``network.generate`` ends a text where the checkpoint's generation_config.json says. It wants the prompts of a batch
-    padded on the right with -1 to one length, and cuts what exceeds ``seq_length`` (4096) without an error.
+    ``network.generate`` ends a text at the end tokens of the checkpoint's generation_config.json. It wants the prompts
+    of a batch padded on the right with -1 to one length, and cuts what exceeds ``seq_length`` (4096) without an error.
 
     Of the process this changes what MindFormers and MindSpore have one of: where there was no MindFormers context, the
     one for inference is built and stays (``mindformers.set_context(run_mode="finetune")`` before a training network is
@@ -42,7 +42,7 @@ def from_pretrained(
 
     Args:
         model_dir: a Hugging Face directory.
-        config: a MindFormers YAML; what it says about the model has to be so, its dtypes and cache sizes are used.
+        config: a MindFormers YAML; its dtypes and cache sizes are used; the model's numbers in it have to fit.
         load_checkpoint: where the weights are, when they are not in ``model_dir``: a MindFormers training
             checkpoint, for example, together with the YAML it was trained with.
         use_training_conversion: convert with MindFormers' own training class instead of the bridge's loader; same bits.
@@ -84,7 +84,7 @@ def from_pretrained(
 
 
 def build_network(model: CheckedCheckpoint, device_target: str = "auto") -> Any:
-    """The inference network for a checked checkpoint, without its weights; ``generate`` ends where the model says."""
+    """Builds the inference network of a checked checkpoint, without its weights; ``generate`` knows its end tokens."""
     end_tokens = read_end_tokens(model.hf_dir)
     network = build_inference_network(
         model.hf_config | model.options, device_target=device_target, parallel=model.parallel

@@ -1,4 +1,4 @@
-"""Weights into a network: the direct road, the delegated road, and what both are held to."""
+"""Loads weights into MindFormers' inference network: the direct loader and the delegated conversion."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load_network(network: Any, model: CheckedCheckpoint, *, use_training_convers
             ``load_param_into_net``, instead of the bridge's own loader. Both give the same bits.
 
     Returns:
-        The plan that was carried out, or that the delegated road was held to.
+        The plan that was carried out, or that the delegated conversion was checked against.
 
     Raises:
         BridgeError: the network's parameters are not the model's; anything was left unloaded.
@@ -72,9 +72,9 @@ def load_arrays(network: Any, arrays: Mapping[str, Any]) -> None:
     Raises:
         BridgeError: tensors are missing, left over or of a wrong shape, or hold NaN or zeros only.
     """
-    values = conversion.under_hf_names(network, arrays)
+    values = conversion.rename_to_hf(network, arrays)
     converted = conversion.convert_weight_dict(network, values)
-    infos = conversion.tensor_infos(values)
+    infos = conversion.describe_arrays(values)
     check_values({name: {infos[name]: largest_magnitude(value)} for name, value in values.items()})
     _check_loaded(*ms.load_param_into_net(network, converted))
     network.process_weights_after_loading(network.model)
@@ -159,7 +159,7 @@ def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> dict[s
 
 
 def _load_converted(network: Any, model: CheckedCheckpoint) -> None:
-    """The road that the documentation of MindFormers describes, with the right layout and nothing left unsaid."""
+    """Loads as MindFormers' documentation describes, in the right layout; whatever is not loaded is an error."""
     if not model.dialect.is_hf:
         raise BridgeError(
             f"--use_training_conversion converts Hugging Face weights; {model.source.path} holds MindFormers' "
@@ -170,7 +170,7 @@ def _load_converted(network: Any, model: CheckedCheckpoint) -> None:
 
 
 def _check_loaded(unloaded: Sequence[str], unused: Sequence[str]) -> None:
-    """Takes the two lists that ``load_param_into_net`` returns, and that nobody reads."""
+    """Raises for what the two lists name that ``load_param_into_net`` returns."""
     remedy = "the weights are not of this network; Hugging Face weights have to be converted first"
     problems = [
         *(Problem(name, "parameter of the network, not in the weights", remedy) for name in fold_names(unloaded)),
@@ -237,7 +237,7 @@ def load_checkpoint(
     parameters: dict[str, ms.Parameter] = {}
     for file in files:
         for name, value in ms.load_checkpoint(str(file), format=format, **single_file).items():
-            parameters[name] = conversion.as_parameter(name, value)
+            parameters[name] = conversion.to_parameter(name, value)
     if net is not None:
         _check_loaded(*ms.load_param_into_net(net, parameters, strict_load, remove_redundancy))
     return parameters

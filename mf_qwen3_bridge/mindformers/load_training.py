@@ -1,4 +1,4 @@
-"""Weights into MindFormers' training network, or into what one rank of a parallel run holds of it."""
+"""Loads weights into MindFormers' training network, or into the part of it that one rank of a parallel run holds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path
         The plan that was carried out.
 
     Raises:
-        BridgeError: the network's parameters are not the model's, or are cut otherwise than the file says.
+        BridgeError: the network's parameters are not the model's, or are divided otherwise than in the file.
     """
     plan = model.plan(Dialect(layout_of(network, model.spec.is_moe)))
     weights = {target.name for target in plan.targets}

@@ -1,4 +1,4 @@
-"""MindFormers' inference network, built from a config alone: no YAML, no run_mindformer.py, Ascend or CPU."""
+"""Builds MindFormers' inference network from a config, without a YAML or run_mindformer.py, on Ascend or a CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mf_qwen3_bridge.mindformers.cpu.device import (
 from mf_qwen3_bridge.model.parallel import SINGLE, ParallelConfig, Rank
 
 
-class _Generates:
+class _GenerateMixin:
     """Sets what upstream reads of the environment while ``generate`` runs, and only then.
 
     Attributes:
@@ -46,9 +46,9 @@ class _Generates:
 
 
 @cache
-def _self_contained(network_class: type) -> type:
+def _with_generate(network_class: type) -> type:
     """Upstream's class, by its own name, with that ``generate``."""
-    return type(network_class.__name__, (_Generates, network_class), {"__doc__": network_class.__doc__})
+    return type(network_class.__name__, (_GenerateMixin, network_class), {"__doc__": network_class.__doc__})
 
 
 InferenceNetwork: TypeAlias = InferenceQwen3ForCausalLM | InferenceQwen3MoeForCausalLM
@@ -105,7 +105,7 @@ def build_inference_network(
     with predict_environment(target), _predict_context(target, parallel):
         prepare_device()
         forget_earlier_networks()
-        network = _self_contained(network_class)(
+        network = _with_generate(network_class)(
             config_class(**copy.deepcopy(merged))
         )  # upstream writes into rope_scaling
     if parallel.world_size > 1 and rank_of(network) != parallel.rank(get_rank()):

@@ -1,4 +1,4 @@
-"""What MindFormers prints while it builds a network, kept out of a report."""
+"""Silences MindFormers' output while a network is built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 
 @contextmanager
 def upstream_kept_quiet() -> Iterator[None]:
-    """MindFormers prints all of its config for each network; its log files under ./output/log have it as well.
+    """Discards what MindFormers prints (all of its config, for each network); its files under ./output/log have it too.
 
     What it logs later stays out of the report too, because its log handlers keep the stdout of this time. MindSpore's
     C++ side writes to file descriptor 1.

@@ -1,4 +1,4 @@
-"""What MindFormers' inference network computes, stage by stage, held against the reference."""
+"""Compares what MindFormers' inference network computes, stage by stage, with the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.mindformers.infer import build_network
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import InferenceNetwork, network_logits, rank_of
-from mf_qwen3_bridge.mindformers.patching.hooks import model_of
+from mf_qwen3_bridge.mindformers.patching.hooks import check_against_network
 from mf_qwen3_bridge.mindformers.quiet import upstream_kept_quiet
 from mf_qwen3_bridge.model.layouts import INFERENCE
 from mf_qwen3_bridge.model.parallel import SINGLE, WHOLE
@@ -33,10 +33,10 @@ _LOAD = "load it with mf_qwen3_bridge.from_pretrained, or convert with network.c
 
 
 def verify_network(network: InferenceNetwork, model_dir: str | Path) -> LayerErrors:
-    """Holds a network, however it was filled, against a reference of its own checkpoint, layer by layer.
+    """Compares a network, however it was filled, with a reference of its checkpoint, layer by layer.
 
-    For whoever loads weights by other means than this package: it says where the network begins to compute something
-    else, and what the parameters there look like.
+    For weights that were loaded by other means than this package: the error names the first stage that differs, and
+    the layout that its parameters are in.
 
     Args:
         network: an ``InferenceQwen3ForCausalLM`` or ``InferenceQwen3MoeForCausalLM`` of one process, in PyNative mode.
@@ -57,7 +57,7 @@ def verify_network(network: InferenceNetwork, model_dir: str | Path) -> LayerErr
         errors = mf_qwen3_bridge.verify_network(network, "demo/qwen3-demo")
         print(errors.summary)
     """
-    model = model_of(network, Path(model_dir))  # RoPE too, of which few tokens show little
+    model = check_against_network(network, Path(model_dir))  # RoPE too, of which few tokens show little
     problems = list(wrong_parameters(network, model))
     found = errors_of(network, model)
     if found.begin or problems:
@@ -66,7 +66,7 @@ def verify_network(network: InferenceNetwork, model_dir: str | Path) -> LayerErr
 
 
 def errors_of_checkpoint(model: CheckedCheckpoint, right: CheckedCheckpoint) -> LayerErrors:
-    """Loads a checkpoint into MindFormers' inference network, on the CPU, in float32, and holds it against a reference.
+    """Loads a checkpoint into MindFormers' inference network, on the CPU, in float32, and compares it with a reference.
 
     Args:
         model: the checkpoint, with a config.json.
@@ -83,14 +83,14 @@ def errors_of_checkpoint(model: CheckedCheckpoint, right: CheckedCheckpoint) -> 
 
 
 def errors_of(network: InferenceNetwork, model: CheckedCheckpoint) -> LayerErrors:
-    """How far a network is from the reference of a model of as many layers.
+    """Measures the errors of a network against the reference of a model of as many layers.
 
     Raises:
         BridgeError: the network is one of several ranks', or is compiled.
     """
     if rank_of(network) != WHOLE or ms.get_context("mode") != ms.PYNATIVE_MODE:
         raise BridgeError(
-            "only the network of a single process, in PyNative mode, can be looked into: build it with "
+            "only the network of a single process, in PyNative mode, can be verified: build it with "
             "device_target CPU, or in a process with ENFORCE_EAGER=true"
         )
     config = network.config
@@ -98,11 +98,11 @@ def errors_of(network: InferenceNetwork, model: CheckedCheckpoint) -> LayerError
     dtypes = {str(parameter.dtype).lower() for parameter in network.get_parameters()}
     dtypes |= {str(config.compute_dtype).lower()}
     coarsest = next((dtype for dtype in ("bfloat16", "float16") if dtype in dtypes), "float32")
-    return layer_errors(_record(network, token_ids), model, token_ids, coarsest)
+    return layer_errors(_record_stages(network, token_ids), model, token_ids, coarsest)
 
 
-def _record(network: InferenceNetwork, token_ids: Sequence[int]) -> dict[Stage, np.ndarray]:
-    """What each stage makes of one sequence, float32 (len(token_ids), width)."""
+def _record_stages(network: InferenceNetwork, token_ids: Sequence[int]) -> dict[Stage, np.ndarray]:
+    """The output of each stage for one sequence, float32 (len(token_ids), width)."""
     found: dict[Stage, np.ndarray] = {}
     hooks = []
 
@@ -112,25 +112,25 @@ def _record(network: InferenceNetwork, token_ids: Sequence[int]) -> dict[Stage, 
 
         hooks.append(cell.register_forward_hook(hook))
 
-    def made(_: Any, inputs: Any, output: ms.Tensor) -> np.ndarray:
+    def read_output(_: Any, inputs: Any, output: ms.Tensor) -> np.ndarray:
         return _array(output)
 
-    def began(_: Any, inputs: Any, output: ms.Tensor) -> np.ndarray:
+    def read_input(_: Any, inputs: Any, output: ms.Tensor) -> np.ndarray:
         return _array(inputs[0])
 
-    listen(network.model.decoder.layers[0].input_layernorm, began, EMBEDDED)
+    listen(network.model.decoder.layers[0].input_layernorm, read_input, EMBEDDED)
     for number, layer in enumerate(network.model.decoder.layers):
         attention, mlp = layer.self_attention, layer.mlp
-        listen(attention.linear_qkv, made, Stage(number, reference.QKV))
-        listen(attention.linear_proj, began, Stage(number, reference.ATTENTION))
+        listen(attention.linear_qkv, read_output, Stage(number, reference.QKV))
+        listen(attention.linear_proj, read_input, Stage(number, reference.ATTENTION))
         # Two hooks of one cell are called one after the other.
-        listen(attention.linear_proj, made, Stage(number, reference.PROJ))
+        listen(attention.linear_proj, read_output, Stage(number, reference.PROJ))
         if hasattr(mlp, "router"):
-            listen(mlp.router, _shares, Stage(number, reference.ROUTER))
+            listen(mlp.router, _read_routing_weights, Stage(number, reference.ROUTER))
         else:
-            listen(mlp.linear_fc1, made, Stage(number, reference.FC1))
-        listen(mlp, made, Stage(number, reference.MLP))
-        listen(layer, made, Stage(number, reference.LAYER))
+            listen(mlp.linear_fc1, read_output, Stage(number, reference.FC1))
+        listen(mlp, read_output, Stage(number, reference.MLP))
+        listen(layer, read_output, Stage(number, reference.LAYER))
     try:
         found[LOGITS] = network_logits(network, token_ids)
     finally:
@@ -144,8 +144,8 @@ def _array(tensor: ms.Tensor) -> np.ndarray:
     return array.reshape(-1, array.shape[-1])
 
 
-def _shares(router: Any, _: Any, output: tuple[ms.Tensor, ms.Tensor]) -> np.ndarray:
-    """What each expert counts for each token, of what a router makes: shares of the chosen experts, their numbers."""
+def _read_routing_weights(router: Any, _: Any, output: tuple[ms.Tensor, ms.Tensor]) -> np.ndarray:
+    """Routing weights, (tokens, experts); 0 for experts not selected."""
     chosen, experts = _array(output[0]), output[1].asnumpy()
     shares = np.zeros((len(chosen), router.num_experts), np.float32)
     np.put_along_axis(shares, experts, chosen, axis=-1)

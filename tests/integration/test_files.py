@@ -14,7 +14,7 @@ from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers, to_ranks
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import check, check_trained
-from mf_qwen3_bridge.mindformers.conversion import TrainingConversion, as_parameter
+from mf_qwen3_bridge.mindformers.conversion import TrainingConversion, to_parameter
 from mf_qwen3_bridge.mindformers.load import load_checkpoint, load_network
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
@@ -91,7 +91,7 @@ def test_each_rank_loads_its_directory(monkeypatch, tmp_path: Path, spec, parall
             load_network(expected, model)
             network, _ = empty_network(directory)
             (file,) = (tmp_path / "ranks" / f"rank_{number}").iterdir()
-            held = {name: as_parameter(name, value) for name, value in load_checkpoint(file).items()}
+            held = {name: to_parameter(name, value) for name, value in load_checkpoint(file).items()}
             assert ms.load_param_into_net(network, held) == ([], [])
             network.process_weights_after_loading(network.model)
             assert bits(network) == bits(expected)

@@ -302,10 +302,10 @@ def test_what_is_upstreams_to_judge(tmp_path: Path):
         save_file(weights, newer / f"qwen3-model-000000{rank}-0000002.safetensors", {"format": "ms"})
     save_file({"global_step": np.array([20])}, newer / "hyper_param.safetensors")
     for directory in (tmp_path / "checkpoint", newer, tmp_path / "nowhere", tmp_path):
-        assert not hooks.is_known(directory)
-    assert hooks.is_known(CHECKPOINTS / "split_shards") and hooks.is_known(CHECKPOINTS / "moe_fused")
+        assert not hooks.has_known_dialect(directory)
+    assert hooks.has_known_dialect(CHECKPOINTS / "split_shards") and hooks.has_known_dialect(CHECKPOINTS / "moe_fused")
     (file,) = (CHECKPOINTS / "untied_fp32").glob("*.safetensors")
-    assert hooks.is_known(file)
+    assert hooks.has_known_dialect(file)
 
 
 class Adapter(nn.Cell):

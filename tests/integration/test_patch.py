@@ -143,7 +143,7 @@ def test_convert_weight_dict_lists_all_that_is_wrong():
     assert subjects == ["model.layers.0.self_attn.k_proj.weight", "nodots"]
     with pytest.raises(BridgeError, match="pass model_config="):
         conversion.convert_weight_dict(InferenceQwen3ForCausalLM, source)
-    with pytest.raises(BridgeError, match="does not say head_dim"):
+    with pytest.raises(BridgeError, match="has no head_dim"):
         config = {key: value for key, value in hf_config().items() if key != "head_dim"}
         conversion.convert_weight_dict(InferenceQwen3ForCausalLM, source, model_config=config)
 

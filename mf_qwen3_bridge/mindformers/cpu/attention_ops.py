@@ -79,7 +79,7 @@ def _flash_attention_construct(
         context_lens_tensor: int32 (B,), the cached ones.
         q_seq_lens: int32 (B,), the new ones.
         key_cache: (blocks, block_size, G, D), like ``value_cache``; written in place.
-        _: what else upstream passes (masks, actual_seq_qlen...); it says the same in another way.
+        _: what else upstream passes (masks, actual_seq_qlen...); the same information in another form.
 
     Returns:
         (T, N*D) in ``query``'s dtype.

@@ -17,7 +17,7 @@ from mf_qwen3_bridge.mindformers.cpu import inference_ops
 
 
 def set_cpu_environment() -> None:
-    """Makes MindFormers compute on a CPU as it can; what of it is set after MindFormers' context is built is late."""
+    """Sets MindFormers' variables for a CPU. ``CPU_AFFINITY`` has no effect after MindFormers' context is built."""
     os.environ["ENFORCE_EAGER"] = "true"  # what upstream calls PyNative mode: no jit, no graph phases
     os.environ.setdefault("CPU_AFFINITY", "False")  # else upstream pins the process to CPUs 0 to n-1
 

@@ -1,4 +1,4 @@
-"""Stand-ins for operators that only Ascend has, so that MindFormers' own inference network runs on a CPU.
+"""Replaces operators that only Ascend has, so that MindFormers' own inference network runs on a CPU.
 
 The classes, their parameters, the bookkeeping of the paged KV cache and ``generate()`` stay upstream's.
 :func:`install` replaces these attributes and nothing else, and only while MindSpore's device target is CPU:
@@ -6,7 +6,7 @@ The classes, their parameters, the bookkeeping of the paged KV cache and ``gener
 ============================== ======================================== =========================================
 replaced                       because a CPU lacks                      stand-in
 ============================== ======================================== =========================================
-``GPTModel.construct``         (nothing: upstream's phase flag goes bad) phase from the inputs, then upstream's
+``GPTModel.construct``         (nothing: upstream's phase flag is wrong) phase from the inputs, then upstream's
 ``RMSNorm.construct``          ``RmsNorm``                              NumPy, float32
 ``RotaryEmbedding.construct``  ``ApplyRotaryPosEmb``                    NumPy, float32
 ``FlashAttention.construct``   ``ReshapeAndCache``,                     NumPy, float32; always reads the KV cache
@@ -35,7 +35,7 @@ replaced                       because a CPU lacks                      stand-in
 Those for attention are in ``attention_ops``, those for experts in ``moe_ops``, the others here.
 
 The classes are those of ``mindformers.parallel_core.inference``, alike in MindFormers 1.7.0, 1.8.0 and 1.9.0, in
-PyNative mode (``ENFORCE_EAGER``). In shapes, T is the number of tokens of all sequences of a batch, laid one after
+PyNative mode (``ENFORCE_EAGER``). In shapes, T is the number of tokens of all sequences of a batch, stored one after
 the other without padding; B the number of sequences, N of heads, G of query groups (KV heads), D the head_dim; K the
 number of experts that each token goes to, E of experts.
 
@@ -84,7 +84,7 @@ def uninstall() -> None:
 def _gpt_model_construct(
     upstream: Callable[..., Tensor], self: GPTModel, *args: Any, context_lens_tensor: Tensor, **kwargs: Any
 ) -> Tensor:
-    """Chooses between prefill and decode by what the inputs say, then runs upstream's ``GPTModel.construct``.
+    """Chooses between prefill and decode by the inputs, then runs upstream's ``GPTModel.construct``.
 
     A batch is a prefill when no sequence has tokens in the cache yet: ``context_lens_tensor``, int32 (B,), is all
     zero. Upstream's flag for it is set during a network's first ``generate()`` only, because graph mode compiles a

@@ -67,9 +67,9 @@ def _grouped_matmul(
     group_type: int = -1,
     group_list_type: int = 0,
 ) -> list[Tensor]:
-    """Multiplies the rows of each expert, which lie one expert after the other, by the expert's matrix.
+    """Multiplies the rows of each expert, which are stored one expert after the other, by the expert's matrix.
 
-    Ascend's leaves the rows after the last expert's, those of other ranks' experts, as they lay in memory; here they
+    Ascend's leaves the rows after the last expert's, those of other ranks' experts, uninitialised; here they
     are NaN.
 
     Args:
@@ -107,7 +107,7 @@ def _moe_token_unpermute(
     padded_mode: bool = False,
     restore_shape: None = None,
 ) -> Tensor:
-    """Undoes the sorting by expert, and adds up what the K experts of each token say, each times its probability.
+    """Undoes the sorting by expert, and adds up the outputs of each token's K experts, weighted by their probabilities.
 
     Args:
         permuted_tokens: (T*K, hidden_size).

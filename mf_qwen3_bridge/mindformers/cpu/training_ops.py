@@ -1,4 +1,4 @@
-"""Stand-ins for operators that only Ascend has, so that MindFormers' own *training* network runs on a CPU.
+"""Replaces operators that only Ascend has, so that MindFormers' own *training* network runs on a CPU.
 
 The classes, their parameters, upstream's trainer, optimiser and callbacks stay upstream's. :func:`install` replaces
 these attributes and nothing else, and only while MindSpore's device target is CPU (2.7: MindSpore 2.7 lacks it):
@@ -74,7 +74,7 @@ def uninstall() -> None:
 
 
 class _Operator(nn.Cell):
-    """A Cell in the place of an operator: what upstream says to an operator about sharding and recomputing is unheard.
+    """A Cell in the place of an operator: sharding and recompute settings are ignored.
 
     Subclasses' ``construct`` takes what the operator takes.
     """
@@ -131,7 +131,7 @@ class _Swiglu(_Operator):
 
 @STAND_INS.replaces(flash_attention, "FlashAttentionScore")
 class _FlashAttentionScore(_Operator):
-    """``FlashAttentionScore`` with a mask that says everything, without dropout."""
+    """``FlashAttentionScore`` with an explicit mask, without dropout."""
 
     def __init__(
         self,
@@ -233,7 +233,7 @@ class _FmodScalar(_Operator):
 
 @STAND_INS.replaces(ffn, "GroupedMatmul")
 class _GroupedMatmul(_Operator):
-    """Multiplies the rows of each expert, which lie one expert after the other, by the expert's matrix."""
+    """Multiplies the rows of each expert, which are stored one expert after the other, by the expert's matrix."""
 
     def __init__(self, split_item: int = 0, group_type: int = -1) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class _GroupedMatmul(_Operator):
         """One tensor (R, output_size).
 
         ``x`` has one tensor (R, input_size), ``weight`` one (E, input_size, output_size); ``group_list``, int64 (E,),
-        says where each expert's rows stop.
+        holds the row at which each expert's rows end.
         """
         rows = x[0]
         numbers = ops.arange(rows.shape[0]).reshape((1, -1, 1))

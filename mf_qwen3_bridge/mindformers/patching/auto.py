@@ -1,4 +1,4 @@
-"""MindFormers' Auto classes, given a Hugging Face directory."""
+"""Wraps MindFormers' Auto classes, so that they take a Hugging Face directory."""
 
 from __future__ import annotations
 

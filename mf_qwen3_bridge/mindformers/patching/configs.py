@@ -1,4 +1,4 @@
-"""MindFormers' config classes, given a config.json of any age."""
+"""Wraps MindFormers' config classes, so that they take a config.json of any transformers version."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from mf_qwen3_bridge.inputs.mindformers_yaml import ADDITIONS, LAYOUT_FLAGS
 from mf_qwen3_bridge.mindformers.cpu.device import builds_training_networks, forget_earlier_networks, prepare_device
 from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
 
-# Of a config.json, what upstream's config classes take although it says nothing of the weights.
+# Of a config.json, what upstream's config classes take although the weights don't depend on it.
 _TAKEN = frozenset({"architectures", "attention_dropout", "output_router_logits", "router_aux_loss_coef"})
 
 # Without these upstream's training network can't be built, or fails in its first step, if there are experts; they are
 # what Qwen3-MoE computes, and the only form of experts that upstream trains.
 _NEEDED_TO_TRAIN_EXPERTS = {"moe_grouped_gemm": True, "routed_scaling_factor": 1.0}
 
-# The layout flags that were given to a config, by its id: upstream fills in those that were not.
-_SAID: dict[int, dict[str, Any]] = {}
+# The layout flags that were given to a config, by its id: upstream fills in those that were not. An attribute of the
+# config would be written by upstream's to_dict() and save_pretrained(), and refused by 1.7 and 1.8 when it is read.
+_DECLARED_FLAGS: dict[int, dict[str, Any]] = {}
 
 
 @HOOKS.wraps_upstream(Qwen3Config, "__init__")
 @HOOKS.wraps_upstream(Qwen3MoeConfig, "__init__")
 def wrap_config_init(upstream: Callable[..., None], config: Any, *args: Any, **model_config: Any) -> None:
-    """``__init__`` of ``Qwen3Config`` or ``Qwen3MoeConfig`` that understands what transformers writes today."""
-    _SAID[id(config)] = {flag: model_config[flag] for flag in LAYOUT_FLAGS if flag in model_config}
-    weakref.finalize(config, _SAID.pop, id(config), None)
+    """``__init__`` of ``Qwen3Config`` or ``Qwen3MoeConfig`` that takes what today's transformers writes."""
+    _DECLARED_FLAGS[id(config)] = {flag: model_config[flag] for flag in LAYOUT_FLAGS if flag in model_config}
+    weakref.finalize(config, _DECLARED_FLAGS.pop, id(config), None)
     forget_earlier_networks()
     prepare_device()  # the network is built next
-    upstream(config, *args, **understood(model_config))
+    upstream(config, *args, **normalise_model_config(model_config))
 
 
-def understood(model_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What MindFormers merges of a config.json and a YAML, in the form that its config classes understand.
+def normalise_model_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that MindFormers merges of a config.json and a YAML, in the form that its config classes take.
 
     Mirrors ``merge_model_config`` of ``mindformers/models/build_config.py`` (1.7 to 1.9), which passes on everything
     that a config.json holds: keys that it does not know, and forms of RoPE that it ignores.
@@ -70,6 +71,6 @@ def understood(model_config: Mapping[str, Any]) -> dict[str, Any]:
     return taken | needed | normalised | of_yaml
 
 
-def said_of_layout(config: Any) -> dict[str, Any]:
-    """The layout flags that whoever made the config gave; not those that upstream filled in."""
-    return _SAID.get(id(config), {})
+def declared_layout_flags(config: Any) -> dict[str, Any]:
+    """The layout flags that a config was made with; not those that upstream filled in."""
+    return _DECLARED_FLAGS.get(id(config), {})

@@ -1,4 +1,4 @@
-"""What MindFormers calls and the bridge answers."""
+"""Replaces MindFormers' entry points for loading weights and for generating."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mindformers.utils import load_checkpoint_utils
 
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.mindformers_yaml import LAYOUT_FLAGS
-from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check_against_network
+from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check_against_config
 from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.cpu.device import inference_device
@@ -28,7 +28,7 @@ from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
 from mf_qwen3_bridge.mindformers.load_training import load_training_network
 from mf_qwen3_bridge.mindformers.network import check_token_ids
 from mf_qwen3_bridge.mindformers.patching import compat
-from mf_qwen3_bridge.mindformers.patching.configs import said_of_layout
+from mf_qwen3_bridge.mindformers.patching.configs import declared_layout_flags
 from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
 from mf_qwen3_bridge.model.parameters import is_hf_name
 from mf_qwen3_bridge.transfer.safetensors import HF_INDEX, HYPER_PARAMETERS, TensorInfo, open_checkpoint, read_header
@@ -50,7 +50,7 @@ class ClassOrInstanceMethod:
         return partial(self.function, owner if instance is None else instance)
 
 
-# The inference classes have these from ``ModelMixin``, where they say that they are not implemented.
+# The inference classes have these from ``ModelMixin``, where they raise that they are not implemented.
 for _network in INFERENCE_NETWORKS:
     for _function in (conversion.convert_weight_dict, conversion.convert_map_dict, conversion.obtain_name_map):
         HOOKS.replaces(_network, _function.__name__, inherited=True)(ClassOrInstanceMethod(_function))
@@ -63,23 +63,23 @@ def load_weights(
     weights_path: str | Path | None = None,
     weights: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None,
 ) -> None:
-    """Fills an inference network; everything, or an error that says what is wrong.
+    """Fills an inference network; everything is loaded, or an error lists what is wrong.
 
     Stands for ``load_weights`` of ``mindformers/parallel_core/inference/model_utils.py`` (1.7 to 1.9), which never
     compares what it found with what it needed.
 
     Args:
         network: an ``InferenceQwen3ForCausalLM`` or ``InferenceQwen3MoeForCausalLM``.
-        weights_path: a directory or file, in any dialect: Hugging Face's, or MindFormers' if stamp or YAML say its
-            layout.
+        weights_path: a directory or file, in any dialect: Hugging Face's, or MindFormers' if metadata or YAML
+            declare its layout.
         weights: (name, array) of each tensor in its place, under Hugging Face's names or what upstream's
             ``convert_name`` makes of them. Arrays, Tensors, or slices of an open safetensors file.
 
     Raises:
-        BridgeError: the weights are not whole, do not fit the network, or neither argument says where they are.
+        BridgeError: the weights are not whole, do not fit the network, or neither argument names any.
     """
     if weights_path and Path(weights_path).exists():
-        load_network(network, model_of(network, Path(weights_path)))
+        load_network(network, check_against_network(network, Path(weights_path)))
     elif weights is not None:
         load_arrays(network, dict(weights))
     else:
@@ -114,7 +114,7 @@ def wrap_process_hf_checkpoint(
     """``process_hf_checkpoint``, which converts nothing for Qwen3: the loaders below read Hugging Face's files.
 
     Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9), which MindFormers calls
-    when a YAML says ``qkv_concat: True``: it starts a process for each file, which wait for each other, for ever if
+    when a YAML has ``qkv_concat: True``: it starts a process for each file, which wait for each other, for ever if
     need be, and writes all weights anew.
     """
     if load_checkpoint is None or qwen3_network(model) is None:
@@ -132,13 +132,14 @@ def wrap_load_safetensors_checkpoint(
     load_ckpt_path: str,
     optimizer: Any,
 ) -> None:
-    """``load_safetensors_checkpoint``, which fills Qwen3 networks from whatever the bridge knows to read.
+    """``load_safetensors_checkpoint``, which fills Qwen3 networks from whatever the bridge can read.
 
     Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9). MindFormers calls it when
-    the network is built and, in a parallel run, compiled. Checkpoints of MindFormers that bear no stamp are upstream's.
+    the network is built and, in a parallel run, compiled. Upstream loads
+    MindFormers' checkpoints that have no layout metadata.
     """
     qwen3 = qwen3_network(network)
-    if qwen3 is None or not is_known(Path(load_ckpt_path)):
+    if qwen3 is None or not has_known_dialect(Path(load_ckpt_path)):
         upstream(config, load_checkpoint_files, network, strategy_path, load_ckpt_path, optimizer)
         return
     if config.resume_training:
@@ -156,7 +157,7 @@ def wrap_load_checkpoint(upstream: Callable[..., None], *args: Any, **kwargs: An
     """
     called = signature(upstream).bind(*args, **kwargs).arguments
     directory, network = Path(next(iter(called.values()))), qwen3_network(called["network"])
-    if network is None or not is_known(directory):
+    if network is None or not has_known_dialect(directory):
         upstream(*args, **kwargs)
         return
     if called.get("optimizer") is not None:
@@ -166,15 +167,15 @@ def wrap_load_checkpoint(upstream: Callable[..., None], *args: Any, **kwargs: An
 
 @HOOKS.wraps_upstream(load_checkpoint_utils, "is_hf_safetensors_dir")
 def wrap_is_hf_safetensors_dir(upstream: Callable[..., bool], safetensors_dir: str, model_cls_or_instance: Any) -> bool:
-    """``is_hf_safetensors_dir``, which opens files of which none need be whole, and says nothing of where they lie.
+    """``is_hf_safetensors_dir``, which opens files that may be damaged, and does not name them.
 
     Stands for that function of ``mindformers/utils/safetensors/utils.py`` (1.7 to 1.9). What the bridge's loader reads
     is not opened before it: it names the file that is damaged.
     """
     directory, network = Path(safetensors_dir), model_cls_or_instance
-    if not isinstance(network, ms.nn.Cell) or qwen3_network(network) is None or not is_known(directory):
+    if not isinstance(network, ms.nn.Cell) or qwen3_network(network) is None or not has_known_dialect(directory):
         return upstream(safetensors_dir, model_cls_or_instance)
-    return not bears_stamp(directory)
+    return not has_layout_metadata(directory)
 
 
 @HOOKS.wraps_upstream(base_trainer.BaseTrainer, "count_parameters")
@@ -187,11 +188,11 @@ def wrap_count_parameters(upstream: Callable[..., None], trainer: Any) -> None:
     upstream(trainer)
     config, network = trainer.config, trainer.network
     is_asked_for = config.run_mode == "finetune" and not config.only_save_strategy
-    if not is_asked_for or compat.weights_to_load(config) or network is None or qwen3_network(network) is None:
+    if not is_asked_for or compat.find_weights_to_load(config) or network is None or qwen3_network(network) is None:
         return
     directory = Path(config.pretrained_model_dir or "")
     if config.pretrained_model_dir and (directory / HF_INDEX).is_file():
-        open_checkpoint(directory)  # says which files are missing
+        open_checkpoint(directory)  # raises if files are missing
     raise BridgeError(
         "nothing to fine-tune: MindFormers would load no weights, and train random ones. Set load_checkpoint to a "
         f"directory that holds *.safetensors (pretrained_model_dir is {config.pretrained_model_dir or 'empty'}), "
@@ -205,28 +206,28 @@ def qwen3_network(network: Any) -> Any:
     return next((cell for cell in cells if isinstance(cell, NETWORKS)), None)
 
 
-def is_known(path: Path) -> bool:
-    """Whether these are weights whose dialect the bridge knows for certain: Hugging Face's, or with its stamp.
+def has_known_dialect(path: Path) -> bool:
+    """Whether these are weights whose dialect is certain: Hugging Face's, or with the bridge's layout metadata.
 
-    All else, such as MindFormers' own checkpoints of several ranks or in its newer format, is upstream's to judge.
+    All else, such as MindFormers' own checkpoints of several ranks or in its newer format, is left to upstream.
     """
     if (path / HF_INDEX).is_file():
         return True
-    header = _some_header(path)
+    header = _read_first_header(path)
     if header is None:
         return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     names, metadata = header
     return LAYOUT_KEY in metadata or any(map(is_hf_name, names))
 
 
-def bears_stamp(path: Path) -> bool:
-    """Whether these are MindFormers' weights, with the bridge's stamp."""
-    header = _some_header(path)
+def has_layout_metadata(path: Path) -> bool:
+    """Whether these are MindFormers' weights, with the bridge's layout metadata."""
+    header = _read_first_header(path)
     return header is not None and LAYOUT_KEY in header[1]
 
 
-def _some_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]] | None:
-    """Of the first file of weights that can be read. Others may be damaged, which is said when they are loaded."""
+def _read_first_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]] | None:
+    """Of the first file of weights that can be read. Loading finds out about others."""
     for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         if file.name != HYPER_PARAMETERS:
             with suppress(BridgeError):
@@ -240,7 +241,7 @@ def fill_network(network: Any, weights: Path) -> None:
     Raises:
         BridgeError: the weights are not whole, or do not fit the network.
     """
-    model = model_of(network, weights)
+    model = check_against_network(network, weights)
     if isinstance(network, INFERENCE_NETWORKS):
         load_network(network, model)
         return
@@ -249,16 +250,16 @@ def fill_network(network: Any, weights: Path) -> None:
     load_training_network(network, model, strategy)
 
 
-def model_of(network: Any, weights: Path) -> CheckedCheckpoint:
+def check_against_network(network: Any, weights: Path) -> CheckedCheckpoint:
     """Checks weights against the config that a network was built from.
 
     Raises:
         BridgeError: with a table of everything that does not fit.
     """
-    said = {key: value for key, value in vars(network.config).items() if key not in LAYOUT_FLAGS}
+    declared = {key: value for key, value in vars(network.config).items() if key not in LAYOUT_FLAGS}
     if isinstance(network, INFERENCE_NETWORKS):  # a training network's flags are its own, not the weights'
-        said |= said_of_layout(network.config)
-    model = check_against_network(weights, said, "the network (YAML, else config.json)")
+        declared |= declared_layout_flags(network.config)
+    model = check_against_config(weights, declared, "the network (YAML, else config.json)")
     for note in model.notes:
         logger.info("%s: %s", weights, note)
     return model

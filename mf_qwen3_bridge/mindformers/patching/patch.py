@@ -2,26 +2,24 @@
 
 Each hook is declared where it is defined, in the modules imported below. All of them:
 
-================================================= ===================================================================
-replaced                                          by
-================================================= ===================================================================
-``Inference*.convert_weight_dict``                conversion by the training class, in the layout of whoever reads it
-``Inference*.convert_map_dict``                   likewise, of the index
-``Inference*.obtain_name_map``                    a refusal: names can't say that three tensors make one parameter
-``Inference*.load_weights``                       the bridge's loader: everything is loaded, or an error lists what is
-                                                  not
-``Inference*.generate``                           upstream's, but not from weights that were never loaded
-``AutoModel*.from_pretrained``                    the bridge's ``from_pretrained``, with ``auto_convert=True``
-``AutoConfig.from_pretrained``                    reads a Hugging Face directory's config.json
-``Qwen3*Config.__init__``                         upstream's, given a config.json in the form that it understands
-``load_checkpoint_utils.process_hf_checkpoint``   Qwen3's files stay as they are: the loaders read them
-``load_checkpoint_utils.is_hf_safetensors_dir``   whether they are, without opening files that may be damaged
-``load_checkpoint_utils.load_safetensors_checkpoint`` the bridge's loader, for Hugging Face's files and those with its
-                                                  layout metadata
-``base_trainer.load_checkpoint``                  likewise, in MindFormers' newer checkpoint format
-``base_trainer.load_hf_checkpoint``               likewise (1.9 and later)
-``BaseTrainer.count_parameters``                  upstream's, but nothing is fine-tuned from random weights
-================================================= ===================================================================
+===================================================== =========================================================
+replaced                                              by
+===================================================== =========================================================
+``Inference*.convert_weight_dict``                    conversion by the training class, in the reader's layout
+``Inference*.convert_map_dict``                       likewise, of the index
+``Inference*.obtain_name_map``                        a refusal: a map of names can't fuse tensors
+``Inference*.load_weights``                           the bridge's loader: everything is loaded, or an error
+``Inference*.generate``                               upstream's, but not from weights that were never loaded
+``AutoModel*.from_pretrained``                        the bridge's, with ``auto_convert=True``
+``AutoConfig.from_pretrained``                        reads a Hugging Face directory's config.json
+``Qwen3*Config.__init__``                             upstream's, given a config.json in the form that it takes
+``load_checkpoint_utils.process_hf_checkpoint``       Qwen3's files stay as they are: the loaders read them
+``load_checkpoint_utils.is_hf_safetensors_dir``       upstream's answer, without opening damaged files
+``load_checkpoint_utils.load_safetensors_checkpoint`` the bridge's loader, where the layout is certain
+``base_trainer.load_checkpoint``                      likewise, in MindFormers' newer checkpoint format
+``base_trainer.load_hf_checkpoint``                   likewise (1.9 and later)
+``BaseTrainer.count_parameters``                      upstream's; nothing is fine-tuned from random weights
+===================================================== =========================================================
 """
 
 from __future__ import annotations

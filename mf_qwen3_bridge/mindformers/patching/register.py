@@ -1,4 +1,4 @@
-"""Importing this module puts the bridge in MindFormers' way: for ``auto_register`` in a YAML."""
+"""Installs the hooks when it is imported: for ``auto_register`` in a YAML."""
 
 from __future__ import annotations
 
