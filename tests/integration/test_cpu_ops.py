@@ -1,6 +1,6 @@
 """The stand-ins for Ascend's operators, in MindFormers' own network.
 
-That every fixture gets transformers' logits and tokens is tested in test_roads.py.
+That every fixture gets transformers' logits and tokens is tested in test_loaders.py.
 """
 
 from __future__ import annotations

@@ -69,14 +69,14 @@ def test_a_hugging_face_directory(name: str):
 
 @pytest.mark.parametrize("target", [TRAIN, Dialect(INFERENCE), INFER], ids=str)
 @pytest.mark.parametrize("name", ["tied_bf16", "moe_bf16"])
-def test_stamped_files(tmp_path: Path, name: str, target: Dialect):
+def test_files_with_layout_metadata(tmp_path: Path, name: str, target: Dialect):
     run(to_mindformers(check(CHECKPOINTS / name), target, tmp_path / "mindformers"))
     network = network_by_yaml(CHECKPOINTS / name)
     network.load_weights(str(tmp_path / "mindformers"))
     assert bits(network) == bits(mf_qwen3_bridge.from_pretrained(CHECKPOINTS / name))
 
 
-def test_what_bears_no_stamp_needs_a_yaml_that_says_its_layout(tmp_path: Path):
+def test_without_layout_metadata_the_yaml_has_to_declare_the_layout(tmp_path: Path):
     directory = CHECKPOINTS / "untied_fp32"
     write(tmp_path / "theirs", {t.name: t.make() for t in check(directory).plan(TRAIN).targets})
     flags = TRAINING_DEFAULT.training_flags
@@ -88,7 +88,7 @@ def test_what_bears_no_stamp_needs_a_yaml_that_says_its_layout(tmp_path: Path):
     assert logits_error(network, golden("untied_fp32")) < TOLERANCE
 
 
-def test_contiguous_flags_do_not_say_enough(tmp_path: Path):
+def test_contiguous_flags_do_not_declare_enough(tmp_path: Path):
     """In how many blocks it lies depends on the training run's ``model_parallel``, which no inference YAML says."""
     directory = CHECKPOINTS / "untied_fp32"
     blocks = Dialect(INFERENCE.on(2))

@@ -144,7 +144,7 @@ def test_parameters_of_another_dtype(params_dtype: str, dtype: str):
     assert of_model(network, wanted) == wanted
 
 
-def test_a_stamped_checkpoint_of_another_layout(tmp_path: Path):
+def test_layout_metadata_of_another_layout(tmp_path: Path):
     """Upstream would load it as it lies, and compute garbage."""
     mf_qwen3_bridge.patch()
     model = check(CHECKPOINTS / "untied_fp32")
@@ -156,7 +156,7 @@ def test_a_stamped_checkpoint_of_another_layout(tmp_path: Path):
     assert of_model(network, wanted) == wanted
 
 
-def test_what_bears_no_stamp_is_upstreams(tmp_path: Path):
+def test_what_has_no_layout_metadata_is_upstreams(tmp_path: Path):
     """Only its trainer knows how it lies: the run's own flags."""
     mf_qwen3_bridge.patch()
     wanted = {t.name: t.make() for t in check(CHECKPOINTS / "untied_fp32").plan(Dialect(TRAINING_DEFAULT)).targets}
@@ -262,7 +262,7 @@ def test_each_rank_of_a_parallel_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert of_model(network, wanted) == {n: value.tobytes() for n, value in wanted.items()}
 
 
-def test_a_stamped_checkpoint_in_the_newer_format(tmp_path: Path):
+def test_layout_metadata_in_the_newer_format(tmp_path: Path):
     """Upstream takes it for its own, and loads it as it lies."""
     mf_qwen3_bridge.patch()
     directory = CHECKPOINTS / "untied_fp32"
@@ -293,7 +293,7 @@ def test_a_strategy_file_that_lacks_parameters(tmp_path: Path, monkeypatch: pyte
         training.load_training_network(network, model, strategy)
 
 
-def test_what_is_upstreams_to_judge(tmp_path: Path):
+def test_what_is_left_to_upstream(tmp_path: Path):
     """Checkpoints of MindFormers' own, in either format, that the bridge would take for damaged."""
     weights = {t.name: t.make() for t in check(CHECKPOINTS / "untied_fp32").plan(Dialect(TRAINING_DEFAULT)).targets}
     newer = tmp_path / "checkpoint" / "iteration_00000020"

@@ -1,4 +1,4 @@
-"""What the bridge adds to MindFormers' classes: called as MindFormers calls it, and taken away without a trace."""
+"""The hooks on MindFormers' classes: called as MindFormers calls them, and removed without a trace."""
 
 from __future__ import annotations
 

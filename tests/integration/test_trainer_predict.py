@@ -86,7 +86,7 @@ def test_the_tokens_of_transformers(tmp_path: Path, name: str, model_config: dic
     assert not list(tmp_path.rglob("*converted*"))
 
 
-def test_weights_that_lie_elsewhere(tmp_path: Path):
+def test_weights_in_another_directory(tmp_path: Path):
     """``load_checkpoint`` may name what convert wrote; what nothing says the layout of is refused."""
     name = "moe_fp32"
     directory = generating(with_tokenizer(name, tmp_path))
@@ -101,7 +101,7 @@ def test_weights_that_lie_elsewhere(tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_what_is_wrong_is_said(tmp_path: Path, damage: str):
+def test_damaged_weights_are_named(tmp_path: Path, damage: str):
     name = "split_shards"
     directory = generating(with_tokenizer(name, tmp_path))
     shard = sorted(directory.glob("*.safetensors"))[1]

@@ -1,4 +1,4 @@
-"""Three independent roads into the network, held to the same bits; and transformers' logits and tokens at their end."""
+"""Three independent loaders fill the network with the same bits; its logits and tokens are those of transformers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def converted(directory: Path, dialect: Dialect) -> dict:
 
 @EVERY_FIXTURE
 @pytest.mark.parametrize("params_dtype", ["float32", "bfloat16"])
-def test_three_roads_meet(tmp_path: Path, name, params_dtype):
+def test_three_loaders_agree(tmp_path: Path, name, params_dtype):
     directory = CHECKPOINTS / name
     direct = mf_qwen3_bridge.from_pretrained(directory, params_dtype=params_dtype)
     delegated = mf_qwen3_bridge.from_pretrained(directory, use_training_conversion=True, params_dtype=params_dtype)
@@ -78,7 +78,7 @@ def test_a_training_checkpoint_is_loaded_in_the_layout_of_its_yaml(tmp_path: Pat
     assert bits(network) == bits(mf_qwen3_bridge.from_pretrained(directory))
 
 
-def test_a_stamped_checkpoint_needs_no_yaml(tmp_path: Path):
+def test_a_checkpoint_with_layout_metadata_needs_no_yaml(tmp_path: Path):
     directory = CHECKPOINTS / "untied_fp32"
     weights = write(tmp_path / "w", converted(directory, TRAIN), metadata={LAYOUT_KEY: str(TRAIN.layout)})
     network = mf_qwen3_bridge.from_pretrained(directory, load_checkpoint=weights)
@@ -97,7 +97,7 @@ class TestTheTrap:
         else:
             naive = Dialect(Layout(interleaved_qkv=True, interleaved_gate_up=False))
         weights = write(tmp_path, converted(directory, naive), metadata={LAYOUT_KEY: str(INFER.layout)})
-        network = mf_qwen3_bridge.from_pretrained(directory, load_checkpoint=weights)  # the stamp lies
+        network = mf_qwen3_bridge.from_pretrained(directory, load_checkpoint=weights)  # the metadata is wrong
         assert logits_error(network, golden(name)) > 0.1
 
     def test_what_upstreams_load_weights_reads_is_the_training_layout(self, tmp_path: Path):
@@ -110,7 +110,7 @@ class TestTheTrap:
         assert bits(network) != bits(mf_qwen3_bridge.from_pretrained(directory))
 
 
-def test_three_roads_meet_where_dtypes_differ(tmp_path: Path):
+def test_three_loaders_agree_where_dtypes_differ(tmp_path: Path):
     tensors = random_tensors(dtype="BF16")
     for name in list(tensors)[::3]:
         tensors[name] = random_tensors(dtype="F16")[name]
