@@ -397,7 +397,7 @@ class TestMindFormersWeights:
         weights = write(tmp_path / "s", tensors, metadata={LAYOUT_KEY: str(INFER.layout)})
         write(tmp_path / "t", half, metadata=other)
         (tmp_path / "t" / "model.safetensors").rename(weights / "other.safetensors")
-        with pytest.raises(BridgeError, match="nothing declares"):
+        with pytest.raises(BridgeError, match="declare different layouts"):
             check(directory, weights=weights)
 
 

@@ -10,15 +10,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mf_qwen3_bridge.inputs.identify import Weights
 from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import Box, Layout, View
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.transfer.blocks import within
 from mf_qwen3_bridge.transfer.copying import Transfer, have_equal_bytes
 from mf_qwen3_bridge.transfer.plan import Target, make_plan, write_slices
-from mf_qwen3_bridge.transfer.safetensors import Checkpoint, Reader, Shard, TensorInfo
-from mf_qwen3_bridge.verify.comparison import Side, compare
+from mf_qwen3_bridge.transfer.safetensors import Reader, Shard, TensorInfo
+from mf_qwen3_bridge.verify.comparison import compare
 from tests.tiny import MOE_SPEC, SPEC, Tensors, random_tensors, write
 
 DIALECTS = [Dialect(Layout(qkv, gate_up)) for qkv in (True, False) for gate_up in (True, False)]
@@ -148,10 +150,10 @@ def test_shards_on_either_side_of_a_comparison(tmp_path, is_wrong):
     train = random_tensors(SPEC, TRAIN)
     cut = {name: [Box((0, 3)), Box((3, len(array)))] for name, array in train.items()}
     cut["decoder.layers.0.mlp.linear_fc2.weight"] = [Box((0, 12), (0, 4)), Box((0, 12), (4, 10))]
-    in_shards = Side(Checkpoint(tmp_path, sharded(tmp_path / "a", train, cut), {}), TRAIN, SPEC)
+    in_shards = Weights(Source(tmp_path, sharded(tmp_path / "a", train, cut)), TRAIN, SPEC)
     if is_wrong:
         train["decoder.layers.0.mlp.linear_fc2.weight"][7, 9] += 1
-    whole = Side(open_source(write(tmp_path / "b", train)), TRAIN, SPEC)
+    whole = Weights(open_source(write(tmp_path / "b", train)), TRAIN, SPEC)
     for sides in (in_shards, whole), (whole, in_shards):
         counts = compare(*sides).counts
         assert [count.different for count in counts.values()] == [1] * is_wrong
