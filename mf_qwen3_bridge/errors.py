@@ -1,4 +1,4 @@
-"""What is wrong with the input, said to the person who can mend it."""
+"""Reports what is wrong with the input, to the person who can fix it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Problem:
 
     Attributes:
         subject: what it is about: a file, a tensor, a config key.
-        found: what is there, or what each side says (one line each).
+        found: what is there, or what each side declares (one line each).
         remedy: what to do about it.
     """
 
@@ -43,7 +43,7 @@ def _row(problem: Problem) -> tuple[str, str, str]:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], style: str = "grid") -> str:
-    """A plain-text table with wrapped cells, as all reports of this package show them.
+    """A plain-text table with wrapped cells, the form of all reports of this package.
 
     Args:
         headers: of the columns.

@@ -1,4 +1,4 @@
-"""config.json of any age, in the one form that MindFormers understands; what it cannot compute is refused by name."""
+"""Normalises config.json of any age for MindFormers; refuses by name what it can't compute."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.documents import read_document
 from mf_qwen3_bridge.transfer.directories import directory_meant
 
-# What a normalised config holds: the key, and the value that transformers takes when a config.json leaves it out
+# What a normalised config holds: the key, and transformers' default when a config.json leaves it out
 # (None: it has to be there).
 _KEYS: dict[str, Any] = {
     "vocab_size": None,
@@ -58,10 +58,10 @@ def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) 
 
 
 def config_notes(model_dir: Path, overrides: Mapping[str, Any] | None = None) -> Iterator[str]:
-    """What the config.json of a Hugging Face directory asks for, and not everybody computes.
+    """Settings of a config.json that MindFormers ignores, and other programs may not.
 
     Args:
-        model_dir: the directory; there are no notes if it has no config.json.
+        model_dir: the directory; without a config.json there are no notes.
         overrides: as for :func:`read_hf_config`.
 
     Raises:
@@ -135,7 +135,7 @@ def _keys(raw: Mapping[str, Any]) -> dict[str, Any]:
     keys = _KEYS | _MOE_KEYS
     heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
     if type(heads) is int and type(hidden) is int and heads > 0:
-        keys["head_dim"] = hidden // heads  # transformers' Qwen3MoeAttention; dense Qwen3's config says 128
+        keys["head_dim"] = hidden // heads  # transformers' Qwen3MoeAttention; dense Qwen3's default is 128
     del keys["intermediate_size"]  # of the layers without experts, which are refused
     return keys
 

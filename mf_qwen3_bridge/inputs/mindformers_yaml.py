@@ -1,4 +1,4 @@
-"""What a MindFormers YAML, for training or for inference, says about a checkpoint."""
+"""Reads what a MindFormers YAML, for training or for inference, declares about a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.spec import HF_NAME, ModelSpec
 
 # What model.model_config may hold is of four kinds.
-# 1. The model's numbers (spec.NAMES) and what it computes with: have to be what config.json says, and what MindFormers'
-#    Qwen3 computes. MindFormers knows several names for one thing.
+# 1. The model's numbers (spec.NAMES) and what it computes with: have to be what config.json declares, and what
+#    MindFormers' Qwen3 computes. MindFormers knows several names for one thing.
 COMPUTED_NAMES: dict[str, tuple[str, ...]] = {
     "rms_norm_eps": ("layernorm_epsilon", "layer_norm_epsilon"),
     "rope_theta": ("rotary_base", "theta"),
@@ -125,7 +125,7 @@ def run_options(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[P
 
 @dataclass(frozen=True)
 class MindFormersYaml:
-    """What a MindFormers YAML says.
+    """What a MindFormers YAML declares about a checkpoint.
 
     Attributes:
         origin: where it comes from, for messages.
@@ -149,7 +149,7 @@ class MindFormersYaml:
 
     @property
     def training_layout(self) -> Layout | None:
-        """The layout of what a training run with this YAML saves; None if it doesn't say.
+        """The layout of what a training run with this YAML saves; None if it declares none.
 
         Raises:
             BridgeError: a flag is neither true nor false.
@@ -164,18 +164,18 @@ class MindFormersYaml:
         return Layout.of_training(flags, self.training_tensor_parallel)
 
     def layout_of_weights(self, has_experts: bool, saved_by: int | None) -> Layout | None:
-        """The layout of weights that so many tensor parallel ranks saved; None if the YAML does not say it.
+        """The layout of weights that ``saved_by`` tensor parallel ranks saved; None if the YAML does not declare it.
 
         Args:
             has_experts: whether they are a MoE's.
-            saved_by: the number, if it is known apart from the YAML.
+            saved_by: the number of ranks, if it is known apart from the YAML.
 
         Raises:
-            BridgeError: the layout depends on it, and the YAML says another one.
+            BridgeError: the layout depends on the number, and the YAML declares another one.
         """
         layout = self.training_layout
         if layout and not self.is_for_training and saved_by is None and layout != layout.on(2):
-            return None  # an inference YAML does not say over how many ranks training was spread
+            return None  # an inference YAML does not declare the size of the training run
         if layout and has_experts:
             layout = layout.of_experts
         if layout is None or saved_by is None or layout == layout.on(saved_by):
@@ -187,7 +187,7 @@ class MindFormersYaml:
         return layout.on(saved_by)
 
     def slice_problems(self) -> Iterator[Problem]:
-        """What a training run with this YAML cuts in ways that a directory per rank, as the bridge makes it, is not."""
+        """Ways in which a training run with this YAML divides tensors, and the bridge's directory per rank does not."""
         config, parallel = self.section("parallel_config"), self.section("parallel")
         remedy = "convert without --tp and --ep, and let auto_trans_ckpt cut the weights"
         for key in ("pipeline_stage", "context_parallel"):
@@ -209,7 +209,7 @@ class MindFormersYaml:
         return self.training_sizes().get("tensor_parallel", 1)
 
     def parallel_sizes(self) -> tuple[dict[str, int], list[Problem]]:
-        """How an inference run is spread over processes, as far as the YAML says, and what is wrong with it.
+        """How an inference run is spread over processes, as far as the YAML declares it, and what is wrong with it.
 
         Returns:
             Fields of a :class:`~mf_qwen3_bridge.parallel.ParallelConfig`. A training run's are not inference's.
@@ -233,13 +233,13 @@ class MindFormersYaml:
         return sizes, problems
 
     def hf_config(self, spec: ModelSpec) -> tuple[dict[str, Any], list[str]]:
-        """A config.json made of what the YAML says.
+        """A config.json made of what the YAML declares.
 
         Args:
             spec: the model's numbers.
 
         Returns:
-            The config.json, and what it lacks because the YAML does not say it.
+            The config.json, and the keys that it lacks because the YAML does not declare them.
         """
         kind = "qwen3_moe" if spec.is_moe else "qwen3"
         config: dict[str, Any] = {"model_type": kind, **{HF_NAME[field]: n for field, n in spec.numbers.items()}}

@@ -201,10 +201,12 @@ def _check(
         problems += computed_rows(hf_config, origins, sides, yaml.origin if yaml.is_for_training else None)
     problems += tensor_problems(spec, source.tensors, dialect, in_tensors)
     if problems:
-        headline = f"{source.path} is not what is declared of it: change what the table says"
-        if origins:
-            headline = f"config and weights of {source.path} don't fit: take both from one model, or change what the table says"
-        raise BridgeError(headline, problems + run_problems)
+        if not origins:
+            raise BridgeError(f"{source.path} is not what is declared of it: change what the table says", problems)
+        raise BridgeError(
+            f"config and weights of {source.path} don't fit: take both from one model, or change what the table says",
+            problems + run_problems,
+        )
     if run_problems:
         raise BridgeError(f"{source.path} can't be run like this", run_problems)
     notes = list(config_notes(hf_dir, _additions(yaml, arguments)) if hf_dir else ())

@@ -1,4 +1,4 @@
-"""Directories of safetensors: what is in them, and the bytes. It knows nothing of models."""
+"""Opens directories of safetensors and reads tensors' bytes; knows nothing of models."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TensorInfo:
         name: its name.
         shape: its shape.
         dtype: its dtype as safetensors spells it, such as ``BF16``.
-        file: the file it lies in.
+        file: the file that holds it.
         start: offset of its first byte in the file.
         nbytes: its size in bytes.
         shards: the blocks that cover it, if these are stored instead of the whole; ``file`` and ``start`` are then
@@ -181,7 +181,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors and the metadata of one safetensors file; no tensor is read.
 
     The safetensors library reads and checks the header. It leaves no gaps between tensors, so their order and their
-    sizes give the offsets, which it does not tell.
+    sizes give the offsets, which it does not return.
 
     Raises:
         BridgeError: the file is truncated, or no safetensors file.
@@ -221,12 +221,12 @@ def _damaged(file: Path, found: str, remedy: str = "copy the file again") -> Bri
 
 
 def _extent(size: int, expected: int) -> str:
-    state = "truncated" if size < expected else "longer than its header says"
+    state = "truncated" if size < expected else "longer than its header declares"
     return f"{state}: {size} bytes, {expected} expected"
 
 
 def _why_refused(file: Path, size: int, reason: str) -> tuple[str, ...]:
-    """What is wrong with a file that the library refuses; found out here where it tells no tensor and no bytes."""
+    """What is wrong with a file that the library refuses: its reason, or more if that names no tensor and no size."""
     with suppress(OSError), open(file, "rb") as stream:
         start = stream.read(40)
         if start.startswith(b"version https://git-lfs"):
@@ -256,12 +256,12 @@ def _why_refused(file: Path, size: int, reason: str) -> tuple[str, ...]:
 def open_checkpoint(path: Path) -> Checkpoint:
     """The tensors of a safetensors file or of a directory of them, by headers alone.
 
-    In a directory the index says which files belong to the checkpoint (``model.safetensors.index.json``, or
+    In a directory the index lists the files that belong to the checkpoint (``model.safetensors.index.json``, or
     MindFormers' ``param_name_map.json``); without one all ``*.safetensors`` do.
 
     Raises:
-        BridgeError: files that are missing, damaged, outside the directory; tensors that lie elsewhere than the index
-            says, or twice. Lists everything.
+        BridgeError: files that are missing, damaged, outside the directory; tensors that are not where the index
+            has them, or are there twice. Lists everything.
     """
     if path.is_file():
         return Checkpoint(path, *read_header(path))
@@ -322,11 +322,11 @@ def _open_indexed(directory: Path, index: Path) -> Checkpoint:
     for name in sorted(set(weight_map.values())):
         file = directory / name
         if Path(name).name != name:
-            problems.append(Problem(name, f"{index.name} names a file outside {directory}", "mend the index"))
+            problems.append(Problem(name, f"{index.name} names a file outside {directory}", "fix the index"))
         elif not _is_file(file):
             count = sum(1 for value in weight_map.values() if value == name)
             problems.append(
-                Problem(name, f"missing; {index.name} says it holds {count} tensors", "download or copy the file")
+                Problem(name, f"missing; {index.name} assigns {count} tensors to it", "download or copy the file")
             )
         elif name != HYPER_PARAMETERS:
             files.append(file)
@@ -349,7 +349,7 @@ def _misplaced(
         tensor = checkpoint.tensors.get(name)
         if where in opened and (tensor is None or tensor.file.name != where):
             found = f"in {tensor.file.name}" if tensor else "in no file of the index"
-            names[f"{index} says it is in {where}; it is {found}"].append(name)
+            names[f"{index} has it in {where}; it is {found}"].append(name)
     for name in checkpoint.tensors.keys() - weight_map.keys():
         names[f"in {checkpoint.tensors[name].file.name}, but not in {index}"].append(name)
     for found in sorted(names):
@@ -365,7 +365,7 @@ def _is_file(file: Path) -> bool:
 
 
 def _refuse_second_checkpoint(checkpoint: Checkpoint, index: Path) -> None:
-    """transformers takes ``model.safetensors`` where there is one, whatever the index says."""
+    """transformers takes ``model.safetensors`` where there is one, whatever the index lists."""
     single = index.parent / "model.safetensors"
     if index.name == HF_INDEX and single in stale_files(
         index.parent, {tensor.file for tensor in checkpoint.tensors.values()}

@@ -145,7 +145,7 @@ def test_a_dtype_that_only_a_later_library_knows(tmp_path: Path, monkeypatch: py
         ({"a": F32 | {"shape": [3]}}, "a is F32 (3,) by its header, but has 8 bytes"),
         ({"a": F32, "b": F32}, "b does not begin where the tensor before it ends"),
         ({"a": F32 | {"shape": [4], "data_offsets": [0, 16]}}, "truncated: 78 bytes, 86 expected"),
-        ({"a": F32 | {"shape": [1], "data_offsets": [0, 4]}}, "longer than its header says: 77 bytes, 73 expected"),
+        ({"a": F32 | {"shape": [1], "data_offsets": [0, 4]}}, "longer than its header declares: 77 bytes, 73 expected"),
         ({"a": F32 | {"shape": [2**62, 2**62]}}, "overflow"),
         (b'{"a": ' * 9999, "recursion limit"),
         (b"not json", "invalid JSON"),
@@ -214,7 +214,7 @@ def test_an_index_of_another_sharding(tmp_path: Path):
     problems = error.value.problems
     assert len(problems) < len(tensors) / 6
     (row,) = (p for p in problems if p.subject == "lm_head.weight")
-    index = "model.safetensors.index.json says it is in "
+    index = "model.safetensors.index.json has it in "
     assert row.found == f"{index}model-00003-of-00003.safetensors; it is in model-00001-of-00003.safetensors"
 
 

@@ -1357,7 +1357,7 @@ def without_index(source: Given) -> None:
 BAD: dict[str, tuple[Callable[[Given], object], tuple[str, ...]]] = {
     "missing shard": (
         lambda source: (source.weights / source.shard).unlink(),
-        ("{weights} is not a whole checkpoint", "{shard}", "missing; {index} says it holds", "download or copy the"),
+        ("{weights} is not a whole checkpoint", "{shard}", "missing; {index} assigns", "download or copy the"),
     ),
     "truncated shard": (
         truncate,
@@ -1365,15 +1365,15 @@ BAD: dict[str, tuple[Callable[[Given], object], tuple[str, ...]]] = {
     ),
     "index names a file that is not there": (
         lambda source: source.in_index("absent.safetensors"),
-        ("absent.safetensors", "missing; {index} says it holds 1 tensors", "download or copy the file"),
+        ("absent.safetensors", "missing; {index} assigns 1 tensors to it", "download or copy the file"),
     ),
     "index names a file outside": (
         name_a_file_outside,
-        ("../outside.safetensors", "{index} names a file outside {weights}", "mend the index"),
+        ("../outside.safetensors", "{index} names a file outside {weights}", "fix the index"),
     ),
     "index names another file": (
         lambda source: source.in_index(source.shard.replace("2", "1") if "2" in source.shard else "part0.safetensors"),
-        ("{tensor}", "{index} says it is in", "copy index and files again, from one source"),
+        ("{tensor}", "{index} has it in", "copy index and files again, from one source"),
     ),
     "index is no index": (
         lambda source: (source.weights / source.index).write_text("{"),
