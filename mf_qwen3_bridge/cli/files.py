@@ -15,7 +15,7 @@ from mf_qwen3_bridge.errors import BridgeError, Problem
 
 if TYPE_CHECKING:
     from mf_qwen3_bridge.convert.run import Job
-    from mf_qwen3_bridge.inputs.mindformers_yaml import MindFormersYaml
+    from mf_qwen3_bridge.inputs.mindformers_config import MindFormersConfig
     from mf_qwen3_bridge.inputs.source import Source
 
 DIRECTORY = click.Path(path_type=Path)
@@ -120,12 +120,12 @@ def convert(
     """
     from mf_qwen3_bridge.convert import jobs
     from mf_qwen3_bridge.inputs import preflight
-    from mf_qwen3_bridge.inputs.mindformers_yaml import MindFormersYaml, read_mindformers_yaml
+    from mf_qwen3_bridge.inputs.mindformers_config import MindFormersConfig, read_mindformers_config
     from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT
     from mf_qwen3_bridge.model.parallel import ParallelConfig
     from mf_qwen3_bridge.model.rules import INFER, Dialect
 
-    yaml = read_mindformers_yaml(config) if config else MindFormersYaml()
+    yaml = read_mindformers_config(config) if config else MindFormersConfig()
     model = preflight.check(model_dir, yaml, load_checkpoint)
     is_for_training = layout == "train"
     sizes = yaml.training_sizes() if is_for_training else yaml.parallel_sizes()[0]
@@ -144,7 +144,7 @@ def convert(
 
 
 def _contradicted_sizes(
-    yaml: MindFormersYaml, sizes: Mapping[str, int], tp: int | None, ep: int | None
+    yaml: MindFormersConfig, sizes: Mapping[str, int], tp: int | None, ep: int | None
 ) -> Iterator[Problem]:
     """Sizes on the command line that are not those of the YAML's run."""
     for flag, key, size, value in (

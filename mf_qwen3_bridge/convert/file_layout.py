@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.source import LAYOUT_KEY, TENSOR_PARALLEL_KEY
+from mf_qwen3_bridge.inputs.source import HF_INDEX, LAYOUT_KEY, MINDFORMERS_INDEX, TENSOR_PARALLEL_KEY
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.transfer.plan import Plan, Target
-from mf_qwen3_bridge.transfer.safetensors import DTYPES, HF_INDEX, MINDFORMERS_INDEX, TensorInfo
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo
 
 # As Hugging Face's and MindSpore's own writers do.
 HF_SHARD_BYTES = 5 * 10**9

@@ -14,13 +14,13 @@ from mf_qwen3_bridge.convert.run import Job, Part
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
-from mf_qwen3_bridge.inputs.source import Source
+from mf_qwen3_bridge.inputs.source import HYPER_PARAMETERS, Source
 from mf_qwen3_bridge.model import training_ranks
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF, INFER, Dialect
 from mf_qwen3_bridge.transfer.plan import Plan, Target, write_slices
-from mf_qwen3_bridge.transfer.safetensors import DTYPES, HYPER_PARAMETERS, TensorInfo, read_bytes
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo, read_bytes
 
 # What belongs to a model beside its weights and config.json, as transformers and the Hub name it.
 _COMPANIONS = (

@@ -26,8 +26,8 @@ import numpy as np
 from mf_qwen3_bridge.convert.file_layout import OutputFile
 from mf_qwen3_bridge.convert.workers import ALONE, Worker, write_whole
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.inputs.source import UNFINISHED_SUFFIX
 from mf_qwen3_bridge.transfer.progress import size_text
-from mf_qwen3_bridge.transfer.safetensors import UNFINISHED_SUFFIX
 
 # Holds what the bridge itself needs until the directory is complete.
 _STATE = ".mf-qwen3"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mf_qwen3_bridge.errors import Problem
-from mf_qwen3_bridge.inputs.mindformers_yaml import COMPUTED_NAMES, computed_values
+from mf_qwen3_bridge.inputs.mindformers_config import COMPUTED_NAMES, computed_values
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import Dialect, model_rules
 from mf_qwen3_bridge.model.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec

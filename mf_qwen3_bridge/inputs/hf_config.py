@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
-from mf_qwen3_bridge.inputs.documents import read_document
-from mf_qwen3_bridge.transfer.directories import directory_meant
+from mf_qwen3_bridge.inputs.documents import directory_meant, read_document
 
 # What a normalised config holds: the key, and transformers' default when a config.json leaves it out
 # (None: it has to be there).

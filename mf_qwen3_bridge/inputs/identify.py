@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.disagreements import block_problems
-from mf_qwen3_bridge.inputs.mindformers_yaml import MindFormersYaml, read_mindformers_yaml
+from mf_qwen3_bridge.inputs.mindformers_config import MindFormersConfig, read_mindformers_config
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
@@ -80,11 +80,11 @@ def open_weights(path: Path, config: Path | None = None) -> Weights:
         BridgeError: files are missing or damaged, or their tensors make no whole Qwen3.
     """
     source = open_source(path)
-    yaml = read_mindformers_yaml(config) if config and not source.declared_layout else MindFormersYaml()
+    yaml = read_mindformers_config(config) if config and not source.declared_layout else MindFormersConfig()
     return recognise(source, yaml)
 
 
-def recognise(source: Source, yaml: MindFormersYaml) -> Weights:
+def recognise(source: Source, yaml: MindFormersConfig) -> Weights:
     """The weights of a source, as its tensors show them.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_json
 from mf_qwen3_bridge.inputs.identify import dialect_of, numbers_of, spec_of
-from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.opening import open_source, stale_files
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT
 from mf_qwen3_bridge.model.parameters import OUTPUT, is_training_state
@@ -21,7 +21,7 @@ from mf_qwen3_bridge.model.released import RELEASED
 from mf_qwen3_bridge.model.rules import Dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.plan import match_tensors
-from mf_qwen3_bridge.transfer.safetensors import TensorInfo, stale_files
+from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def inspect(path: Path) -> Inspection:
         state=tuple(fold_names(state)),
         unusual=(
             *unusual,
-            *(f"{file.name} is not part of it" for file in (() if ranks else stale_files(source.path, source.files))),
+            *(f"{file.name} is not part of it" for file in (() if ranks else stale_files(source))),
         ),
         tensors=tuple(rows),
     )

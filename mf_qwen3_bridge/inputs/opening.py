@@ -6,13 +6,18 @@ tensors, each whole or in shards, and what the files declare of themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.inputs.documents import directory_meant
 from mf_qwen3_bridge.inputs.rank_files import open_rank_files
-from mf_qwen3_bridge.inputs.source import Source
+from mf_qwen3_bridge.inputs.source import HF_INDEX, HYPER_PARAMETERS, MINDFORMERS_INDEX, UNFINISHED_SUFFIX, Source
 from mf_qwen3_bridge.inputs.strategies import read_strategies
-from mf_qwen3_bridge.transfer.safetensors import open_checkpoint, open_files
+from mf_qwen3_bridge.transfer.safetensors import TensorInfo, read_header
 
 
 def open_source(
@@ -42,8 +47,157 @@ def open_source(
         (True, 'BF16')
     """
     if strategies is None:
-        checkpoint = open_checkpoint(path) if isinstance(path, Path) else open_files(path[0].parent, path)
-        return Source(checkpoint.path, checkpoint.tensors, checkpoint.metadata, checkpoint.contradictions)
+        return _open_directory(path) if isinstance(path, Path) else _open_files(path[0].parent, path)
     assert isinstance(path, Path)
     listed = read_strategies(strategies)
     return open_rank_files(path, listed, file_suffix, weights_only=weights_only, without_prefix=without_prefix)
+
+
+def _open_directory(path: Path) -> Source:
+    """A file, or what the index of a directory lists, or without an index all of its ``*.safetensors``."""
+    if path.is_file():
+        return Source(path, *read_header(path))
+    if path.name.endswith(UNFINISHED_SUFFIX):
+        raise BridgeError(f"{path} is not finished: give the command that makes it again, and it goes on")
+    if not path.is_dir():
+        raise BridgeError(f"{path} does not exist: give a safetensors file or a directory of them")
+    for name in (HF_INDEX, MINDFORMERS_INDEX):
+        if (path / name).is_file():
+            source = _open_indexed(path, path / name)
+            _refuse_second_checkpoint(source, path / name)
+            return source
+    files = sorted(file for file in path.glob("*.safetensors") if file.name != HYPER_PARAMETERS)
+    if not files:
+        raise BridgeError(f"no *.safetensors in {path}{_what_else_is_there(path)}")
+    if absent := _absent_shards(files):
+        raise BridgeError(
+            f"{path} is not a whole checkpoint",
+            [Problem(name, "missing, by the number in the other files' names", "copy the file") for name in absent],
+        )
+    return _open_files(path, files)
+
+
+def _open_files(path: Path, files: Iterable[Path]) -> Source:
+    """Several files as one source; no tensor may be in two of them."""
+    tensors: dict[str, TensorInfo] = {}
+    all_metadata: list[dict[str, str]] = []
+    problems = []
+    twice: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        try:
+            found, file_metadata = read_header(file)
+        except BridgeError as error:
+            problems += error.problems
+            continue
+        for name in tensors.keys() & found.keys():
+            twice[f"both in {tensors[name].file.name} and {file.name}"].append(name)
+        all_metadata.append(file_metadata)
+        tensors |= found
+    for where, names in twice.items():
+        problems += [Problem(name, where, "remove the file that is stale") for name in fold_names(names)]
+    if problems:
+        raise BridgeError(f"{path} is not a whole checkpoint", problems)
+    declared = {key: sorted({entry.get(key, "") for entry in all_metadata}) for entry in all_metadata for key in entry}
+    shared = {key: values[0] for key, values in declared.items() if len(values) == 1}
+    contradictions = {key: tuple(values) for key, values in declared.items() if len(values) > 1}
+    return Source(path, tensors, shared, contradictions)
+
+
+def _open_indexed(directory: Path, index: Path) -> Source:
+    weight_map = _read_index(index)
+    problems = []
+    files = []
+    for name in sorted(set(weight_map.values())):
+        file = directory / name
+        if Path(name).name != name:
+            problems.append(Problem(name, f"{index.name} names a file outside {directory}", "fix the index"))
+        elif not _is_file(file):
+            count = sum(1 for value in weight_map.values() if value == name)
+            problems.append(
+                Problem(name, f"missing; {index.name} assigns {count} tensors to it", "download or copy the file")
+            )
+        elif name != HYPER_PARAMETERS:
+            files.append(file)
+    try:
+        source = _open_files(directory, files)
+    except BridgeError as error:
+        raise BridgeError(error.headline, problems + error.problems) from error
+    problems += _misplaced(source, weight_map, index.name, {file.name for file in files})
+    if problems:
+        raise BridgeError(f"{directory} is not a whole checkpoint", problems)
+    return source
+
+
+def _misplaced(source: Source, weight_map: Mapping[str, str], index: str, opened: set[str]) -> Iterator[Problem]:
+    """Tensors that are not where an index says; those of one reason, of one pair of files, in as few rows as can be."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, where in weight_map.items():
+        tensor = source.tensors.get(name)
+        if where in opened and (tensor is None or tensor.file.name != where):
+            found = f"in {tensor.file.name}" if tensor else "in no file of the index"
+            names[f"{index} has it in {where}; it is {found}"].append(name)
+    for name in source.tensors.keys() - weight_map.keys():
+        names[f"in {source.tensors[name].file.name}, but not in {index}"].append(name)
+    for found in sorted(names):
+        for folded in fold_names(names[found]):
+            yield Problem(folded, found, "copy index and files again, from one source")
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _refuse_second_checkpoint(source: Source, index: Path) -> None:
+    """transformers takes ``model.safetensors`` where there is one, whatever the index lists."""
+    single = index.parent / "model.safetensors"
+    if index.name == HF_INDEX and single in stale_files(source):
+        raise BridgeError(
+            f"{index.parent} holds two checkpoints: {single.name}, and the files that {index.name} names; remove one"
+        )
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """{tensor: file} of either kind of index; per-rank MindFormers maps have no ``weight_map`` around it."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = content.get("weight_map", content)
+        if all(isinstance(name, str) and isinstance(file, str) for name, file in weight_map.items()):
+            return dict(weight_map)
+    except (OSError, ValueError, RecursionError, AttributeError):
+        pass
+    raise BridgeError(f"{index} can't be read, or is not an index of safetensors: copy it again")
+
+
+def stale_files(source: Source) -> list[Path]:
+    """Safetensors files in a source's directory that are not part of it."""
+    found = set(source.path.glob("*.safetensors")) if source.path.is_dir() else set()
+    return sorted(found - set(source.files) - {source.path / HYPER_PARAMETERS})
+
+
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
+
+
+def _absent_shards(files: Iterable[Path]) -> list[str]:
+    """The files that a directory without an index should hold by Hugging Face's ``NAME-00001-of-00003`` and lacks."""
+    present = {file.name for file in files}
+    wanted = set()
+    for match in filter(None, map(_SHARD.fullmatch, present)):
+        stem, total = match.groups()
+        wanted |= {f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1)}
+    return sorted(wanted - present)
+
+
+def _what_else_is_there(path: Path) -> str:
+    """The end of a message about a directory without safetensors: what it holds instead, and what to do."""
+    pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(kind))
+    hint = f"; it holds {', '.join(pickled[:3])}: only safetensors are read" if pickled else ""
+    below = sorted({file.parent.name for file in path.glob("*/*.safetensors")})
+    if below and below[0].startswith("rank_"):
+        hint += f"; {', '.join(below[:3])} in it do: what the ranks of a training run saved, which mf-qwen3 unify "
+        return hint + "merges, given their strategy files"
+    if meant := directory_meant(path, "*.safetensors"):
+        return f"{hint}; give {meant}"
+    return f"{hint}; {', '.join(below[:3])} in it do" if below else hint

@@ -11,23 +11,22 @@ from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.disagreements import computed_rows, declared_by, number_rows, tensor_problems
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_hf_config
 from mf_qwen3_bridge.inputs.identify import Weights, dialect_of, incomplete, numbers_of, spec_of
-from mf_qwen3_bridge.inputs.mindformers_yaml import (
+from mf_qwen3_bridge.inputs.mindformers_config import (
     ADDITIONS,
     COMPUTED_NAMES,
     LAYOUT_FLAGS,
     OPTIONS,
     PARALLEL_SIZES,
-    MindFormersYaml,
-    read_mindformers_yaml,
+    MindFormersConfig,
+    read_mindformers_config,
     run_options,
 )
-from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.opening import open_source, stale_files
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import INFER, Dialect
 from mf_qwen3_bridge.model.spec import MINDFORMERS_NAMES, ModelSpec
-from mf_qwen3_bridge.transfer.safetensors import stale_files
 
 # Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 1.9).
 _DEFAULT_SIZES = {"seq_length": 4096, "num_blocks": 1024, "block_size": 32}
@@ -74,7 +73,7 @@ class CheckedCheckpoint(Weights):
 
 def check(
     model_dir: Path,
-    config: Path | MindFormersYaml | None = None,
+    config: Path | MindFormersConfig | None = None,
     weights: Path | Source | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
@@ -98,7 +97,7 @@ def check(
     Raises:
         BridgeError: with a table of everything that does not fit, and what to change.
     """
-    yaml = read_mindformers_yaml(config) if isinstance(config, Path) else config or MindFormersYaml()
+    yaml = read_mindformers_config(config) if isinstance(config, Path) else config or MindFormersConfig()
     hf_dir = model_dir
     if yaml.pretrained_model_dir and model_dir.is_dir() and not (model_dir / "config.json").is_file():
         hf_dir, weights = yaml.pretrained_model_dir, weights or model_dir
@@ -112,7 +111,7 @@ def check(
 def check_trained(
     source: Source,
     hf_config: Path | None = None,
-    config: Path | MindFormersYaml | None = None,
+    config: Path | MindFormersConfig | None = None,
     numbers: Mapping[str, Any] | None = None,
     model_parallel: int | None = None,
 ) -> CheckedCheckpoint:
@@ -130,7 +129,7 @@ def check_trained(
     Raises:
         BridgeError: with a table of everything that does not fit, and what to change.
     """
-    yaml = read_mindformers_yaml(config) if isinstance(config, Path) else config or MindFormersYaml()
+    yaml = read_mindformers_config(config) if isinstance(config, Path) else config or MindFormersConfig()
     arguments = dict(numbers or {})
     candidates = [hf_config] if hf_config else [yaml.pretrained_model_dir, source.directory]
     hf_dir = next((path for path in candidates if path and (hf_config or (path / "config.json").is_file())), None)
@@ -152,17 +151,17 @@ def check_against_config(weights: Path, model_config: Mapping[str, Any], origin:
     """
     known = _NAMES | LAYOUT_FLAGS
     declared = {key: value for key, value in model_config.items() if key in known and value is not None}
-    yaml = MindFormersYaml(origin, declared)
+    yaml = MindFormersConfig(origin, declared)
     if (weights / "config.json").is_file():
         return check(weights, yaml)
     return _check(open_source(weights), None, None, yaml, {})
 
 
-def _read_hf_config(hf_dir: Path, yaml: MindFormersYaml, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _read_hf_config(hf_dir: Path, yaml: MindFormersConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return read_hf_config(hf_dir, _additions(yaml, arguments))
 
 
-def _additions(yaml: MindFormersYaml, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _additions(yaml: MindFormersConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What YAML and arguments add to config.json."""
     declared = yaml.model_config | dict(arguments)
     return {key: declared[key] for key in ADDITIONS if key in declared}
@@ -172,7 +171,7 @@ def _check(
     source: Source,
     hf_dir: Path | None,
     hf_config: dict[str, Any] | None,
-    yaml: MindFormersYaml,
+    yaml: MindFormersConfig,
     arguments: Mapping[str, Any],
     sizes: Mapping[str, int | None] | None = None,
     num_processes: int | None = None,
@@ -202,7 +201,8 @@ def _check(
     problems += tensor_problems(spec, source.tensors, dialect, in_tensors)
     if problems:
         if not origins:
-            raise BridgeError(f"{source.path} is not what is declared of it: change what the table says", problems)
+            headline = f"{source.path} is not what is declared of it: change what the table says"
+            raise BridgeError(headline, problems + run_problems)
         raise BridgeError(
             f"config and weights of {source.path} don't fit: take both from one model, or change what the table says",
             problems + run_problems,
@@ -228,7 +228,7 @@ def _check(
 
 
 def _layout_of_arguments(
-    source: Source, yaml: MindFormersYaml, arguments: Mapping[str, Any], model_parallel: int | None
+    source: Source, yaml: MindFormersConfig, arguments: Mapping[str, Any], model_parallel: int | None
 ) -> Layout | None:
     """The layout that the caller's flags ask for; what they leave out is the YAML's, or MindFormers' default.
 
@@ -250,7 +250,7 @@ def _layout_of_arguments(
 
 
 def _check_kind(
-    source: Source, hf_config: Mapping[str, Any] | None, yaml: MindFormersYaml, arguments: Mapping[str, Any]
+    source: Source, hf_config: Mapping[str, Any] | None, yaml: MindFormersConfig, arguments: Mapping[str, Any]
 ) -> None:
     """Are weights and declarations of one kind of model, dense or with experts?"""
     kind, other = ("qwen3_moe", "ffn_hidden_size") if source.has_experts else ("qwen3", "moe_ffn_hidden_size")
@@ -295,7 +295,7 @@ def _block_problems(dialect: Dialect, parallel: ParallelConfig) -> Iterator[Prob
 
 
 def _parallel(
-    yaml: MindFormersYaml, named: Mapping[str, int | None], num_processes: int | None
+    yaml: MindFormersConfig, named: Mapping[str, int | None], num_processes: int | None
 ) -> tuple[ParallelConfig, list[Problem]]:
     """The sizes that the caller names and those of an inference YAML, which must not contradict each other."""
     sizes, problems = yaml.parallel_sizes()
@@ -311,13 +311,13 @@ def _parallel(
     return ParallelConfig(**sizes), problems
 
 
-def notes_on(source: Source, hf_dir: Path, yaml: MindFormersYaml) -> Iterator[str]:
+def notes_on(source: Source, hf_dir: Path, yaml: MindFormersConfig) -> Iterator[str]:
     """What is unusual about a checkpoint and a YAML, but right."""
     if (hf_dir / "config.json").is_file() and not (hf_dir / "generation_config.json").is_file():
         yield "no generation_config.json: a text ends at config.json's eos_token_id only"
     if "rope_scaling" in yaml.model_config:
         yield f"rope_scaling of {yaml.origin} goes before config.json's"
-    for file in stale_files(source.path, source.files):
+    for file in stale_files(source):
         yield f"{file.name} is not read: the index does not name it"
     unused = sorted(yaml.model_config.keys() - OPTIONS - _NAMES - LAYOUT_FLAGS - {"auto_register"})
     if unused and not yaml.is_for_training:

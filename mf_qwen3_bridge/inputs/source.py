@@ -13,6 +13,14 @@ from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parameters import is_expert_name, is_hf_name, is_mindformers_name
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
+# The index of a directory: Hugging Face's, and MindFormers'.
+HF_INDEX = "model.safetensors.index.json"
+MINDFORMERS_INDEX = "param_name_map.json"
+# ms.unified_safetensors puts here what rank 0 held beside the merged weights: counters, and its slices of the
+# optimizer state.
+HYPER_PARAMETERS = "hyper_param.safetensors"
+# A directory that is still being written, or whose writing was interrupted.
+UNFINISHED_SUFFIX = ".incomplete"
 # Keys of the metadata that the bridge writes into every MindFormers file: the layout; or, of merged files whose layout
 # only the training YAML declares, how many tensor parallel ranks saved them.
 LAYOUT_KEY = "mf_qwen3_bridge.layout"

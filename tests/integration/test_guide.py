@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import yaml
-from mf_qwen3_bridge.inputs.mindformers_yaml import read_mindformers_yaml
+from mf_qwen3_bridge.inputs.mindformers_config import read_mindformers_config
 from tests.distributed.test_msrun import free_port, with_tokenizer
 from tests.integration.conftest import CHECKPOINTS
 from tests.integration.test_readme import save_as_ranks
@@ -144,7 +144,7 @@ def test_parallel_runs_have_as_many_processes_as_their_yamls_say(tmp_path: Path)
     assert len(runs) == 3
     for command in runs:
         config = tmp_path / command[command.index("--config") + 1].removeprefix("$PWD/")
-        sizes = read_mindformers_yaml(config).document["parallel_config"]
+        sizes = read_mindformers_config(config).document["parallel_config"]
         processes = math.prod(sizes[key] for key in ("data_parallel", "model_parallel", "pipeline_stage"))
         assert f"--worker_num={processes}" in command
         assert sizes["micro_batch_num"] >= sizes["pipeline_stage"]

@@ -179,7 +179,7 @@ DOCUMENT = {"run_mode": "finetune", "use_parallel": True, "model": {"model_confi
 
 
 def model_config_keys() -> list[str]:
-    from mf_qwen3_bridge.inputs.mindformers_yaml import COMPUTED_NAMES, OPTIONS
+    from mf_qwen3_bridge.inputs.mindformers_config import COMPUTED_NAMES, OPTIONS
     from mf_qwen3_bridge.model.spec import MINDFORMERS_NAMES
 
     keys = {key for names in MINDFORMERS_NAMES.values() for key in names} | OPTIONS | {"rope_scaling", "model_type"}

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.opening import open_source, stale_files
+from mf_qwen3_bridge.inputs.source import HYPER_PARAMETERS
 from mf_qwen3_bridge.transfer import safetensors
-from mf_qwen3_bridge.transfer.safetensors import HYPER_PARAMETERS, open_files, read_header, stale_files
+from mf_qwen3_bridge.transfer.safetensors import read_header
 from tests.tiny import MOE_SPEC, NUMPY, random_tensors, read, write
 
 
@@ -224,7 +225,7 @@ def test_a_tensor_in_two_files(tmp_path: Path):
     save_file({"model.norm.weight": tensors["model.norm.weight"]}, tmp_path / "stale.safetensors")
     assert "stale.safetensors" in message(tmp_path)
     with pytest.raises(BridgeError, match="stale"):
-        open_files(tmp_path, [tmp_path / "model.safetensors", tmp_path / "stale.safetensors"])
+        open_source([tmp_path / "model.safetensors", tmp_path / "stale.safetensors"])
 
 
 def test_all_tensors_in_two_files(tmp_path: Path):
@@ -257,7 +258,7 @@ def test_a_stale_file_beside_an_index_is_not_read(tmp_path: Path):
     save_file({"model.norm.weight": np.zeros(12, np.float32)}, tmp_path / "consolidated.safetensors")
     checkpoint = open_source(tmp_path)
     assert read(checkpoint.tensors["model.norm.weight"]).tobytes() == tensors["model.norm.weight"].tobytes()
-    assert [file.name for file in stale_files(tmp_path, checkpoint.files)] == ["consolidated.safetensors"]
+    assert [file.name for file in stale_files(checkpoint)] == ["consolidated.safetensors"]
 
 
 def test_two_checkpoints_in_one_directory(tmp_path: Path):

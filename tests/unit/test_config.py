@@ -5,7 +5,7 @@ import pytest
 
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_hf_config
-from mf_qwen3_bridge.inputs.mindformers_yaml import read_mindformers_yaml
+from mf_qwen3_bridge.inputs.mindformers_config import read_mindformers_config
 
 # The numbers of Qwen3-14B's config.json, as the Hub has it.
 QWEN3_14B = {
@@ -234,6 +234,6 @@ def test_a_yaml_that_is_none(tmp_path: Path, content):
     path = tmp_path / "predict.yaml"
     path.write_text(content)
     with pytest.raises(BridgeError, match=r"predict\.yaml"):
-        read_mindformers_yaml(path)
+        read_mindformers_config(path)
     with pytest.raises(BridgeError, match="can't read"):
-        read_mindformers_yaml(tmp_path / "absent.yaml")
+        read_mindformers_config(tmp_path / "absent.yaml")

@@ -12,7 +12,7 @@ from mindformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
-from mf_qwen3_bridge.inputs.mindformers_yaml import ADDITIONS, LAYOUT_FLAGS
+from mf_qwen3_bridge.inputs.mindformers_config import ADDITIONS, LAYOUT_FLAGS
 from mf_qwen3_bridge.mindformers.cpu.device import builds_training_networks, forget_earlier_networks, prepare_device
 from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
 

@@ -19,9 +19,10 @@ from mindformers.trainer import base_trainer
 from mindformers.utils import load_checkpoint_utils
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.mindformers_yaml import LAYOUT_FLAGS
+from mf_qwen3_bridge.inputs.mindformers_config import LAYOUT_FLAGS
+from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check_against_config
-from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
+from mf_qwen3_bridge.inputs.source import HF_INDEX, HYPER_PARAMETERS, LAYOUT_KEY
 from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.cpu.device import inference_device
 from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
@@ -31,7 +32,7 @@ from mf_qwen3_bridge.mindformers.patching import compat
 from mf_qwen3_bridge.mindformers.patching.configs import declared_layout_flags
 from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
 from mf_qwen3_bridge.model.parameters import is_hf_name
-from mf_qwen3_bridge.transfer.safetensors import HF_INDEX, HYPER_PARAMETERS, TensorInfo, open_checkpoint, read_header
+from mf_qwen3_bridge.transfer.safetensors import TensorInfo, read_header
 
 INFERENCE_NETWORKS = (InferenceQwen3ForCausalLM, InferenceQwen3MoeForCausalLM)
 NETWORKS = (*INFERENCE_NETWORKS, TrainingQwen3ForCausalLM, TrainingQwen3MoeForCausalLM)
@@ -192,7 +193,7 @@ def wrap_count_parameters(upstream: Callable[..., None], trainer: Any) -> None:
         return
     directory = Path(config.pretrained_model_dir or "")
     if config.pretrained_model_dir and (directory / HF_INDEX).is_file():
-        open_checkpoint(directory)  # raises if files are missing
+        open_source(directory)  # raises if files are missing
     raise BridgeError(
         "nothing to fine-tune: MindFormers would load no weights, and train random ones. Set load_checkpoint to a "
         f"directory that holds *.safetensors (pretrained_model_dir is {config.pretrained_model_dir or 'empty'}), "

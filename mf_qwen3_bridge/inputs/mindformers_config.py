@@ -124,7 +124,7 @@ def run_options(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[P
 
 
 @dataclass(frozen=True)
-class MindFormersYaml:
+class MindFormersConfig:
     """What a MindFormers YAML declares about a checkpoint.
 
     Attributes:
@@ -286,7 +286,7 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def read_mindformers_yaml(path: Path) -> MindFormersYaml:
+def read_mindformers_config(path: Path) -> MindFormersConfig:
     """A MindFormers YAML, for training or for inference.
 
     Raises:
@@ -299,4 +299,4 @@ def read_mindformers_yaml(path: Path) -> MindFormersYaml:
     model_config = model.get("model_config") if isinstance(model, dict) else None
     if not isinstance(model_config, dict):
         raise BridgeError(f"{path} has no model.model_config section: is it a MindFormers YAML?")
-    return MindFormersYaml(str(path), model_config, document)
+    return MindFormersConfig(str(path), model_config, document)
