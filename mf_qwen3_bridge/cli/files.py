@@ -115,7 +115,7 @@ def convert(
 ) -> None:
     """Convert a Hugging Face checkpoint to MindFormers', for its training or its inference network.
 
-    train: for MindFormers' trainer, and for load_weights of its inference network; --config says its layout flags.
+    train: for MindFormers' trainer, and for load_weights of its inference network; --config declares its layout flags.
     infer: for load_param_into_net on the inference network.
     """
     from mf_qwen3_bridge.convert import jobs

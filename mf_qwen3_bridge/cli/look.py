@@ -149,7 +149,7 @@ def _verify_logits(
 
 
 def _draw(found: LayerErrors, first: Path, picture: Path | None) -> None:
-    """To where it was asked for, else to the first name that nothing bears."""
+    """Draws to the file that was asked for, else to the first free name."""
     from mf_qwen3_bridge.verify.picture import draw
 
     names = (Path(f"verify{number or ''}.png") for number in count())

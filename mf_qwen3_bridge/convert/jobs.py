@@ -86,7 +86,7 @@ def to_hf(
         plan = _with_output_layer(plan)
     files, index = hf_files(plan, max_shard_bytes)
     config = _config_json(model, dtype)
-    others = {file.name: file.read_bytes() for file in _companions(model)}
+    others = dict(_companions(model))
     if config:
         others["config.json"] = json.dumps(config, indent=2).encode()
     notes = (*model.notes, *_export_notes(model, others, layout_is_shown))
@@ -124,8 +124,13 @@ def _with_output_layer(plan: Plan) -> Plan:
     return replace(plan, targets=(*plan.targets, replace(embedding, name=OUTPUT[0], copies=copies)))
 
 
-def _companions(model: CheckedCheckpoint) -> Iterator[Path]:
-    return (file for name in _COMPANIONS if (file := model.hf_dir / name).is_file())
+def _companions(model: CheckedCheckpoint) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the tokenizer and the like."""
+    for file in (file for name in _COMPANIONS if (file := model.hf_dir / name).is_file()):
+        try:
+            yield file.name, file.read_bytes()
+        except OSError as error:
+            raise BridgeError(f"can't read {file}: {error.strerror}") from error
 
 
 def _config_json(model: CheckedCheckpoint, dtype: str | None) -> dict[str, Any]:
@@ -202,7 +207,7 @@ def truncate(model: CheckedCheckpoint, num_layers: int, output: Path) -> Job:
     if plan.duplicates:
         plan = _with_output_layer(plan)  # stored although it is tied, as it was
     files, others = hf_files(plan, HF_SHARD_BYTES) if model.dialect.is_hf else mindformers_files(plan)
-    others |= {file.name: file.read_bytes() for file in _companions(model)}
+    others |= _companions(model)
     config = _config_json(model, None)
     config |= {"num_hidden_layers": num_layers}
     config |= {key: config[key][:num_layers] for key in ("layer_types",) if config.get(key)}

@@ -49,7 +49,7 @@ def computed_rows(
     sides: Mapping[str, Mapping[str, Any]],
     trained_with: str | None,
 ) -> Iterator[Problem]:
-    """Where the sides say that something else is computed than what ``hf_config`` (from ``origins``) says."""
+    """Where the sides declare that something else is computed than ``hf_config`` (from ``origins``) does."""
     for name, accepted in computed_values(hf_config).items():
         declared = [(origin, name, accepted[0]) for origin in origins]
         declared += declared_by(sides, (name, *COMPUTED_NAMES[name]))

@@ -32,7 +32,7 @@ class TensorRow:
         name: the tensor's.
         dtype: as safetensors spells it.
         shape: its shape.
-        file: the file it lies in, below the directory.
+        file: the file that stores it, below the directory.
         parameter: the MindFormers parameter that it is, or is part of; None if no rule claims it.
     """
 
@@ -49,8 +49,8 @@ class Inspection:
 
     Attributes:
         path: the directory or file.
-        names: whose names the tensors bear, ``Hugging Face`` or ``MindFormers``.
-        layout: how QKV and gate/up lie, if the files say it; None for Hugging Face's, and where nothing says it.
+        names: whose names the tensors have, ``Hugging Face`` or ``MindFormers``.
+        layout: of QKV and gate/up, if the files declare it; None for Hugging Face's tensors.
         ranks: number of ``rank_N`` directories; 0 if the tensors are whole.
         model: ``Qwen3``, ``Qwen3-MoE``, or a released size.
         numbers: of the model, as far as the shapes show them.
@@ -192,7 +192,7 @@ def _config_notes(path: Path, numbers: dict[str, Any]) -> Iterator[str]:
 def lines(inspection: Inspection) -> Iterator[str]:
     """The description, for a person."""
     if inspection.names == "MindFormers":
-        layout = inspection.layout or "not said in the files; MindFormers trains interleaved unless told otherwise"
+        layout = inspection.layout or "not declared in the files; MindFormers trains interleaved by default"
         yield f"names       MindFormers; layout {layout}"
     else:
         yield f"names       {inspection.names}"

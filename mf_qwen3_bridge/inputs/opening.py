@@ -129,7 +129,7 @@ def _open_indexed(directory: Path, index: Path) -> Source:
 
 
 def _misplaced(source: Source, weight_map: Mapping[str, str], index: str, opened: set[str]) -> Iterator[Problem]:
-    """Tensors that are not where an index says; those of one reason, of one pair of files, in as few rows as can be."""
+    """Tensors that are not where an index has them; a row for each pair of files."""
     names: dict[str, list[str]] = defaultdict(list)
     for name, where in weight_map.items():
         tensor = source.tensors.get(name)

@@ -65,7 +65,7 @@ class CheckedCheckpoint(Weights):
         return min(positions, sizes["seq_length"], sizes["num_blocks"] * sizes["block_size"])
 
     def first_layers(self, num_layers: int) -> CheckedCheckpoint:
-        """See :meth:`Weights.first_layers`; config.json says so too."""
+        """See :meth:`Weights.first_layers`; config.json has as many."""
         smaller = super().first_layers(num_layers)
         assert isinstance(smaller, CheckedCheckpoint)
         return replace(smaller, hf_config=self.hf_config and self.hf_config | {"num_hidden_layers": num_layers})
@@ -84,7 +84,7 @@ def check(
     """Checks the weights of a Hugging Face directory, or others, against its config.json and a YAML.
 
     Args:
-        model_dir: directory with config.json, and the weights unless ``weights`` says otherwise. It may hold weights
+        model_dir: directory with config.json, and the weights unless ``weights`` names others. It may hold weights
             alone if the YAML's ``pretrained_model_dir`` is the directory with config.json.
         config: a MindFormers YAML. What it declares about the model must be so.
         weights: a directory or file with the weights, when they are not beside config.json: those of a MindFormers
@@ -233,7 +233,7 @@ def _layout_of_arguments(
     """The layout that the caller's flags ask for; what they leave out is the YAML's, or MindFormers' default.
 
     Raises:
-        BridgeError: the YAML says otherwise.
+        BridgeError: the YAML declares another one.
     """
     known_size = source.tensor_parallel or model_parallel
     configured = yaml.layout_of_weights(source.has_experts, known_size)
@@ -332,7 +332,7 @@ def notes_on(source: Source, hf_dir: Path, yaml: MindFormersConfig) -> Iterator[
             yield f"{yaml.origin} names {key} {named}; used is {used}"
 
 
-# All that MindFormers calls what config.json says too.
+# MindFormers' names of everything that config.json declares as well.
 _NAMES = {key for keys in MINDFORMERS_NAMES.values() for key in keys} | ADDITIONS
 _NAMES |= {key for name, aliases in COMPUTED_NAMES.items() for key in (name, *aliases)}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import Box
-from mf_qwen3_bridge.model.parameters import is_counter, is_training_state
+from mf_qwen3_bridge.model.parameters import is_counter, is_fused_qkv, is_training_state
 from mf_qwen3_bridge.transfer.safetensors import Shard, TensorInfo, read_header
 
 
@@ -181,7 +181,7 @@ def _some(names: list[str]) -> str:
 
 
 def _tensor_parallel(strategies: Strategies) -> int:
-    shardings = [s for stage in strategies for name, s in stage.items() if name.endswith(".linear_qkv.weight")]
+    shardings = [s for stage in strategies for name, s in stage.items() if is_fused_qkv(name)]
     return shardings[0].parts()[0] if shardings else 1
 
 

@@ -134,6 +134,13 @@ def is_expert_name(name: str) -> bool:
     return ".experts." in name
 
 
+def is_fused_qkv(name: str) -> bool:
+    """Whether a MindFormers parameter holds the fused weights of queries, keys and values."""
+    return any(
+        parameter.mindformers.format(layer=layer_of(name)) == name for parameter in PARAMETERS if parameter.shape == QKV
+    )
+
+
 _LAYER_NUMBER = re.compile(r"\blayers\.([0-9]{1,9})\.")
 _EXPERT_NUMBER = re.compile(r"\bexperts\.([0-9]{1,9})\.")
 

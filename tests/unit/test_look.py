@@ -63,7 +63,7 @@ def test_what_bears_no_stamp(tmp_path: Path):
     assert found.layout is None
     assert set(found.state) == set(state)
     text = "\n".join(lines(found))
-    assert "not said in the files" in text
+    assert "not declared in the files" in text
     assert "of a training run: adam_m" in text
 
 
