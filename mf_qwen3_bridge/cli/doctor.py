@@ -52,7 +52,6 @@ def examine() -> Iterator[Finding]:
     yield Finding("Python", f"{platform.python_version()}, {platform.machine()}", advice)
     yield from _packages()
     yield from _ascend()
-    yield from _process()
     for name, meaning in VARIABLES.items():
         if value := os.environ.get(name):
             yield Finding(name, value, meaning)
@@ -100,9 +99,3 @@ def _ascend() -> Iterator[Finding]:
         yield Finding("CANN", toolkit)
     elif devices:
         yield Finding("CANN", "ASCEND_TOOLKIT_HOME is not set", "source CANN's set_env.sh")
-
-
-def _process() -> Iterator[Finding]:
-    patch = sys.modules.get("mf_qwen3_bridge.mindformers.patching.patch")
-    if patch is not None:
-        yield Finding("MindFormers in this process", "patched" if patch.is_patched() else "not patched")

@@ -11,7 +11,7 @@ from mf_qwen3_bridge.inputs.mindformers_config import COMPUTED_NAMES, computed_v
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import Dialect, model_rules
 from mf_qwen3_bridge.model.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
-from mf_qwen3_bridge.transfer.plan import match_tensors
+from mf_qwen3_bridge.transfer.plan import TensorMatch, match_tensors
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
 
@@ -85,20 +85,20 @@ def _same(left: Any, right: Any) -> bool:
         return bool(left == right)
 
 
-def tensor_problems(
+def match_model(
     spec: ModelSpec,
     tensors: Mapping[str, TensorInfo],
     dialect: Dialect,
     in_tensors: Mapping[str, tuple[int, str]],
-) -> list[Problem]:
-    """What is wrong with the tensors as such: a number that a config has wrong is in another row, once."""
+) -> TensorMatch:
+    """Matches tensors with the model that their shapes show: a number that a config has wrong is in another row."""
     if problems := block_problems(spec, dialect):
-        return problems
+        return TensorMatch(tuple(problems))
     numbers: dict[str, Any] = {field: number for field, (number, _) in in_tensors.items()}
     try:
-        return list(match_tensors(model_rules(replace(spec, **numbers)), tensors, dialect).problems)
+        return match_tensors(model_rules(replace(spec, **numbers)), tensors, dialect)
     except ValueError:  # heads and groups that don't divide: their rows are in another table
-        return []
+        return TensorMatch()
 
 
 def block_problems(spec: ModelSpec, dialect: Dialect) -> list[Problem]:

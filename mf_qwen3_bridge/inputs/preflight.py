@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
-from mf_qwen3_bridge.inputs.disagreements import computed_rows, declared_by, number_rows, tensor_problems
+from mf_qwen3_bridge.inputs.disagreements import computed_rows, declared_by, match_model, number_rows
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_hf_config
 from mf_qwen3_bridge.inputs.identify import Weights, dialect_of, incomplete, numbers_of, spec_of
 from mf_qwen3_bridge.inputs.mindformers_config import (
@@ -43,6 +43,7 @@ class CheckedCheckpoint(Weights):
         parallel: how the run is spread over processes.
         yaml_layout: the layout of the training network, if the YAML declares it.
         layout_is_declared: whether files or YAML declare the layout of MindFormers weights; else it is assumed.
+        ignored: names of tensors that are state of a training run.
         notes: what is unusual, but right.
     """
 
@@ -52,6 +53,7 @@ class CheckedCheckpoint(Weights):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     yaml_layout: Layout | None = None
     layout_is_declared: bool = True
+    ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -198,7 +200,8 @@ def _check(
     problems = [*number_rows(spec, origins, sides, in_tensors)]
     if hf_config:
         problems += computed_rows(hf_config, origins, sides, yaml.origin if yaml.is_for_training else None)
-    problems += tensor_problems(spec, source.tensors, dialect, in_tensors)
+    match = match_model(spec, source.tensors, dialect, in_tensors)
+    problems += match.problems
     if problems:
         if not origins:
             headline = f"{source.path} is not what is declared of it: change what the table says"
@@ -223,6 +226,7 @@ def _check(
         parallel,
         layout,
         bool(dialect.is_hf or source.declared_layout or layout),
+        match.ignored,
         tuple(notes),
     )
 
@@ -351,7 +355,6 @@ def summary(model: CheckedCheckpoint) -> Iterator[str]:
         kind, mlp = "Qwen3-MoE", f"{spec.num_experts} experts of moe_ffn_hidden_size {spec.moe_ffn_hidden_size}"
     dtypes = ", ".join(sorted({tensor.dtype for tensor in source.tensors.values()}))
     files = len(source.files)
-    plan = model.plan(INFER)
     yield (
         f"model       {kind}, {spec.num_layers} layers, hidden_size {spec.hidden_size}, "
         f"{spec.num_attention_heads} heads and {spec.num_query_groups} KV heads of {spec.head_dim}, "
@@ -361,7 +364,8 @@ def summary(model: CheckedCheckpoint) -> Iterator[str]:
         f"checkpoint  {model.dialect}, {len(source.tensors)} tensors, {source.nbytes / 2**20:.1f} MiB "
         f"({dtypes}) in {files} {'file' if files == 1 else 'files'}"
     )
-    yield f"plan        {plan.num_source_tensors} tensors become {len(plan.targets)} MindFormers parameters"
+    count = len(source.tensors) - len(model.ignored)
+    yield f"plan        {count} tensors become {len(model.rules)} MindFormers parameters"
     if model.parallel.world_size > 1:
         share = model.plan(INFER, rank=model.parallel.rank(0)).source_nbytes
         yield (
@@ -369,6 +373,6 @@ def summary(model: CheckedCheckpoint) -> Iterator[str]:
             f"expert parallel {model.parallel.expert_parallel}), each holds {share / 2**20:.1f} MiB"
         )
     yield from (f"note        {note}" for note in model.notes)
-    if plan.ignored:
-        yield f"note        {len(plan.ignored)} tensors are state of a training run and are left out"
+    if model.ignored:
+        yield f"note        {len(model.ignored)} tensors are state of a training run and are left out"
     yield "result      config and weights fit"

@@ -190,9 +190,9 @@ class TensorMatch:
         ignored: see :class:`Plan`.
     """
 
-    problems: tuple[Problem, ...]
-    duplicates: tuple[tuple[TensorInfo, TensorInfo], ...]
-    ignored: tuple[str, ...]
+    problems: tuple[Problem, ...] = ()
+    duplicates: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 def match_tensors(rules: Iterable[Rule], tensors: Mapping[str, TensorInfo], source: Dialect) -> TensorMatch:
