@@ -24,15 +24,15 @@ OURS = [DOCS / "layouts.md", DOCS / "architecture.md", DOCS / "verified.md", ROO
 LAYOUTS = (DOCS / "layouts.md").read_text(encoding="utf-8")
 
 
-def draw_layouts():
-    """docs/draw_layouts.py, which is in no package."""
-    spec = spec_from_file_location("draw_layouts", DOCS / "draw_layouts.py")
-    module = sys.modules["draw_layouts"] = module_from_spec(spec)
+def script(name: str):
+    """A script in docs/, which is in no package."""
+    spec = spec_from_file_location(name, DOCS / f"{name}.py")
+    module = sys.modules[name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-DRAW = draw_layouts()
+DRAW, ROOMS_DRAWN = script("draw_layouts"), script("draw_rooms")
 FIGURES = DRAW.figures()
 
 
@@ -96,7 +96,23 @@ def test_sessions_that_are_named_are_there():
 
 def test_the_pictures_are_what_the_rules_say():
     committed = {file.name: file.read_text(encoding="utf-8") for file in (DOCS / "pictures").glob("*.svg")}
-    assert committed == {f"{name}.svg": DRAW.svg(figure) for name, figure in FIGURES.items()}
+    drawn = {f"{name}.svg": DRAW.svg(figure) for name, figure in FIGURES.items()}
+    assert committed == drawn | {ROOMS_DRAWN.PICTURE: ROOMS_DRAWN.svg()}
+
+
+def test_the_picture_of_the_rooms_has_all_of_them_in_the_order_of_their_imports():
+    rows: dict[int, set[str]] = {}
+    for room in ROOMS_DRAWN.ROOMS:
+        rows.setdefault(-room.row, set()).add(room.name)
+    *below, upper, cli = (set(rooms) for rooms in ROOMS)
+    assert [rows[row] for row in sorted(rows)] == [*below[:-1], below[-1] | upper, cli]
+
+
+def test_what_no_room_imports_is_not_drawn(monkeypatch: pytest.MonkeyPatch):
+    wrong = ROOMS_DRAWN.Flow("model", "transfer", ["Plan"])
+    monkeypatch.setattr(ROOMS_DRAWN, "FLOWS", (*ROOMS_DRAWN.FLOWS, wrong))
+    with pytest.raises(ValueError, match="transfer does not import"):
+        ROOMS_DRAWN.svg()
 
 
 def test_beside_each_picture_stands_what_it_shows():
@@ -128,7 +144,8 @@ def checkout(directory: Path) -> Path:
     for name in ("demo", "mf_qwen3_bridge", "scripts", "tests", "noxfile.py", "pyproject.toml"):
         (directory / name).symlink_to(ROOT / name)
     (directory / "docs").mkdir()
-    (directory / "docs" / "draw_layouts.py").write_bytes((DOCS / "draw_layouts.py").read_bytes())
+    for name in ("draw_layouts.py", "draw_rooms.py"):
+        (directory / "docs" / name).write_bytes((DOCS / name).read_bytes())
     return directory
 
 
