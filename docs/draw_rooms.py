@@ -89,7 +89,7 @@ FLOWS = (
     Flow("inputs", "mindformers", ["CheckedCheckpoint"]),
     Flow("verify", "mindformers", ["Stage", "layer_errors"]),
     Flow("convert", "cli", ["Job", "run"]),
-    Flow("verify", "cli", ["compare", "LayerErrors"]),
+    Flow("verify", "cli", ["compare"]),
     Flow("mindformers", "cli", ["load_network", "patch"]),
 )
 # What comes from outside, and the room that reads it.

@@ -216,6 +216,23 @@ def test_no_modules_import_each_other():
     assert not left
 
 
+def test_functions_that_are_named_are_there():
+    """``room/module.py:function``, or without the room in the section of the room."""
+    prefix = ""
+    names = []
+    for line in ARCHITECTURE.splitlines():
+        if line.startswith("#"):
+            room = line.removeprefix("### ")
+            prefix = f"{room}/" if line.startswith("### ") and (PACKAGE / room).is_dir() else ""
+        names += [(prefix, *name) for name in re.findall(r"`((?:\w+/)*\w+\.py):([\w.]+)`", line)]
+    assert len(names) > 50
+    for prefix, file, function in names:
+        path = PACKAGE / file if (PACKAGE / file).is_file() else PACKAGE / prefix / file
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for part in function.split("."):
+            (tree,) = (node for node in tree.body if getattr(node, "name", None) == part)
+
+
 def patched(directory: Path, diff: str) -> None:
     """A copy of the package, with a diff that says no line numbers."""
     shutil.copytree(ROOT / "mf_qwen3_bridge", directory / "mf_qwen3_bridge")
