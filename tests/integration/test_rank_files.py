@@ -30,6 +30,8 @@ from tests.integration.rank_runs import SUFFIX, Cut, make_ranks
 from tests.tiny import hf_config, random_tensors, write
 from tests.unit.test_convert import assert_same, contents
 
+# MindFormers has no part in it, but for the cuts that its networks declare; those are of the fixtures.
+pytestmark = pytest.mark.mindspore_only
 # The model of fixtures/strategies, which MindSpore's compiler wrote.
 DENSE = ModelSpec(2, 16, 4, 2, 8, 24, 64, False)
 MOE = replace(DENSE, ffn_hidden_size=0, num_experts=4, moe_ffn_hidden_size=24)

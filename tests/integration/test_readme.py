@@ -25,6 +25,9 @@ from tests.integration.test_docs import INSIDE_MINDFORMERS
 from tests.tiny import read
 from tests.unit.test_readme import CHINESE, ENGLISH, NUMBER_FLAGS, ROOT, blocks, commands
 
+# On every release: run_infer.py (test_run_infer, test_msrun), the Python of its examples (test_examples). The other
+# commands never import MindFormers; what they take from MindSpore: test_rank_files, test_conversion.
+pytestmark = pytest.mark.newest_only
 MODULES = {
     "python": ["scripts/run_infer.py"],
     "mf-qwen3": ["-m", "mf_qwen3_bridge.cli", "infer"],

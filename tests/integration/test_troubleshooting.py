@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 
 import yaml
-from mf_qwen3_bridge.model.parallel import ParallelConfig
-from mf_qwen3_bridge.model.released import RELEASED
 from tests.integration.conftest import CHECKPOINTS
 from tests.integration.test_guide import environment
 from tests.integration.test_trainer_predict import ROOT
@@ -136,12 +134,6 @@ def test_what_is_in_no_python_source_is_provoked(tmp_path: Path, word: str):
 def test_nothing_else_has_to_be_provoked():
     others = [entry for entry in ENTRIES if not entry.file]
     assert len(others) == len(PROVOKED)
-
-
-@pytest.mark.parametrize("size", [2, 4, 8])
-def test_all_released_sizes_divide(size: int):
-    for spec in RELEASED.values():
-        assert not list(ParallelConfig(tensor_parallel=size).problems(spec))
 
 
 @pytest.mark.parametrize("command", commands(TEXT), ids=" ".join)

@@ -88,6 +88,21 @@ def test_tests_that_are_named_are_there(document: Path):
         assert file in files or file in ("test_mode",)
 
 
+def test_the_rows_of_the_hooks_name_tests_of_the_integration_session():
+    text = (DOCS / "mindformers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| .* \| .* \| (test_\w+)::(test_\w+) \|$", text, re.MULTILINE)
+    assert len(rows) > 25
+    for file, function in rows:
+        assert f"def {function}(" in (ROOT / "tests" / "integration" / f"{file}.py").read_text()
+
+
+def test_the_npu_guide_has_no_blocks_that_nobody_looks_at():
+    """``bash`` is run by test_guide, ``sh`` by nobody, ``text`` is compared."""
+    text = (DOCS / "npu_server.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^```(\w+)$", text, re.MULTILINE)) == {"bash", "sh", "text"}
+    assert len(blocks(text, "bash")) > 15
+
+
 def test_sessions_that_are_named_are_there():
     named = re.findall(r"nox -s \"?(\w+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     sessions = re.findall(r"^def (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.MULTILINE)

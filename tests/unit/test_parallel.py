@@ -16,6 +16,7 @@ from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.model import training_ranks
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig, num_processes
+from mf_qwen3_bridge.model.released import RELEASED
 from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer import tiles
@@ -239,6 +240,13 @@ def test_the_sizes_that_are_advised_divide_everything():
     assert remedies == {"use a size that divides the whole model: 1, 2"}
     (row,) = ParallelConfig(4, 4).problems(replace(MOE_SPEC, num_experts=6, moe_ffn_hidden_size=9))
     assert row.remedy == "use a size that divides the whole model: none; change the other size"  # 9 rows by 2 or 4
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_all_released_models_divide(size: int):
+    """As docs/troubleshooting.md says."""
+    for spec in RELEASED.values():
+        assert not list(ParallelConfig(tensor_parallel=size).problems(spec))
 
 
 @pytest.mark.parametrize(("role", "expected"), [("MS_WORKER", 8), ("MS_SCHED", 8), (None, 1)])
