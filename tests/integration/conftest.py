@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 import pytest
 
@@ -48,6 +51,26 @@ def bits(network: Any) -> dict[str, tuple[str, bytes]]:
 def empty_network(directory: Path, **options: Any) -> tuple[Any, CheckedCheckpoint]:
     model = check(directory, overrides=options)
     return build_network(model, "CPU"), model
+
+
+@contextmanager
+def changed(network: Any, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Iterator[None]:
+    """One parameter's values changed, and set back afterwards."""
+    parameter = network.parameters_dict()[name]
+    values = parameter.asnumpy().copy()
+    new = np.ascontiguousarray(change(values.copy()))
+    assert new.shape == values.shape
+    parameter.set_data(ms.Tensor.from_numpy(new))
+    try:
+        yield
+    finally:
+        parameter.set_data(ms.Tensor.from_numpy(values))
+
+
+@pytest.fixture(scope="module")
+def network_of() -> Callable[[str], Any]:
+    """Fixtures that are loaded once for all tests of a module: who changes one sets it back."""
+    return cache(lambda name: mf_qwen3_bridge.from_pretrained(CHECKPOINTS / name))
 
 
 @pytest.fixture(autouse=True)

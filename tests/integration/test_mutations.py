@@ -6,19 +6,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
 import pytest
 
 import mf_qwen3_bridge
-from mf_qwen3_bridge.inputs import preflight
+from mf_qwen3_bridge.inputs import identify
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.model import layouts
 from mf_qwen3_bridge.model.layouts import by_expert, contiguous, interleaved
 from mf_qwen3_bridge.model.rules import HF, TRAIN, Rule, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
-from tests.integration.conftest import CHECKPOINTS, TOLERANCE, bits, golden, logits_error
+from tests.integration.conftest import CHECKPOINTS, TOLERANCE, bits, changed, golden, logits_error
 from tests.tiny import write
 
 LAYER = "decoder.layers.1"
@@ -112,19 +111,17 @@ MOE_MUTATIONS: dict[str, tuple[str, Change]] = {
         *(("moe_square", mutation) for mutation in ("k and v swapped", "QKV interleaved", "one tensor zeroed")),
     ],
 )
-def test_every_mutation_is_seen(name, mutation):
-    network = mf_qwen3_bridge.from_pretrained(CHECKPOINTS / name)
+def test_every_mutation_is_seen(network_of, name, mutation):
+    network = network_of(name)
     right, expected = bits(network), golden(name)[-1:]
     assert logits_error(network, expected) < TOLERANCE
 
-    parameter_name, change = (MUTATIONS | MOE_MUTATIONS)[mutation]
-    parameter = network.parameters_dict()[parameter_name]
-    changed = change(parameter.asnumpy().copy(), check(CHECKPOINTS / name).spec)
-    assert changed.shape == tuple(parameter.shape)
-    parameter.set_data(ms.Tensor.from_numpy(np.ascontiguousarray(changed)))
-
-    assert bits(network) != right
-    assert logits_error(network, expected) > 100 * TOLERANCE
+    parameter, change = (MUTATIONS | MOE_MUTATIONS)[mutation]
+    spec = check(CHECKPOINTS / name).spec
+    with changed(network, parameter, lambda weight: change(weight, spec)):
+        assert bits(network) != right
+        assert logits_error(network, expected) > 100 * TOLERANCE
+    assert bits(network) == right
 
 
 def swapped(first: int, second: int, fuses: str) -> Callable[[Iterator[Rule]], Iterator[Rule]]:
@@ -157,7 +154,7 @@ def test_a_mistake_in_the_rules_is_seen_by_the_other_roads(monkeypatch, tmp_path
     tensors = {target.name: target.make() for target in check(directory).plan(dialect).targets}
     weights = write(tmp_path, tensors, metadata={} if dialect.is_hf else {LAYOUT_KEY: str(dialect.layout)})
 
-    monkeypatch.setattr(preflight, "model_rules", lambda spec: change(model_rules(spec)))
+    monkeypatch.setattr(identify, "model_rules", lambda spec: change(model_rules(spec)))
     mistaken = mf_qwen3_bridge.from_pretrained(directory, load_checkpoint=weights)  # no shape tells
     assert bits(mistaken) != bits(network)
     assert logits_error(mistaken, golden("untied_fp32")) > 100 * TOLERANCE
