@@ -18,7 +18,7 @@ from mf_qwen3_bridge.convert.file_layout import OutputFile
 from mf_qwen3_bridge.convert.output_directory import OutputDirectory
 from mf_qwen3_bridge.convert.workers import ALONE, Worker, Workers
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
-from mf_qwen3_bridge.transfer.copying import BUFFER_BYTES, LoadedTile, Transfer
+from mf_qwen3_bridge.transfer.copying import BUFFER_BYTES, Made, Transfer
 from mf_qwen3_bridge.transfer.plan import Plan, check_values
 from mf_qwen3_bridge.transfer.progress import progress_bar, size_text
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
@@ -235,28 +235,25 @@ def _write(job: Job, directory: OutputDirectory) -> Findings:
     with progress_bar("writing", nbytes) as advance, Transfer(advance) as transfer:
         for share, places in _shares(job, directory.worker):
 
-            def look(loaded: LoadedTile, places: Mapping[str, TensorInfo] = places) -> Findings:
-                for made in loaded.made:
-                    target = places[made.target]
-                    for start, elements in made.runs(made.elements):
-                        directory.put(str(target.file), target.start + start * elements.itemsize, elements)
-                return _look_at_values(loaded) if job.checks_values else Findings()
+            def look(made: Made, places: Mapping[str, TensorInfo] = places) -> Findings:
+                target = places[made.target]
+                for start, elements in made.runs:
+                    directory.put(str(target.file), target.start + start * elements.itemsize, elements)
+                return _look_at_values(made, target.dtype) if job.checks_values else Findings()
 
-            for seen in transfer.each(share, look, {name: place.dtype for name, place in places.items()}):
+            for seen in transfer.make(share, look, {name: place.dtype for name, place in places.items()}):
                 findings.add(seen)
         directory.sync(transfer.map)
     return findings
 
 
-def _look_at_values(loaded: LoadedTile) -> Findings:
+def _look_at_values(made: Made, dtype: str) -> Findings:
     findings = Findings()
-    for made in loaded.made:
-        for copy, elements, place in made.parts:
-            key = copy.target, copy.source
-            findings.magnitudes[key] = max(findings.magnitudes[key], largest_magnitude(elements))
-            if not is_exact(elements.dtype, place.dtype):
-                dtypes = copy.source.dtype, made.dtype
-                findings.casts[dtypes] += casts_of(copy.target, elements, place)
+    for copy, elements, place in made.parts:
+        key = copy.target, copy.source
+        findings.magnitudes[key] = max(findings.magnitudes[key], largest_magnitude(elements))
+        if not is_exact(elements.dtype, place.dtype):
+            findings.casts[copy.source.dtype, dtype] += casts_of(copy.target, elements, place)
     return findings
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from threading import Condition
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from mf_qwen3_bridge.model.layouts import View
-from mf_qwen3_bridge.transfer.blocks import from_range, from_shards
+from mf_qwen3_bridge.transfer.blocks import from_range
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, TensorInfo
 from mf_qwen3_bridge.transfer.tiles import Copy, Tile, reads, tiles, writes
 from mf_qwen3_bridge.transfer.values import is_exact, largest_magnitude
@@ -24,8 +24,8 @@ BUFFER_BYTES = 96 << 20
 _MAX_THREADS = 8
 _ROWS_OF_A_TRANSPOSE = 256
 _ALIGNMENT = 64
-# Of each of two tensors, at a time.
-_COMPARED_BYTES = 16 << 20
+# Of each of two tensors, by each thread at a time.
+_COMPARED_BYTES = 2 << 20
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,13 +40,19 @@ class Buffers:
         self._changed = Condition()
 
     @contextmanager
-    def lend(self, nbytes: int) -> Iterator[np.ndarray]:
-        """Lends an array of ``nbytes`` bytes, uint8; waits for others to return theirs if none is left."""
+    def lend(self, sizes: Sequence[tuple[int, np.dtype]]) -> Iterator[list[np.ndarray]]:
+        """Lends uninitialised arrays, and waits for others to return theirs if no memory is left.
+
+        Args:
+            sizes: elements and dtype of each array. All are of one loan, as waiting for a second could deadlock.
+        """
+        nbytes = [size * dtype.itemsize for size, dtype in sizes]
+        *starts, total = accumulate((n + -n % _ALIGNMENT for n in nbytes), initial=0)
         with self._changed:
-            while (memory := self._take(nbytes)) is None:
+            while (memory := self._take(total)) is None:
                 self._changed.wait()
         try:
-            yield memory[:nbytes]
+            yield [memory[start : start + n].view(dtype) for start, n, (_, dtype) in zip(starts, nbytes, sizes)]
         finally:
             with self._changed:
                 self._free.append(memory)
@@ -64,45 +70,18 @@ class Buffers:
         return np.empty(nbytes, np.uint8)
 
 
-@dataclass(frozen=True)
-class Made:
-    """A stretch of a target that a tile makes: runs of neighbouring elements.
+class Made(NamedTuple):
+    """What a tile makes of one target.
 
     Attributes:
         target: the target's name.
-        dtype: its dtype as safetensors spells it.
-        starts: index of each run's first element in the target.
-        elements: the runs one after the other, in the target's dtype.
-        spare: uninitialised array of the same shape and dtype; None unless it was asked for.
-        parts: for each copy that it is made of: the copy, its elements as they were read, and the view of ``elements``
-            that holds them.
+        runs: runs of neighbouring elements, in the target's dtype: the index of the first in the target, and the run.
+        parts: for each copy: the copy, its elements as they were read, and the view of the runs that holds them.
     """
 
     target: str
-    dtype: str
-    starts: Sequence[int]
-    elements: np.ndarray
-    spare: np.ndarray | None
-    parts: Sequence[tuple[Copy, np.ndarray, np.ndarray]]
-
-    def runs(self, elements: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """For each run its start, and its part of an array like ``elements``."""
-        return zip(self.starts, elements.reshape(len(self.starts), -1))
-
-
-@dataclass(frozen=True)
-class LoadedTile:
-    """A tile in memory.
-
-    Attributes:
-        tile: its copies.
-        elements: for each copy the elements that it reads, in the source's dtype.
-        made: the stretches of targets that it makes, if they were asked for.
-    """
-
-    tile: Tile
-    elements: list[np.ndarray]
-    made: list[Made]
+    runs: list[tuple[int, np.ndarray]]
+    parts: list[tuple[Copy, np.ndarray, np.ndarray]]
 
 
 class Transfer:
@@ -117,7 +96,7 @@ class Transfer:
         self._reader = Reader()
         self._num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(self._num_threads)
-        self.buffers = Buffers()
+        self._buffers = Buffers()
 
     def __enter__(self) -> Transfer:
         return self
@@ -141,27 +120,35 @@ class Transfer:
         Raises:
             BridgeError: a file ended early or could not be read.
         """
-        largest: dict[TensorInfo, float] = {}
-        for tile, magnitudes in self.map(lambda tile: (tile, self._fill(tile, target)), tiles(copies)):
-            for copy, magnitude in zip(tile, magnitudes):
-                largest[copy.source] = max(largest.get(copy.source, 0.0), magnitude)
-            self._advance(sum(copy.nbytes for copy in tile))
+        largest: dict[TensorInfo, float] = defaultdict(float)
+        for magnitudes in self._run(lambda tile: self._fill(tile, target), tiles(copies)):
+            for source, magnitude in magnitudes:
+                largest[source] = max(largest[source], magnitude)
         return largest
 
+    def _fill(self, tile: Tile, target: np.ndarray) -> list[tuple[TensorInfo, float]]:
+        if _is_stored_as(target.dtype, tile):  # then from the file into the target itself
+            place = tile[0].target_view.of(target)
+            self.read(tile[0].source, tile[0].source_view.offset, place)
+            return [(tile[0].source, largest_magnitude(place))]
+        magnitudes = []
+        with self._loaded(tile) as (elements_of, _):
+            for copy, elements in elements_of.items():
+                place = copy.target_view.of(target)
+                copy_elements(elements, place)
+                shown = elements if is_exact(elements.dtype, target.dtype) else place
+                magnitudes.append((copy.source, largest_magnitude(shown)))
+        return magnitudes
+
     def each(
-        self,
-        tiles_to_read: Iterable[Tile],
-        look: Callable[[LoadedTile], Result],
-        dtypes: Mapping[str, str] | None = None,
-        with_spare: bool = False,
+        self, tiles_to_read: Iterable[Tile], look: Callable[[Mapping[Copy, np.ndarray]], Result]
     ) -> Iterator[Result]:
         """Reads tiles with all threads, and calls a function with each while it is in memory.
 
         Args:
             tiles_to_read: the tiles.
-            look: the function; it runs in the thread that read the tile. The arrays that it gets are reused afterwards.
-            dtypes: target name -> dtype as safetensors spells it; without it no targets are made.
-            with_spare: whether ``look`` needs a second array for each stretch, see :class:`Made`.
+            look: gets for each copy the elements that it reads, in the source's dtype. It runs in the thread that read
+                the tile. The arrays that it gets are reused afterwards.
 
         Yields:
             What ``look`` returned, in the order of the tiles.
@@ -170,44 +157,46 @@ class Transfer:
             BridgeError: a file ended early or could not be read.
         """
 
-        def work(tile: Tile) -> tuple[Tile, Result]:
-            with self._load(tile, dtypes, with_spare) as loaded:
-                return tile, look(loaded)
+        def work(tile: Tile) -> Result:
+            with self._loaded(tile) as (elements_of, _):
+                return look(elements_of)
 
-        for tile, result in self.map(work, tiles_to_read):
+        return self._run(work, tiles_to_read)
+
+    def make(
+        self, tiles_to_read: Iterable[Tile], look: Callable[[Made], Result], dtypes: Mapping[str, str]
+    ) -> Iterator[Result]:
+        """As :meth:`each`, but makes of each tile what it holds of targets, and calls ``look`` with that.
+
+        Args:
+            tiles_to_read: the tiles.
+            look: the function, which may change the elements.
+            dtypes: target name -> dtype to cast to, as safetensors spells it.
+        """
+
+        def work(tile: Tile) -> list[Result]:
+            stretches = writes(tile)
+            sizes = [(stretch.size, DTYPES[dtypes[copies[0].target]]) for copies, stretch in stretches]
+            is_made_by_reading = _is_stored_as(sizes[0][1], tile)
+            with self._loaded(tile, () if is_made_by_reading else sizes) as (elements_of, arrays):
+                if is_made_by_reading:
+                    arrays = [elements_of[tile[0]].reshape(-1)]
+                results = []
+                for (copies, stretch), array in zip(stretches, arrays):
+                    parts = [(copy, elements_of[copy], view.of(array)) for copy, view in zip(copies, stretch.views)]
+                    if not is_made_by_reading:
+                        for _, elements, place in parts:
+                            copy_elements(elements, place)
+                    results.append(look(Made(copies[0].target, list(stretch.runs(array)), parts)))
+                return results
+
+        for results in self._run(work, tiles_to_read):
+            yield from results
+
+    def _run(self, function: Callable[[Tile], Result], tiles_to_read: Iterable[Tile]) -> Iterator[Result]:
+        for tile, result in self.map(lambda tile: (tile, function(tile)), tiles_to_read):
             yield result
             self._advance(sum(copy.nbytes for copy in tile))
-
-    @contextmanager
-    def _load(self, tile: Tile, dtypes: Mapping[str, str] | None, with_spare: bool) -> Iterator[LoadedTile]:
-        """Reads a tile and makes its stretches of targets, in one loan, as waiting for a second could deadlock."""
-        stretches = [(*one, dtypes[one[0][0].target]) for one in writes(tile)] if dtypes else []
-        is_plain = len(tile) == 1 and tile[0].is_plain_copy
-        is_made_by_reading = is_plain and all(dtype == tile[0].source.dtype for *_, dtype in stretches)
-        arrays = (not is_made_by_reading) + with_spare
-        nbytes_read = read_nbytes(tile)
-        nbytes_made = arrays * sum(room(stretch.size, DTYPES[dtype]) for _, stretch, dtype in stretches)
-        with self.buffers.lend(nbytes_read + nbytes_made) as memory:
-            elements = self.gather(tile, memory)
-            of_copy, free = dict(zip(tile, elements)), memory[nbytes_read:]
-            made = []
-            for copies, stretch, dtype in stretches:
-                spare = None
-                if with_spare:
-                    spare, free = carve(free, stretch.size, DTYPES[dtype])
-                if is_made_by_reading:
-                    array = elements[0].reshape(-1)
-                else:
-                    array, free = carve(free, stretch.size, DTYPES[dtype])
-                parts = [(copy, of_copy[copy], view.of(array)) for copy, view in zip(copies, stretch.views)]
-                for _, source, place in () if is_made_by_reading else parts:
-                    copy_elements(source, place)
-                made.append(Made(copies[0].target, dtype, stretch.starts.tolist(), array, spare, parts))
-            yield LoadedTile(tile, elements, made)
-
-    def magnitudes(self, copies: Iterable[Copy]) -> Iterator[float]:
-        """The largest magnitudes in what the copies read, tile by tile."""
-        return self.each(tiles(copies), lambda loaded: max(map(largest_magnitude, loaded.elements)))
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Applies ``function`` to each item with all threads, in order; takes only a few items in advance."""
@@ -219,41 +208,28 @@ class Transfer:
         while pending:
             yield pending.popleft().result()
 
-    def _fill(self, tile: Tile, target: np.ndarray) -> list[float]:
-        """Reads from the file into the target itself where the elements are stored as in the target."""
-        places = [copy.target_view.of(target) for copy in tile]
-        (copy, place), *others = zip(tile, places)
-        dtype = DTYPES[copy.source.dtype]
-        if not others and copy.is_plain_copy and dtype == target.dtype:
-            self.read(copy.source, copy.source_view.offset, place)
-            return [largest_magnitude(place)]
-        with self.buffers.lend(read_nbytes(tile)) as memory:
-            gathered = self.gather(tile, memory)
-            for elements, place in zip(gathered, places):
-                copy_elements(elements, place)
-            return [
-                largest_magnitude(elements if is_exact(elements.dtype, target.dtype) else place)
-                for elements, place in zip(gathered, places)
-            ]
-
-    def gather(self, tile: Tile, memory: np.ndarray) -> list[np.ndarray]:
+    @contextmanager
+    def _loaded(
+        self, tile: Tile, more: Sequence[tuple[int, np.dtype]] = ()
+    ) -> Iterator[tuple[dict[Copy, np.ndarray], list[np.ndarray]]]:
         """Reads the sources of a tile, each byte once.
 
         Args:
             tile: the copies.
-            memory: room for :func:`read_nbytes` bytes.
+            more: elements and dtype of further arrays that are needed.
 
-        Returns:
-            For each copy the elements that it reads, as they are stored: views of ``memory``.
+        Yields:
+            For each copy the elements that it reads, as they are stored; and the further arrays.
         """
-        found: dict[Copy, np.ndarray] = {}
-        for copies, stretch in reads(tile):
-            source = copies[0].source
-            elements, memory = carve(memory, stretch.size, DTYPES[source.dtype])
-            for number, start in enumerate(stretch.starts.tolist()):
-                self.read(source, start, elements[number * stretch.length : (number + 1) * stretch.length])
-            found |= {copy: view.of(elements) for copy, view in zip(copies, stretch.views)}
-        return [found[copy] for copy in tile]
+        stretches = reads(tile)
+        sizes = [(stretch.size, DTYPES[copies[0].source.dtype]) for copies, stretch in stretches]
+        with self._buffers.lend([*sizes, *more]) as arrays:
+            elements_of: dict[Copy, np.ndarray] = {}
+            for (copies, stretch), array in zip(stretches, arrays):
+                for start, run in stretch.runs(array):
+                    self.read(copies[0].source, start, run)
+                elements_of |= {copy: view.of(array) for copy, view in zip(copies, stretch.views)}
+            yield elements_of, arrays[len(stretches) :]
 
     def read(self, source: TensorInfo, start: int, out: np.ndarray) -> None:
         """Fills a C-contiguous array with the elements of a tensor, from element ``start`` on."""
@@ -267,21 +243,9 @@ class Transfer:
         self._reader.read(source, start * out.itemsize, memory)
 
 
-def carve(memory: np.ndarray, size: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """The first bytes of ``memory`` as an array of ``size`` elements, and the rest."""
-    nbytes = size * dtype.itemsize
-    return memory[:nbytes].view(dtype), memory[nbytes + -nbytes % _ALIGNMENT :]
-
-
-def room(size: int, dtype: np.dtype) -> int:
-    """Bytes that :func:`carve` takes."""
-    nbytes = size * dtype.itemsize
-    return nbytes + -nbytes % _ALIGNMENT
-
-
-def read_nbytes(tile: Tile) -> int:
-    """Bytes of memory for what a tile reads."""
-    return sum(room(stretch.size, DTYPES[copies[0].source.dtype]) for copies, stretch in reads(tile))
+def _is_stored_as(dtype: np.dtype, tile: Tile) -> bool:
+    """Whether a tile is one run of elements that are stored in this dtype, in the order of the target."""
+    return len(tile) == 1 and tile[0].is_plain_copy and DTYPES[tile[0].source.dtype] == dtype
 
 
 def copy_elements(source: np.ndarray, target: np.ndarray) -> None:
@@ -332,15 +296,17 @@ def have_equal_bytes(left: TensorInfo, right: TensorInfo, number: int = 0, count
     """
     if (left.shape, left.dtype) != (right.shape, right.dtype):
         return False
-    shape = left.shape or (1,)
-    start, stop = shape[0] * number // count, shape[0] * (number + 1) // count
-    step = max(1, _COMPARED_BYTES * shape[0] // max(left.nbytes, 1))
+    rows = left.shape[0] if left.shape else 1
+    width = prod(left.shape[1:])
+    start, stop = rows * number // count, rows * (number + 1) // count
+    step = max(1, _COMPARED_BYTES * rows // max(left.nbytes, 1))
+    raw = np.dtype(f"u{DTYPES[left.dtype].itemsize}")
+
+    def are_equal(begin: int) -> bool:
+        here, there = np.empty((2, (min(begin + step, stop) - begin) * width), raw)
+        for tensor, piece in (left, here), (right, there):
+            transfer.read(tensor, begin * width, piece)
+        return np.array_equal(here, there)
+
     with Transfer() as transfer:
-        for begin in range(start, stop, step):
-            view = View.whole(shape)[begin : min(begin + step, stop)]
-            here, there = (np.empty(view.shape, DTYPES[left.dtype]) for _ in range(2))
-            for tensor, piece in (left, here), (right, there):
-                transfer.fill(piece, from_shards(Copy(tensor, view, tensor.name, View.whole(view.shape))))
-            if not np.array_equal(here.view(f"u{here.itemsize}"), there.view(f"u{there.itemsize}")):
-                return False
-    return True
+        return all(transfer.map(are_equal, range(start, stop, step)))

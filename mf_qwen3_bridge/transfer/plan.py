@@ -22,8 +22,8 @@ from mf_qwen3_bridge.model.rules import Dialect, Place, Rule, shares
 from mf_qwen3_bridge.transfer.blocks import from_shards, within
 from mf_qwen3_bridge.transfer.copying import Transfer, have_equal_bytes
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo
-from mf_qwen3_bridge.transfer.tiles import Copy
-from mf_qwen3_bridge.transfer.values import fault_of
+from mf_qwen3_bridge.transfer.tiles import Copy, tiles
+from mf_qwen3_bridge.transfer.values import fault_of, largest_magnitude
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -142,8 +142,11 @@ class Plan:
         if self.whole is None:
             return True
         whole = next(one for one in self.whole().targets if one.name == target)
+        copies = (copy for copy in whole.copies if copy.source.name == source.name)
         with Transfer() as transfer:
-            return not any(transfer.magnitudes(copy for copy in whole.copies if copy.source.name == source.name))
+            return not any(
+                transfer.each(tiles(copies), lambda elements_of: any(map(largest_magnitude, elements_of.values())))
+            )
 
 
 def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Plan | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,22 +74,25 @@ def tiles(copies: Iterable[Copy], to_files: bool = False) -> Iterator[Tile]:
     Yields:
         Tiles of about TILE_BYTES; larger ones where cutting would make runs short.
     """
+
+    def cost(pieces: list[Tile]) -> int:
+        return len(pieces) * _cost(pieces[0], to_files)
+
     for tile in _interleaved(list(copies)):
         nbytes = _nbytes(tile)
         if nbytes <= TILE_BYTES:
             yield tile
             continue
-        divisions = [_Division(axis, length, nbytes) for axis, length in _common_axes(tile)]
-        if not divisions:
+        best = min(_divisions(tile, nbytes), key=cost, default=[])
+        if not best:
             for copy in tile:
                 yield from tiles((copy,), to_files)
             continue
-        best = min(divisions, key=lambda division: division.cost(tile, to_files))
-        is_costly = to_files and best.cost(tile, to_files) > _COST_LIMIT * _cost(tile, to_files)
+        is_costly = to_files and cost(best) > _COST_LIMIT * cost([tile])
         if is_costly and nbytes <= _LARGEST_TILE_BYTES:
             yield tile
             continue
-        for piece in best.pieces(tile):
+        for piece in best:
             yield from tiles(piece, to_files)
 
 
@@ -105,25 +108,15 @@ def _cost(tile: Tile, to_files: bool) -> int:
     return _nbytes(tile) + runs * _BYTES_PER_RUN
 
 
-@dataclass(frozen=True)
-class _Division:
-    """A way to divide a tile along an axis, into pieces that read TILE_BYTES, or one entry of the axis, each."""
-
-    axis: int
-    length: int
-    nbytes: int
-
-    @property
-    def step(self) -> int:
-        return max(1, self.length // -(-self.nbytes // TILE_BYTES))
-
-    def pieces(self, tile: Tile) -> Iterator[Tile]:
-        for start in range(0, self.length, self.step):
-            stop = min(start + self.step, self.length)
-            yield tuple(copy.cut(self.axis, start, stop) for copy in tile)
-
-    def cost(self, tile: Tile, to_files: bool) -> int:
-        return -(-self.length // self.step) * _cost(next(self.pieces(tile)), to_files)
+def _divisions(tile: Tile, nbytes: int) -> Iterator[list[Tile]]:
+    """For each axis along which all copies can be cut: the pieces, which read TILE_BYTES or one entry of it each."""
+    shapes = [copy.source_view.shape for copy in tile]
+    if len(set(map(len, shapes))) > 1:
+        return
+    for axis, (length, *others) in enumerate(zip(*shapes)):
+        if length > 1 and all(other == length for other in others):
+            step = max(1, length // -(-nbytes // TILE_BYTES))
+            yield [tuple(copy.cut(axis, start, start + step) for copy in tile) for start in range(0, length, step)]
 
 
 def _interleaved(copies: Sequence[Copy]) -> list[Tile]:
@@ -152,14 +145,6 @@ def _interleaved(copies: Sequence[Copy]) -> list[Tile]:
     return [tuple(group) for group in groups.values()]
 
 
-def _common_axes(tile: Tile) -> Iterator[tuple[int, int]]:
-    """The axes along which all copies of a tile can be cut at the same places, and their lengths."""
-    shapes = [copy.source_view.shape for copy in tile]
-    for axis, lengths in enumerate(zip(*shapes)):
-        if lengths[0] > 1 and len(set(lengths)) == 1 and len({len(shape) for shape in shapes}) == 1:
-            yield axis, lengths[0]
-
-
 @dataclass(frozen=True)
 class Stretch:
     """The elements of a tensor that some views cover, as runs of neighbouring elements.
@@ -179,31 +164,32 @@ class Stretch:
         """Elements of all runs."""
         return len(self.starts) * self.length
 
+    def runs(self, array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """For each run its start, and its part of the array that holds them one after the other."""
+        return zip(self.starts.tolist(), array.reshape(len(self.starts), -1))
+
 
 def reads(tile: Tile) -> list[tuple[Tile, Stretch]]:
     """The stretches of sources that a tile reads, each with the copies that it is for; short gaps are read too."""
     gap = (_PAGE_BYTES - 1) // tile[0].itemsize
-    return _stretches(tile, [copy.source for copy in tile], [copy.source_view for copy in tile], gap)
+    return _stretches([(copy.source, copy, copy.source_view) for copy in tile], gap)
 
 
 def writes(tile: Tile) -> list[tuple[Tile, Stretch]]:
     """The stretches of targets that a tile makes, each with the copies that it is made of, which cover it."""
-    return _stretches(tile, [copy.target for copy in tile], [copy.target_view for copy in tile], 0)
+    return _stretches([(copy.target, copy, copy.target_view) for copy in tile], 0)
 
 
-def _stretches(
-    tile: Tile, tensors: Sequence[TensorInfo | str], views: list[View], gap: int
-) -> list[tuple[Tile, Stretch]]:
-    found = []
-    for tensor in dict.fromkeys(tensors):
-        members = [number for number, name in enumerate(tensors) if name == tensor]
-        for stretch, numbers in _of_one_tensor([views[number] for number in members], gap):
-            found.append((tuple(tile[members[number]] for number in numbers), stretch))
-    return found
+def _stretches(sides: Iterable[tuple[Hashable, Copy, View]], gap: int) -> list[tuple[Tile, Stretch]]:
+    of_tensor: dict[Hashable, list[tuple[Copy, View]]] = defaultdict(list)
+    for tensor, copy, view in sides:
+        of_tensor[tensor].append((copy, view))
+    return [stretch for members in of_tensor.values() for stretch in _of_one_tensor(members, gap)]
 
 
-def _of_one_tensor(views: list[View], gap: int) -> Iterator[tuple[Stretch, Sequence[int]]]:
+def _of_one_tensor(members: list[tuple[Copy, View]], gap: int) -> list[tuple[Tile, Stretch]]:
     """All views in one run if they fill it (but for gaps), else each by itself."""
+    copies, views = zip(*members)
     each = [_stretch(view, gap) for view in views]
     if len(each) > 1:
         starts = np.concatenate([stretch.starts for stretch in each])
@@ -213,9 +199,8 @@ def _of_one_tensor(views: list[View], gap: int) -> Iterator[tuple[Stretch, Seque
         if (starts[1:] <= stops[:-1] + gap).all():
             begin = int(starts[0])
             shifted = tuple(replace(view, offset=view.offset - begin) for view in views)
-            yield Stretch(starts[:1], int(stops[-1]) - begin, shifted), range(len(views))
-            return
-    yield from ((stretch, [number]) for number, stretch in enumerate(each))
+            return [(copies, Stretch(starts[:1], int(stops[-1]) - begin, shifted))]
+    return [((copy,), stretch) for copy, stretch in zip(copies, each)]
 
 
 def _stretch(view: View, gap: int) -> Stretch:
@@ -229,10 +214,9 @@ def _stretch(view: View, gap: int) -> Stretch:
         length += stride * (count - 1)
         inner.append(outer.pop())
     starts = np.array([view.offset], np.int64)
-    strides = list(view.strides)
-    distance = length
     for axis in outer:
         starts = (starts[:, None] + np.arange(view.shape[axis], dtype=np.int64) * view.strides[axis]).reshape(-1)
+    strides, distance = list(view.strides), length
     for axis in reversed(outer):
         strides[axis] = distance
         distance *= view.shape[axis]

@@ -10,12 +10,15 @@ import numpy as np
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.inputs.identify import Weights
-from mf_qwen3_bridge.transfer.copying import LoadedTile, Made, Transfer
+from mf_qwen3_bridge.transfer.copying import Made, Transfer
 from mf_qwen3_bridge.transfer.plan import Plan
 from mf_qwen3_bridge.transfer.progress import progress_bar
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 from mf_qwen3_bridge.transfer.tiles import tiles
 from mf_qwen3_bridge.verify import diagnosis
+
+# Of the second checkpoint, by each thread at a time.
+_COMPARED_ELEMENTS = 256 << 10
 
 
 @dataclass
@@ -117,10 +120,10 @@ def _compare(plan: Plan, theirs: Mapping[str, TensorInfo], by_source: bool) -> d
     dtypes = {name: tensor.dtype for name, tensor in theirs.items()}
     with progress_bar("comparing", plan.source_nbytes) as advance, Transfer(advance) as transfer:
 
-        def look(loaded: LoadedTile) -> list[tuple[str, int, int]]:
-            return [found for made in loaded.made for found in _differences(made, theirs, by_source, transfer)]
+        def look(made: Made) -> list[tuple[str, int, int]]:
+            return list(_differences(made, theirs, by_source, transfer))
 
-        for seen in transfer.each(tiles(copies, to_files=True), look, dtypes, with_spare=True):
+        for seen in transfer.make(tiles(copies, to_files=True), look, dtypes):
             for name, elements, different in seen:
                 counts[name].elements += elements
                 counts[name].different += different
@@ -131,14 +134,15 @@ def _differences(
     made: Made, theirs: Mapping[str, TensorInfo], by_source: bool, transfer: Transfer
 ) -> Iterator[tuple[str, int, int]]:
     """For each copy of what a tile makes: the tensor's name, elements, and how many differ."""
-    there = made.spare
-    assert there is not None
-    for start, run in made.runs(there):
-        transfer.read(theirs[made.target], start, run)
-    raw = np.dtype(f"u{there.itemsize}")
-    are_equal = np.array_equal(made.elements.view(raw), there.view(raw))
-    if not are_equal:
-        np.not_equal(made.elements.view(raw), there.view(raw), out=made.elements.view(raw), casting="unsafe")
+    raw = np.dtype(f"u{made.runs[0][1].itemsize}")
+    are_equal = True
+    for start, run in made.runs:
+        for begin in range(0, run.size, _COMPARED_ELEMENTS):
+            piece = run[begin : begin + _COMPARED_ELEMENTS].view(raw)
+            there = np.empty_like(piece)
+            transfer.read(theirs[made.target], start + begin, there)
+            piece ^= there
+            are_equal = are_equal and not np.count_nonzero(piece)
     for copy, elements, place in made.parts:
         name = copy.source.name if by_source else copy.target
         yield name, elements.size, 0 if are_equal else int(np.count_nonzero(place.view(raw)))

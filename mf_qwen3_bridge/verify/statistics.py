@@ -15,10 +15,10 @@ from mf_qwen3_bridge.errors import fold_names
 from mf_qwen3_bridge.inputs.identify import Weights
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF
-from mf_qwen3_bridge.transfer.copying import LoadedTile, Transfer
+from mf_qwen3_bridge.transfer.copying import Transfer
 from mf_qwen3_bridge.transfer.plan import check_values
 from mf_qwen3_bridge.transfer.progress import progress_bar
-from mf_qwen3_bridge.transfer.tiles import tiles
+from mf_qwen3_bridge.transfer.tiles import Copy, tiles
 from mf_qwen3_bridge.transfer.values import largest_magnitude
 
 _BLOCK = 64 << 10  # elements that numpy sums accurately enough in float32, and that stay in the cache
@@ -116,8 +116,8 @@ def measure(weights: Weights) -> dict[str, Statistics]:
     found: dict[str, Statistics] = defaultdict(Statistics)
     copies = (copy for target in plan.targets for copy in target.copies)
 
-    def look(loaded: LoadedTile) -> list[tuple[str, Statistics]]:
-        return [(copy.target, statistics_of(elements)) for copy, elements in zip(loaded.tile, loaded.elements)]
+    def look(elements_of: Mapping[Copy, np.ndarray]) -> list[tuple[str, Statistics]]:
+        return [(copy.target, statistics_of(elements)) for copy, elements in elements_of.items()]
 
     with progress_bar("reading", plan.source_nbytes) as advance, Transfer(advance) as transfer:
         for several in transfer.each(tiles(copies), look):

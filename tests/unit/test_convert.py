@@ -287,8 +287,8 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path, monkeypatch):
     lent = []
     from mf_qwen3_bridge.transfer.copying import Buffers
 
-    original = Buffers.lend
-    monkeypatch.setattr(Buffers, "lend", lambda self, nbytes: (lent.append(nbytes), original(self, nbytes))[1])
+    original = Buffers._take
+    monkeypatch.setattr(Buffers, "_take", lambda self, nbytes: (lent.append(nbytes), original(self, nbytes))[1])
     run(to_mindformers(check(directory), TRAIN, tmp_path / "mf"))
     assert max(lent) <= 2 * tiles.TILE_BYTES + 64
     assert max(tensor.nbytes for tensor in open_source(tmp_path / "mf").tensors.values()) > 5 * max(lent)
