@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -88,6 +88,13 @@ def fold_names(names: Iterable[str]) -> list[str]:
                 families[name, ""] = []
         folded = [before + _braces(sorted(numbers)) + after for (before, after), numbers in families.items()]
     return folded
+
+
+def folded_problems(names_of: Mapping[tuple[str, str], Iterable[str]]) -> Iterator[Problem]:
+    """From (found, remedy) -> tensor names, a problem for each of :func:`fold_names`."""
+    for (found, remedy), names in names_of.items():
+        for name in fold_names(names):
+            yield Problem(name, found, remedy)
 
 
 def _braces(numbers: Sequence[int]) -> str:

@@ -237,7 +237,7 @@ def unify(source: Source, output: Path) -> Job:
         problems = [Problem(tensor.name, f"dtype {tensor.dtype}", "no weights are stored so") for tensor in odd]
         raise BridgeError(f"{odd[0].file} can't be merged", problems)
     dialect = Dialect(source.declared_layout)
-    plan = Plan(dialect, dialect, tuple(Target.of(tensor) for tensor in tensors.values()))
+    plan = Plan(dialect, tuple(Target.of(tensor) for tensor in tensors.values()))
     files, index = mindformers_files(plan, saved_by=source.tensor_parallel)
     others = {HYPER_PARAMETERS: _hyper_parameters(unlisted)} if unlisted else {}
     parts = (Part.of(plan, files),)

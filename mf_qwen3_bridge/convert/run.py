@@ -17,7 +17,7 @@ from mf_qwen3_bridge import __version__
 from mf_qwen3_bridge.convert.file_layout import OutputFile
 from mf_qwen3_bridge.convert.output_directory import OutputDirectory
 from mf_qwen3_bridge.convert.workers import ALONE, Worker, Workers
-from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.errors import BridgeError, fold_names, folded_problems
 from mf_qwen3_bridge.transfer.copying import BUFFER_BYTES, Made, Transfer
 from mf_qwen3_bridge.transfer.plan import Plan, check_values
 from mf_qwen3_bridge.transfer.progress import progress_bar, size_text
@@ -274,13 +274,11 @@ def _check_values(findings: Findings) -> None:
     for (target, source), magnitude in findings.magnitudes.items():
         magnitudes[target][source] = magnitude
     check_values(magnitudes)
-    problems = []
+    overflowed = {}
     for (dtype, narrower), casts in findings.casts.items():
         remedy = "use fp32" if narrower == "BF16" else "use bf16, which has float32's range, or fp32"
-        problems += [
-            Problem(name, f"{dtype} values too large for {narrower}", remedy) for name in fold_names(casts.overflowed)
-        ]
-    if problems:
+        overflowed[f"{dtype} values too large for {narrower}", remedy] = casts.overflowed
+    if problems := list(folded_problems(overflowed)):
         raise BridgeError("not all values fit the new dtype", problems)
 
 

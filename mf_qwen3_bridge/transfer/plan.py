@@ -7,14 +7,15 @@ built or read. What is done with the bytes (loaded into a network, written to fi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names, folded_problems
 from mf_qwen3_bridge.model.layouts import Box, View
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT, is_training_state
@@ -77,7 +78,6 @@ class Plan:
     """What is made of a checkpoint, and from which tensors.
 
     Attributes:
-        source: the checkpoint's dialect.
         target: the dialect of what is made.
         targets: the tensors to make, in the model's order.
         duplicates: pairs (kept, dropped) of source tensors that must hold the same bytes: an ``lm_head`` that is
@@ -87,7 +87,6 @@ class Plan:
         whole: gives the plan that makes whole tensors, if this one makes slices of them.
     """
 
-    source: Dialect
     target: Dialect
     targets: tuple[Target, ...]
     duplicates: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
@@ -183,15 +182,8 @@ def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Pla
         raise BridgeError("invalid weights: tensors that are all zero or contain NaN or infinity", problems)
 
 
-@dataclass(frozen=True)
-class TensorMatch:
-    """How a checkpoint's tensors match those that a model needs.
-
-    Attributes:
-        problems: tensors that are missing, left over, or of a wrong shape or dtype.
-        duplicates: see :class:`Plan`.
-        ignored: see :class:`Plan`.
-    """
+class TensorMatch(NamedTuple):
+    """How a checkpoint's tensors match those that a model needs; ``duplicates`` and ``ignored`` as in :class:`Plan`."""
 
     problems: tuple[Problem, ...] = ()
     duplicates: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
@@ -199,7 +191,7 @@ class TensorMatch:
 
 
 def match_tensors(rules: Iterable[Rule], tensors: Mapping[str, TensorInfo], source: Dialect) -> TensorMatch:
-    """Compares the names, shapes and dtypes of a checkpoint's tensors with those that a model needs.
+    """Finds tensors that are missing, left over, or of a wrong shape or dtype.
 
     Args:
         rules: the model's table.
@@ -209,15 +201,18 @@ def match_tensors(rules: Iterable[Rule], tensors: Mapping[str, TensorInfo], sour
     expected = {place.tensor: place.shape for rule in rules for place in rule.places(source)}
     leftover = tensors.keys() - expected.keys()
     ignored = {name for name in leftover if not source.is_hf and is_training_state(name, expected)}
-    duplicates = _duplicates(tensors, leftover, source)
-    leftover -= ignored | {dropped.name for _, dropped in duplicates}
+    leftover -= ignored
+    duplicates: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    kept, dropped = source.name(EMBEDDING), source.name(OUTPUT)
+    if dropped in leftover and kept in tensors and tensors[kept].shape == tensors[dropped].shape:
+        duplicates = ((tensors[kept], tensors[dropped]),)  # as in several released checkpoints of tied models
+        leftover -= {dropped}
     problems = (
         *(Problem(name, "missing", _remedy_for_missing(name)) for name in fold_names(expected.keys() - tensors.keys())),
         *(Problem(name, "not a tensor of this model", _remedy_for_leftover(name)) for name in fold_names(leftover)),
-        *_shape_problems(tensors, expected),
-        *_dtype_problems(tensors[name] for name in expected if name in tensors),
+        *folded_problems(_mismatches(tensors, expected)),
     )
-    return TensorMatch(problems, tuple(duplicates), tuple(sorted(ignored)))
+    return TensorMatch(problems, duplicates, tuple(sorted(ignored)))
 
 
 def make_plan(
@@ -257,7 +252,7 @@ def make_plan(
         Target(name, shape, dtype or _common_dtype(parts), tuple(parts)) for (name, shape), parts in copies.items()
     )
     whole = None if rank == WHOLE else partial(make_plan, rules, tensors, source, target, dtype)
-    return Plan(source, target, tuple(targets), match.duplicates, match.ignored, rank, whole)
+    return Plan(target, tuple(targets), match.duplicates, match.ignored, rank, whole)
 
 
 def write_slices(plan: Plan, boxes: Mapping[str, Box]) -> Plan:
@@ -301,16 +296,6 @@ def _common_dtype(copies: Iterable[Copy]) -> str:
     return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
-def _duplicates(
-    tensors: Mapping[str, TensorInfo], leftover: set[str], source: Dialect
-) -> list[tuple[TensorInfo, TensorInfo]]:
-    """A tied model's output layer, if it is stored all the same, as in several released checkpoints."""
-    kept, dropped = source.name(EMBEDDING), source.name(OUTPUT)
-    if dropped in leftover and kept in tensors and tensors[kept].shape == tensors[dropped].shape:
-        return [(tensors[kept], tensors[dropped])]
-    return []
-
-
 def _remedy_for_missing(name: str) -> str:
     if name in OUTPUT:
         return "if the model's embeddings are tied, set tie_word_embeddings to true in config.json; else copy the file"
@@ -325,23 +310,18 @@ def _remedy_for_leftover(name: str) -> str:
     return "was it renamed, or is it of another model?"
 
 
-def _shape_problems(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> Iterator[Problem]:
-    wrong: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
-    for name, shape in expected.items():
-        if name in tensors and tensors[name].shape != shape:
-            wrong.setdefault((tensors[name].shape, shape), []).append(name)
-    for (got, want), names in wrong.items():
-        for name in fold_names(names):
-            yield Problem(name, f"shape {got}, {want} expected", "config and weights are of two models")
-
-
-def _dtype_problems(tensors: Iterable[TensorInfo]) -> Iterator[Problem]:
-    wrong: dict[str, list[str]] = {}
-    for tensor in tensors:
+def _mismatches(
+    tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
+) -> dict[tuple[str, str], list[str]]:
+    """(found, remedy) -> names of the tensors of a wrong shape, then of a wrong dtype."""
+    wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
+    present = {name: tensors[name] for name in expected if name in tensors}
+    for name, tensor in present.items():
+        if tensor.shape != expected[name]:
+            found = f"shape {tensor.shape}, {expected[name]} expected"
+            wrong[found, "config and weights are of two models"].append(name)
+    for name, tensor in present.items():
         if tensor.dtype not in FLOATS:
-            wrong.setdefault(tensor.dtype, []).append(tensor.name)
-    for dtype, names in wrong.items():
-        for name in fold_names(names):
-            yield Problem(
-                name, f"dtype {dtype}", f"only {', '.join(FLOATS)} are weights; use the unquantised checkpoint"
-            )
+            remedy = f"only {', '.join(FLOATS)} are weights; use the unquantised checkpoint"
+            wrong[f"dtype {tensor.dtype}", remedy].append(name)
+    return wrong

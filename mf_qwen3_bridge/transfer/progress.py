@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from tqdm import tqdm
-
-Item = TypeVar("Item")
 
 
 @contextmanager
@@ -16,11 +13,6 @@ def progress_bar(label: str, nbytes: int) -> Iterator[Callable[[int], object]]:
     """Shows a bar on stderr over ``nbytes`` bytes; yields the function to call with each number of bytes done."""
     with tqdm(total=nbytes, desc=label, unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False) as bar:
         yield bar.update
-
-
-def steps(label: str, items: Iterable[Item], total: int) -> Iterator[Item]:
-    """Yields the same items, with a bar on stderr that counts them."""
-    yield from tqdm(items, total=total, desc=label, unit="stage", disable=None, leave=False)
 
 
 def size_text(nbytes: float) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -35,15 +36,8 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 # Bits of an element of every dtype that a header may name.
-_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "C64": 64,
-}
+_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
+_BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64}
 # The limit that the safetensors library sets itself.
 _MAX_HEADER = 100_000_000
 
@@ -53,10 +47,8 @@ class TensorInfo:
     """A tensor in a safetensors file, not read yet.
 
     Attributes:
-        name: its name.
-        shape: its shape.
+        name, shape, file: its name and shape, and the file that holds it.
         dtype: its dtype as safetensors spells it, such as ``BF16``.
-        file: the file that holds it.
         start: offset of its first byte in the file.
         nbytes: its size in bytes.
         shards: the blocks that cover it, if these are stored instead of the whole; ``file`` and ``start`` are then
@@ -72,14 +64,8 @@ class TensorInfo:
     shards: tuple[Shard, ...] = ()
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A block of a tensor that is stored as a tensor of its own.
-
-    Attributes:
-        tensor: the block as it is stored.
-        box: where it is in the whole.
-    """
+class Shard(NamedTuple):
+    """A block of a tensor that is stored as a tensor of its own: ``box`` is where it is in the whole."""
 
     tensor: TensorInfo
     box: Box

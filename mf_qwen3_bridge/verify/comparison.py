@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.errors import BridgeError, Problem, folded_problems
 from mf_qwen3_bridge.inputs.identify import Weights
 from mf_qwen3_bridge.transfer.copying import Made, Transfer
 from mf_qwen3_bridge.transfer.plan import Plan
@@ -56,15 +56,13 @@ class Report:
 
     def problems(self) -> Iterator[Problem]:
         """What differs, folded."""
+        different: dict[tuple[str, str], list[str]] = defaultdict(list)
         for (left, right), names in self.dtypes.items():
-            for name in fold_names(names):
-                yield Problem(name, f"{left}, and {right}", "dtypes differ; values are compared as the second's")
-        alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+            different[f"{left}, and {right}", "dtypes differ; values are compared as the second's"] += names
         for name, count in self.counts.items():
-            alike[_share(count), self.suggestions.get(name, "")].append(name)
-        for (share, suggestion), names in alike.items():
-            for name in fold_names(names):
-                yield Problem(name, f"values differ in {share} of elements", suggestion)
+            found = f"values differ in {_share(count)} of elements"
+            different[found, self.suggestions.get(name, "")].append(name)
+        return folded_problems(different)
 
 
 def _share(count: Count) -> str:

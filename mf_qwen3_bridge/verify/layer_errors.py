@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.disagreements import config_rows
@@ -14,7 +15,6 @@ from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check_trained
 from mf_qwen3_bridge.model.rules import INFER
 from mf_qwen3_bridge.transfer.plan import Plan
-from mf_qwen3_bridge.transfer.progress import steps
 from mf_qwen3_bridge.verify.reference import EMBEDDED, LOGITS, STAGES, Stage, forward
 
 # What a network may be off that computes in this dtype, relative to the largest value of a stage. A misplaced row makes
@@ -117,7 +117,8 @@ def layer_errors(
     """
     errors = {}
     with np.errstate(all="ignore"):  # what a wrong network makes of a stage goes into the next
-        for stage, right in steps("reference", forward(model, token_ids, found), len(found)):
+        stages = forward(model, token_ids, found)
+        for stage, right in tqdm(stages, "reference", len(found), disable=None, leave=False, unit="stage"):
             error = float(np.abs(found[stage] - right).max() / np.abs(right).max())
             errors[stage] = error if np.isfinite(error) else float("inf")
     return LayerErrors(errors, TOLERANCES[dtype])
