@@ -69,7 +69,7 @@ def declared_by(sides: Mapping[str, Mapping[str, Any]], keys: Iterable[str]) -> 
 def _row(
     declared: list[tuple[str, str, Any]], accepted: tuple[Any, ...], weights: str | None = None
 ) -> Iterator[Problem]:
-    wrong = [(side, key) for side, key, value in declared if not any(_same(value, right) for right in accepted)]
+    wrong = [(side, key) for side, key, value in declared if not any(is_same(value, right) for right in accepted)]
     if wrong:
         lines = [f"{side}: {value}" for side, _, value in declared] + ([weights] if weights else [])
         remedy = " and ".join(f"set {key} to {accepted[0]} in {side}" for side, key in wrong)
@@ -78,9 +78,10 @@ def _row(
         yield Problem(declared[0][1], "\n".join(lines), remedy)
 
 
-def _same(left: Any, right: Any) -> bool:
+def is_same(left: Any, right: Any) -> bool:
+    """Whether two values from a config.json, a YAML or a command line are one; YAML takes 1e-6 for a string."""
     try:
-        return float(left) == float(right)  # YAML takes 1e-6 for a string
+        return float(left) == float(right)
     except (TypeError, ValueError, OverflowError):
         return bool(left == right)
 

@@ -8,12 +8,18 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM, set_context
 from mindformers.models.build_config import get_model_config
+from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
+from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
+from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3MoeForCausalLM
+from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.tools.register import MindFormerConfig
 
 import mf_qwen3_bridge
 from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.mindformers.cpu.device import predict_environment
 from mf_qwen3_bridge.mindformers.patching import auto, configs
 from tests.integration.conftest import CHECKPOINTS, NAMES, SMALL_CACHE, TOLERANCE, empty_network, golden, logits_error
 
@@ -78,6 +84,83 @@ def test_a_yaml_may_speak_mindformers_dialect():
     config = by_yaml(CHECKPOINTS / "tied_bf16", **said)
     assert {key: getattr(config, key) for key in said} == said
     by_yaml(CHECKPOINTS / "untied_fp32", architectures=["InferenceQwen3ForCausalLM"])  # a class of one's own
+
+
+NETWORKS = {
+    "untied_fp32": (InferenceQwen3ForCausalLM, TrainingQwen3ForCausalLM),
+    "moe_fp32": (InferenceQwen3MoeForCausalLM, TrainingQwen3MoeForCausalLM),
+}
+
+
+def by_mindformers_names(directory: Path) -> dict[str, object]:
+    """What config.json declares, under other names that MindFormers has for it, as a YAML may repeat it."""
+    config = check(directory).hf_config
+    names = {
+        "num_hidden_layers": ("num_layers", "n_layer"),
+        "num_attention_heads": ("num_heads",),
+        "num_key_value_heads": ("num_query_groups", "n_kv_heads"),
+        "head_dim": ("kv_channels",),
+        "intermediate_size": ("ffn_hidden_size",),
+        "rms_norm_eps": ("layernorm_epsilon",),
+        "rope_theta": ("rotary_base", "theta"),
+        "attention_bias": ("add_qkv_bias",),
+        "num_experts": ("num_moe_experts", "expert_num"),
+        "moe_intermediate_size": ("moe_ffn_hidden_size",),
+        "num_experts_per_tok": ("moe_router_topk",),
+    }
+    said = {alias: config[name] for name, aliases in names.items() if name in config for alias in aliases}
+    return said | {"layernorm_epsilon": "1.e-6"}  # YAML takes it for a string
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_predict_yaml_may_repeat_config_json_under_mindformers_names(name: str):
+    """Upstream takes two names of one thing for a conflict, even if they agree."""
+    mf_qwen3_bridge.patch()
+    float32 = dict.fromkeys(("params_dtype", "compute_dtype", "layernorm_compute_dtype", "rotary_dtype"), "float32")
+    config = by_yaml(CHECKPOINTS / name, **SMALL_CACHE, **float32, **by_mindformers_names(CHECKPOINTS / name))
+    with predict_environment("CPU"):
+        network = NETWORKS[name][0](config)
+    network.load_weights(CHECKPOINTS / name)
+    assert logits_error(network, golden(name)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_finetune_yaml_may_repeat_config_json_under_mindformers_names(name: str):
+    mf_qwen3_bridge.patch()
+    said = by_mindformers_names(CHECKPOINTS / name)
+    empty_network(CHECKPOINTS / "untied_fp32")
+    set_context(run_mode="finetune")
+    try:
+        section = {"pretrained_model_dir": str(CHECKPOINTS / name), "model_config": MindFormerConfig(**said)}
+        network = NETWORKS[name][1](get_model_config(MindFormerConfig(**section)))
+    finally:
+        set_context(run_mode="predict")
+    converted = network.get_gpt_transformer_config()
+    built = {key: getattr(converted, key) for key in ("num_layers", "num_query_groups", "kv_channels", "rotary_base")}
+    assert built == {key: said[key] for key in built}
+
+
+def test_a_yaml_that_contradicts_config_json_under_mindformers_names():
+    mf_qwen3_bridge.patch()
+    directory = CHECKPOINTS / "untied_fp32"
+    said = {"num_layers": 3, "n_layer": 2, "rotary_base": 10000, "add_qkv_bias": True}
+    with pytest.raises(BridgeError, match="contradicts") as error:
+        configs.normalise_model_config({"pretrained_model_dir": str(directory)} | said)
+    assert [problem.subject for problem in error.value.problems] == ["num_layers", "rotary_base", "add_qkv_bias"]
+    declared, found = error.value.problems[0].found.splitlines()
+    assert declared == f"{directory}/config.json: num_hidden_layers 2"
+    assert found == "model.model_config: 3"
+    with pytest.raises(BridgeError, match="leave rotary_base out"):
+        by_yaml(directory, **said)
+
+
+def test_a_yaml_may_change_a_number_under_both_names():
+    mf_qwen3_bridge.patch()
+    config = by_yaml(CHECKPOINTS / "tied_bf16", num_hidden_layers=1, num_layers=1)
+    assert config.num_hidden_layers == 1
+    assert not hasattr(config, "num_layers")
+    with pytest.raises(BridgeError, match=r"model\.model_config: num_hidden_layers 1"):
+        by_yaml(CHECKPOINTS / "tied_bf16", num_hidden_layers=1, num_layers=2)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,16 @@ from mindformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from mindformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.inputs.disagreements import is_same
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
-from mf_qwen3_bridge.inputs.mindformers_config import ADDITIONS, LAYOUT_FLAGS
+from mf_qwen3_bridge.inputs.mindformers_config import ADDITIONS, COMPUTED_NAMES, LAYOUT_FLAGS
 from mf_qwen3_bridge.mindformers.cpu.device import builds_training_networks, forget_earlier_networks, prepare_device
 from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
+from mf_qwen3_bridge.model.spec import NAMES
+
+# What a config.json declares, by MindFormers' other names for it.
+_HF_NAMES = {alias: name for _, name, aliases in NAMES for alias in aliases}
+_HF_NAMES |= {alias: name for name, aliases in COMPUTED_NAMES.items() for alias in aliases}
 
 # Of a config.json, what upstream's config classes take although the weights don't depend on it.
 _TAKEN = frozenset({"architectures", "attention_dropout", "output_router_logits", "router_aux_loss_coef"})
@@ -47,10 +53,11 @@ def normalise_model_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         model_config: a config.json updated with a YAML's ``model.model_config``, whose entries stay as they are but for
-            YaRN. Without a ``pretrained_model_dir`` no config.json is involved, and all is returned as it is.
+            YaRN and other names of config.json's entries. Without a ``pretrained_model_dir`` no config.json is
+            involved, and all is returned as it is.
 
     Raises:
-        BridgeError: MindFormers' Qwen3 does not compute what it describes.
+        BridgeError: MindFormers' Qwen3 does not compute what it describes, or the YAML contradicts it.
     """
     directory = model_config.get("pretrained_model_dir")
     if not directory or not (path := Path(directory) / "config.json").is_file():
@@ -59,6 +66,7 @@ def normalise_model_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
     of_yaml = {key: value for key, value in model_config.items() if key not in in_file or value != in_file[key]}
     additions = {key: of_yaml.pop(key) for key in ADDITIONS & of_yaml.keys()}
     normalised = normalise(in_file | additions, str(path))
+    of_yaml = _drop_aliases(of_yaml, normalised, path)
     taken = {key: value for key, value in in_file.items() if key in _TAKEN}
     if not builds_training_networks():
         return taken | normalised | of_yaml
@@ -69,6 +77,27 @@ def normalise_model_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
     if "moe_router_topk_scaling_factor" in of_yaml:  # its other name
         needed.pop("routed_scaling_factor", None)
     return taken | needed | normalised | of_yaml
+
+
+def _drop_aliases(of_yaml: Mapping[str, Any], in_file: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A YAML's entries without those that repeat config.json's under another name, such as ``num_layers``.
+
+    MindFormers refuses two names of one thing, even if they agree (1.7 to 1.9), or ignores the one it does not know.
+    """
+    kept: dict[str, Any] = {}
+    problems = []
+    for key, value in of_yaml.items():
+        name = _HF_NAMES.get(key)
+        if name is None or name not in in_file:
+            kept[key] = value
+            continue
+        source, declared = ("model.model_config", of_yaml[name]) if name in of_yaml else (path, in_file[name])
+        if value is not None and not is_same(value, declared):
+            found = f"{source}: {name} {declared}\nmodel.model_config: {value}"
+            problems.append(Problem(key, found, f"leave {key} out, or set it to {declared}"))
+    if problems:
+        raise BridgeError(f"the YAML's model.model_config contradicts {path}", problems)
+    return kept
 
 
 def declared_layout_flags(config: Any) -> dict[str, Any]:
