@@ -128,7 +128,7 @@ def test_bfloat16(name: str, dtypes: dict[str, str]) -> None:
 @pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16])
 def test_tokens_are_sorted_by_expert_and_back(dtype: Any) -> None:
     """Three tokens, two of four experts each; expert 3 gets none."""
-    cpu_ops.install()
+    cpu_ops.STAND_INS.install()
     tokens = ms.Tensor([[1, 10], [2, 20], [3, 30]], dtype)
     experts = ms.Tensor([[2, 0], [1, 2], [0, 2]], ms.int32)
     copies, rows, counts, _ = MoeInitRoutingV2()(tokens, experts, 0, 0, 4, 0, 2, True)
@@ -147,7 +147,7 @@ def test_tokens_are_sorted_by_expert_and_back(dtype: Any) -> None:
 @pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16])
 def test_grouped_matmul(dtype: Any) -> None:
     """MindSpore's own example, with an expert that gets no row, and a row that is another rank's."""
-    cpu_ops.install()
+    cpu_ops.STAND_INS.install()
     rows = ms.Tensor([[n] * 4 for n in (0, 1, 2, 2, 1, 1, 9)], dtype)
     matrices = np.arange(32).reshape(4, 4, 2)
     weight = ms.Tensor(np.insert(matrices, 2, 99, axis=0), dtype)
@@ -160,7 +160,7 @@ def test_grouped_matmul(dtype: Any) -> None:
 
 
 def test_other_uses_of_the_operators_are_refused() -> None:
-    cpu_ops.install()
+    cpu_ops.STAND_INS.install()
     rows, experts = ms.Tensor([[1.0, 2.0]]), ms.Tensor([[0]], ms.int32)
     with pytest.raises(NotImplementedError, match="MoeInitRoutingV2"):
         MoeInitRoutingV2()(rows, experts, 0, 1, 1, 1, 0, False)
@@ -217,22 +217,22 @@ def test_uninstall_gives_everything_back() -> None:
     def attributes() -> list[Any]:
         return [vars(declared.owner)[declared.name] for declared in declarations]
 
-    cpu_ops.uninstall()
+    cpu_ops.STAND_INS.uninstall()
     upstream = attributes()
-    cpu_ops.install()
+    cpu_ops.STAND_INS.install()
     stand_ins = dict(cpu_ops.STAND_INS.installed)
-    cpu_ops.install()
+    cpu_ops.STAND_INS.install()
     assert attributes() == [stand_ins[declared.owner, declared.name] for declared in declarations]
     assert not {id(value) for value in upstream} & {id(stand_in) for stand_in in stand_ins.values()}
-    cpu_ops.uninstall()
-    cpu_ops.uninstall()
+    cpu_ops.STAND_INS.uninstall()
+    cpu_ops.STAND_INS.uninstall()
     assert all(ours is theirs for ours, theirs in zip(attributes(), upstream))
 
 
 def test_install_leaves_other_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu_ops.uninstall()
+    cpu_ops.STAND_INS.uninstall()
     monkeypatch.setattr(cpu_ops.ms, "get_context", {"device_target": "Ascend"}.__getitem__)
-    cpu_ops.install()
+    cpu_ops.STAND_INS.install()
     assert not cpu_ops.STAND_INS.installed
 
 

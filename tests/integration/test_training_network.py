@@ -109,18 +109,18 @@ def test_logits_are_those_of_transformers_if_the_layout_is_right(
 def test_install_and_uninstall() -> None:
     declarations = cpu_training_ops.STAND_INS.declarations
     replaced = {(declared.owner, declared.name): vars(declared.owner)[declared.name] for declared in declarations}
-    cpu_training_ops.install()
+    cpu_training_ops.STAND_INS.install()
     try:
         assert all(vars(owner)[name] is not upstream for (owner, name), upstream in replaced.items())
-        cpu_training_ops.install()
+        cpu_training_ops.STAND_INS.install()
     finally:
-        cpu_training_ops.uninstall()
+        cpu_training_ops.STAND_INS.uninstall()
     assert all(vars(owner)[name] is upstream for (owner, name), upstream in replaced.items())
 
 
 def test_another_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ms, "get_context", lambda key: "Ascend")
-    cpu_training_ops.install()
+    cpu_training_ops.STAND_INS.install()
     assert not cpu_training_ops.STAND_INS.installed
 
 

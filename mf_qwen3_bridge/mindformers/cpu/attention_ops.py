@@ -21,17 +21,10 @@ def _rotary_embedding_construct(
     rotary_pos_sin: Tensor,
     seq_lens_tensor: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``ApplyRotaryPosEmb`` in its mode "rotate_half".
+    """``ApplyRotaryPosEmb`` in its mode "rotate_half": rotates ``query`` (T, N*D) and ``key`` (T, G*D).
 
-    Args:
-        query: (T, N*D).
-        key: (T, G*D).
-        rotary_pos_cos: the whole table (positions, D) in prefill, a row per token (T, D) in decode.
-        rotary_pos_sin: likewise.
-        seq_lens_tensor: int32 (B,), the length of each sequence with what is cached.
-
-    Returns:
-        ``query`` and ``key``, rotated, in their own shapes and dtypes.
+    ``rotary_pos_cos`` and ``rotary_pos_sin`` are the whole table (positions, D) in prefill, and have a row per token
+    (T, D) in decode; ``seq_lens_tensor``, int32 (B,), is the length of each sequence with what is cached.
     """
     if self.rotary_percent < 1.0:
         raise NotImplementedError("the CPU stand-in for RotaryEmbedding rotates whole heads only")
@@ -62,7 +55,6 @@ def _flash_attention_construct(
     slot_mapping: Tensor,
     block_tables: Tensor,
     batch_valid_length: Tensor,
-    context_lens_tensor: Tensor,
     q_seq_lens: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -75,11 +67,9 @@ def _flash_attention_construct(
         key: (T, G*D), like ``value``.
         slot_mapping: int32 (T,), each token's place in the cache.
         block_tables: int32 (B, max blocks), each sequence's blocks, padded with -1.
-        batch_valid_length: int32 (B,), all tokens of each sequence, cached and new.
-        context_lens_tensor: int32 (B,), the cached ones.
-        q_seq_lens: int32 (B,), the new ones.
+        batch_valid_length: int32 (B,), all tokens of each sequence; ``q_seq_lens`` has the new ones.
         key_cache: (blocks, block_size, G, D), like ``value_cache``; written in place.
-        _: what else upstream passes (masks, actual_seq_qlen...); the same information in another form.
+        _: masks, the cached tokens, ...: the same information in another form.
 
     Returns:
         (T, N*D) in ``query``'s dtype.

@@ -49,12 +49,12 @@ def inference_device() -> Iterator[None]:
     """The environment and, on a CPU, the stand-ins for an inference network that computes in a process of any kind."""
     is_installed = bool(inference_ops.STAND_INS.installed)
     with predict_environment(ms.get_context("device_target")):
-        inference_ops.install()
+        inference_ops.STAND_INS.install()
         try:
             yield
         finally:
             if not is_installed:
-                inference_ops.uninstall()
+                inference_ops.STAND_INS.uninstall()
 
 
 def builds_training_networks() -> bool:
@@ -78,13 +78,13 @@ def prepare_device() -> None:
     if builds_training_networks():
         from mf_qwen3_bridge.mindformers.cpu import training_ops  # imports modules that inference does without
 
-        inference_ops.uninstall()  # of an earlier network; it gets them back when it generates
-        training_ops.install()
+        inference_ops.STAND_INS.uninstall()  # of an earlier network; it gets them back when it generates
+        training_ops.STAND_INS.install()
     else:
         if os.environ.get("RUN_MODE") == "predict" and ms.get_context("mode") == ms.GRAPH_MODE:
             raise BridgeError("a CPU can't compute MindFormers' inference network in graph mode: set context.mode: 1")
         set_cpu_environment()
-        inference_ops.install()
+        inference_ops.STAND_INS.install()
 
 
 def forget_earlier_networks() -> None:

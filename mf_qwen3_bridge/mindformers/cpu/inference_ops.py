@@ -1,45 +1,14 @@
 """Replaces operators that only Ascend has, so that MindFormers' own inference network runs on a CPU.
 
-The classes, their parameters, the bookkeeping of the paged KV cache and ``generate()`` stay upstream's.
-:func:`install` replaces these attributes and nothing else, and only while MindSpore's device target is CPU:
-
-============================== ======================================== =========================================
-replaced                       because a CPU lacks                      stand-in
-============================== ======================================== =========================================
-``GPTModel.construct``         (nothing: upstream's phase flag is wrong) phase from the inputs, then upstream's
-``RMSNorm.construct``          ``RmsNorm``                              NumPy, float32
-``RotaryEmbedding.construct``  ``ApplyRotaryPosEmb``                    NumPy, float32
-``FlashAttention.construct``   ``ReshapeAndCache``,                     NumPy, float32; always reads the KV cache
-                               ``FlashAttentionScore``,
-                               ``PagedAttention``
-``MoeInitRoutingV2.__call__``  the operator                             NumPy, keeps all tokens
-``GroupedMatmulV4.__call__``   the operator                             NumPy, float32
-``MoeTokenUnpermute.__call__`` the operator                             NumPy, float32
-``Gather.__call__``            ``Gather`` of bfloat16                   NumPy; other dtypes upstream's
-``MatMul.__call__``            ``MatMul`` of bfloat16                   upstream's in float32, then rounded
-``MLP.construct``              ``Sigmoid``, ``Mul`` of bfloat16         likewise
-``GroupedMLP.construct``       ``Sigmoid``, ``Mul`` of bfloat16         likewise
-``ops.masked_fill``            ``MaskedFill`` of bfloat16               likewise
-``mint.nan_to_num``            ``NanToNum`` of bfloat16                 likewise
-``layers.all_reduce``          ``InnerCommAllReduce``                   ``ops.AllReduce``
-``ProcessGroup.group``         groups of some of the processes          the world, where the group is all of it
-``mint.cumsum``                ``CumsumExt``                            ``ops.cumsum``
-``mint.argmax``                ``ArgMaxExt``                            ``ops.argmax``
-``mint.index_select``          ``IndexSelect``                          ``ops.gather``
-``mint.topk``                  ``TopkExt``: routing, sampling           ``ops.topk``
-``mint.sort``                  ``SortExt``: sampling                    ``ops.sort``
-``mint.zeros``                 ``Zeros`` of bfloat16 (MindSpore 2.7)    NumPy, memory taken on first write
-``mint.empty``                 a default device (MindSpore 2.7: Ascend) upstream's, with ``device="CPU"``
-============================== ======================================== =========================================
-
-Those for attention are in ``attention_ops``, those for experts in ``moe_ops``, the others here.
+The classes, their parameters, the bookkeeping of the paged KV cache and ``generate()`` stay upstream's. What is
+replaced stands above each stand-in, here, in ``attention_ops`` and in ``moe_ops``; nothing else is.
 
 The classes are those of ``mindformers.parallel_core.inference``, alike in MindFormers 1.7.0, 1.8.0 and 1.9.0, in
 PyNative mode (``ENFORCE_EAGER``). In shapes, T is the number of tokens of all sequences of a batch, stored one after
 the other without padding; B the number of sequences, N of heads, G of query groups (KV heads), D the head_dim; K the
 number of experts that each token goes to, E of experts.
 
-A network must be built after :func:`install`: building takes ``mint.zeros``, and its generator keeps the
+A network must be built after the stand-ins are installed: building takes ``mint.zeros``, and its generator keeps the
 ``mint.argmax`` that it finds.
 """
 
@@ -63,18 +32,7 @@ from mindspore.communication import GlobalComm, get_group_size
 from mf_qwen3_bridge.mindformers.cpu import attention_ops, moe_ops  # noqa: F401  declare their stand-ins
 from mf_qwen3_bridge.mindformers.cpu.stand_ins import STAND_INS, to_float32, to_tensor
 
-__all__ = ["STAND_INS", "install", "uninstall"]
-
-
-def install() -> None:
-    """Puts the stand-ins in place; does nothing where they already are, or when the device target isn't CPU."""
-    if ms.get_context("device_target") == "CPU":
-        STAND_INS.install()
-
-
-def uninstall() -> None:
-    """Gives every replaced attribute its upstream value again; does nothing when nothing is installed."""
-    STAND_INS.uninstall()
+__all__ = ["STAND_INS"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the phase
@@ -84,11 +42,10 @@ def uninstall() -> None:
 def _gpt_model_construct(
     upstream: Callable[..., Tensor], self: GPTModel, *args: Any, context_lens_tensor: Tensor, **kwargs: Any
 ) -> Tensor:
-    """Chooses between prefill and decode by the inputs, then runs upstream's ``GPTModel.construct``.
+    """Upstream's, in the right phase: a prefill if nothing is cached, so if ``context_lens_tensor``, int32 (B,), is 0.
 
-    A batch is a prefill when no sequence has tokens in the cache yet: ``context_lens_tensor``, int32 (B,), is all
-    zero. Upstream's flag for it is set during a network's first ``generate()`` only, because graph mode compiles a
-    graph per phase then; in PyNative mode the prefill of the second ``generate()`` would run as a decode.
+    Upstream sets its flag for it during a network's first ``generate()`` only, because graph mode compiles a graph per
+    phase then; in PyNative mode the prefill of the second ``generate()`` would run as a decode.
     """
     self.is_prefill = not context_lens_tensor.asnumpy().any()
     return upstream(self, *args, context_lens_tensor=context_lens_tensor, **kwargs)
@@ -109,7 +66,7 @@ def _rms_norm_construct(self: RMSNorm, x: Tensor) -> Tensor:
     return to_tensor(normed, self.compute_type).astype(x.dtype)
 
 
-# --------------------------------------------------------------------------------------- bfloat16 arithmetic in float32
+# ------------------------------------------------------------- operators that a CPU has, but not in bfloat16: float32's
 
 
 @STAND_INS.wraps_upstream(ops.Gather, "__call__")
@@ -144,7 +101,7 @@ def _is_bfloat16(arg: Any) -> bool:
 
 @STAND_INS.replaces(layers, "all_reduce")
 def _all_reduce(tensor: Tensor, op: str = ops.ReduceOp.SUM, group: str | None = None) -> tuple[Tensor, None]:
-    """The sum of all processes' tensors."""
+    """The sum of all processes' tensors, without ``InnerCommAllReduce``."""
     return ops.AllReduce(op, group)(tensor), None
 
 
@@ -160,7 +117,7 @@ def _group(upstream: property) -> property:
     return property(group)
 
 
-# --------------------------------------------------------------------------------------------------- mindspore.mint
+# -------------------------------------------------- mindspore.mint: CumsumExt, ArgMaxExt, TopkExt, IndexSelect, SortExt
 
 
 @STAND_INS.replaces(mint, "cumsum")
@@ -190,7 +147,7 @@ def _sort(input: Tensor, *, dim: int = -1, descending: bool = False, stable: boo
 
 @STAND_INS.wraps_upstream(mint, "zeros")
 def _zeros(upstream: Callable[..., Tensor], size: Any, *, dtype: Any = None) -> Tensor:
-    """NumPy's zeros take memory when they are first written to: upstream's default KV cache is several GB."""
+    """NumPy's take memory when they are first written to (upstream's KV cache is several GB), and know bfloat16."""
     floats = {None: np.float32, ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: ml_dtypes.bfloat16}
     numpy_dtype = floats.get(dtype)
     if numpy_dtype is None:
@@ -200,4 +157,5 @@ def _zeros(upstream: Callable[..., Tensor], size: Any, *, dtype: Any = None) -> 
 
 @STAND_INS.wraps_upstream(mint, "empty")
 def _empty(upstream: Callable[..., Tensor], *size: Any, device: str | None = None, **kwargs: Any) -> Tensor:
+    """On the CPU; MindSpore 2.7's default is Ascend."""
     return upstream(*size, device=device or "CPU", **kwargs)

@@ -26,15 +26,8 @@ def _moe_init_routing(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Copies each token once for each of its K experts, and sorts the copies by expert, then by token.
 
-    Args:
-        x: (T, hidden_size).
-        expert_idx: int32 (T, K), each token's experts.
-        active_num: 0, all copies are kept.
-        expert_capacity: of no meaning when all copies are kept.
-        expert_num: E, of all ranks together.
-        drop_pad_mode: 0, likewise.
-        expert_tokens_count_or_cumsum_flag: 2 for the number of copies of each expert, 1 for its cumulative sum.
-        expert_tokens_before_capacity_flag: of no meaning when all copies are kept.
+    Takes ``x`` (T, hidden_size), and ``expert_idx``, int32 (T, K), of all ranks' ``expert_num`` experts. Upstream's
+    other arguments ask for all copies to be kept, and for their numbers (flag 2) or cumulative numbers (1).
 
     Returns:
         The copies, (T*K, hidden_size) in ``x``'s dtype; and int32 each: the row that each copy went to, in the order
@@ -69,20 +62,12 @@ def _grouped_matmul(
 ) -> list[Tensor]:
     """Multiplies the rows of each expert, which are stored one expert after the other, by the expert's matrix.
 
-    Ascend's leaves the rows after the last expert's, those of other ranks' experts, uninitialised; here they
-    are NaN.
-
-    Args:
-        x: one tensor (T*K, input_size).
-        weight: one tensor (experts of this rank, input_size, output_size).
-        bias: None; so are all that quantisation needs.
-        group_list: int64 (experts of this rank,), the number of rows of each.
-        split_item: 3, one tensor for all experts.
-        group_type: 0, the rows are grouped.
-        group_list_type: 1, ``group_list`` holds numbers, not their cumulative sum.
+    Takes one tensor ``x`` (T*K, input_size), one ``weight`` (experts of this rank, input_size, output_size), and in
+    ``group_list``, int64 (experts of this rank,), the number of rows of each.
 
     Returns:
-        One tensor (T*K, output_size) in ``x``'s dtype; sums are kept in float32 and rounded once.
+        One tensor (T*K, output_size) in ``x``'s dtype; sums are kept in float32 and rounded once. Ascend's leaves the
+        rows after the last expert's, those of other ranks' experts, uninitialised; here they are NaN.
     """
     unknown = (bias, scale, offset, antiquant_scale, antiquant_offset, pre_token_scale)
     if any(arg is not None for arg in unknown) or (split_item, group_type, group_list_type) != (3, 0, 1):
@@ -109,15 +94,8 @@ def _moe_token_unpermute(
 ) -> Tensor:
     """Undoes the sorting by expert, and adds up the outputs of each token's K experts, weighted by their probabilities.
 
-    Args:
-        permuted_tokens: (T*K, hidden_size).
-        sorted_indices: int32 (T*K,), the rows of the first token's K copies, then of the second token's...
-        probs: (T, K).
-        padded_mode: False.
-        restore_shape: only for ``padded_mode``.
-
-    Returns:
-        (T, hidden_size) in ``permuted_tokens``' dtype.
+    Takes ``permuted_tokens`` (T*K, hidden_size), in ``sorted_indices``, int32 (T*K,), the rows of the first token's
+    copies, then of the second token's..., and ``probs`` (T, K). Returns (T, hidden_size).
     """
     if padded_mode:
         raise NotImplementedError("the CPU stand-in for MoeTokenUnpermute knows no padding")

@@ -1,39 +1,15 @@
 """Replaces operators that only Ascend has, so that MindFormers' own *training* network runs on a CPU.
 
-The classes, their parameters, upstream's trainer, optimiser and callbacks stay upstream's. :func:`install` replaces
-these attributes and nothing else, and only while MindSpore's device target is CPU (2.7: MindSpore 2.7 lacks it):
-
-=============================================== ========================== ===========================================
-replaced                                        because a CPU lacks        stand-in
-=============================================== ========================== ===========================================
-``norm.FusedRMSNorm.construct``                 ``RmsNorm``                the same with ``ReduceMean`` and ``rsqrt``
-``rotary_pos_embedding.Outer``                  ``Outer``                  a product of a column and a row
-``attention.aclnn_ops``                         ``SplitWithSize`` (2.7)    ``ops.split``
-                                                (float16 costs digits)     a ``Cast`` that leaves float32 where float16
-                                                                           is asked for
-``activation.aclnn_ops``                        ``SplitWithSize`` (2.7)    ``ops.split``
-``activation.Swiglu_op``                        ``Swiglu``                 ``ops.split``, ``sigmoid``
-``mlp.SplitWithSize``                           ``SplitWithSize`` (2.7)    ``ops.split``
-``flash_attention.FlashAttentionScore``         ``FlashAttentionScore``    ``matmul``, ``softmax``, ``matmul``
-``mint.nn.functional.embedding``                its gradient               ``ops.gather``
-``router.TopkExt``                              ``TopkExt``                ``ops.topk``
-``token_dispatcher.SortExt``                    ``SortExt``                ``ops.sort``
-``token_dispatcher.IndexSelect``                ``IndexSelect``            ``ops.gather``
-``token_dispatcher.CumsumExt``                  ``CumsumExt``              ``ops.cumsum``
-``token_dispatcher.FmodScalar``                 ``FmodScalar``             integer division
-``ffn.GroupedMatmul``                           ``GroupedMatmul``          every expert multiplies all rows, the others'
-                                                                           being zeros
-``ffn.Swiglu``                                  ``Swiglu``                 as above
-``*LossScaleCell.get_overflow_status``          ``NPUGetFloatStatusV2``    ``isfinite``
-=============================================== ========================== ===========================================
+The classes, their parameters, upstream's trainer, optimiser and callbacks stay upstream's. What is replaced stands
+above each stand-in; nothing else is.
 
 The classes are those of ``mindformers.parallel_core.training_graph`` in MindFormers 1.7.0, 1.8.0 and 1.9.0, in graph
 mode: upstream's training network has no other, its ``Morph`` operators refuse PyNative mode. So stand-ins are Cells
 and functions that MindSpore can compile, made of operators whose CPU kernels have gradients.
 
-Networks have to be built, computed and trained between :func:`install` and :func:`uninstall`, in float32: upstream's
-Cells make their operators when they are built, and look some of the others up when they are compiled. The stand-ins
-stand in for one process's arithmetic; they carry no sharding strategies.
+Networks have to be built, computed and trained while the stand-ins are installed, in float32: upstream's Cells make
+their operators when they are built, and look some of the others up when they are compiled. The stand-ins stand in for
+one process's arithmetic; they carry no sharding strategies.
 
 In shapes, B is the batch size, S the sequence length, N the number of heads, G of query groups (KV heads), D the
 head_dim; R the number of rows that experts get (tokens times experts per token), E the number of experts.
@@ -52,32 +28,16 @@ from mindformers.parallel_core.training_graph.transformer import attention, flas
 from mindformers.parallel_core.training_graph.transformer.moe import ffn, router, token_dispatcher
 from mindspore import Tensor, mint, nn, ops
 
-from mf_qwen3_bridge.mindformers.patching.replacements import Replacements
+from mf_qwen3_bridge.mindformers.cpu.stand_ins import StandIns
 
-__all__ = ["install", "uninstall"]
-
-STAND_INS = Replacements()
+STAND_INS = StandIns()
 
 # What is added to the scores of masked positions: exp() of it is 0.
 _MASKED = -1e30
 
 
-def install() -> None:
-    """Puts the stand-ins in place; does nothing where they already are, or when the device target isn't CPU."""
-    if ms.get_context("device_target") == "CPU":
-        STAND_INS.install()
-
-
-def uninstall() -> None:
-    """Gives every replaced attribute its upstream value again; does nothing when nothing is installed."""
-    STAND_INS.uninstall()
-
-
 class _Operator(nn.Cell):
-    """A Cell in the place of an operator: sharding and recompute settings are ignored.
-
-    Subclasses' ``construct`` takes what the operator takes.
-    """
+    """A Cell in the place of an operator, whose arguments it takes; sharding and recompute settings are ignored."""
 
     def shard(self, *args: Any, **kwargs: Any) -> _Operator:
         return self
@@ -108,6 +68,8 @@ class _Outer(_Operator):
 
 @STAND_INS.replaces(mlp, "SplitWithSize")
 class _SplitWithSize(_Operator):
+    """MindSpore 2.7 has none for CPUs."""
+
     def construct(self, input: Tensor, split_sizes: tuple[int, ...], dim: int = 0) -> tuple[Tensor, ...]:
         return ops.split(input, split_sizes, dim)
 
@@ -188,7 +150,7 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
 ) -> Tensor:
-    """Rows ``input`` of ``weight``, without the options, which upstream leaves alone."""
+    """Rows ``input`` of ``weight``, with a gradient; without the options, which upstream leaves alone."""
     return ops.gather(weight, input, 0)
 
 
@@ -271,7 +233,7 @@ class _GroupedMatmul(_Operator):
 def _get_overflow_status(
     self: nn.TrainOneStepWithLossScaleCell, status: Tensor, compute_output: tuple[Tensor, ...]
 ) -> Tensor:
-    """Whether any gradient, of ``compute_output``, is infinite or not a number."""
+    """Whether any gradient, of ``compute_output``, is infinite or not a number; without ``NPUGetFloatStatusV2``."""
     count = ops.zeros((), ms.float32)
     for gradient in compute_output:
         count = count + ops.ReduceSum()(ops.cast(ops.logical_not(ops.isfinite(gradient)), ms.float32))
