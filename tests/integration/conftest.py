@@ -19,6 +19,9 @@ from mf_qwen3_bridge.mindformers.network import network_logits
 from tests.golden import CHECKPOINTS, FIXTURES, NAMES, TOLERANCE, Golden, golden
 
 __all__ = ["CHECKPOINTS", "FIXTURES", "NAMES", "TOLERANCE", "Golden", "golden"]
+# An operator at a time: a process that generates otherwise waits, for each token, for threads that have hardly anything
+# to do.
+ms.set_context(pynative_synchronize=True)
 # Every sequence crosses many blocks of the KV cache.
 SMALL_CACHE = {"block_size": 4, "num_blocks": 128, "seq_length": 128}
 
