@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError
@@ -41,19 +42,19 @@ class OutputFile:
 def output_file(name: str, targets: Iterable[Target], metadata: Mapping[str, str]) -> OutputFile:
     """Lays out a safetensors file that holds ``targets``: widest dtypes first, so that each tensor is aligned."""
     ordered = sorted(targets, key=lambda target: -DTYPES[target.dtype].itemsize)
+    starts = [0, *accumulate(target.nbytes for target in ordered)]
     header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for target in ordered:
-        begin, end = end, end + target.nbytes
-        header[target.name] = {"dtype": target.dtype, "shape": target.shape, "data_offsets": [begin, end]}
+    for target, start in zip(ordered, starts):
+        offsets = [start, start + target.nbytes]
+        header[target.name] = {"dtype": target.dtype, "shape": target.shape, "data_offsets": offsets}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
-    data_start = 8 + len(encoded)
-    tensors, position = {}, data_start
-    for target in ordered:
-        tensors[target.name] = TensorInfo(target.name, target.shape, target.dtype, Path(name), position, target.nbytes)
-        position += target.nbytes
-    return OutputFile(name, struct.pack("<Q", len(encoded)) + encoded, tensors, data_start + end)
+    data = 8 + len(encoded)
+    tensors = {
+        target.name: TensorInfo(target.name, target.shape, target.dtype, Path(name), data + start, target.nbytes)
+        for target, start in zip(ordered, starts)
+    }
+    return OutputFile(name, struct.pack("<Q", len(encoded)) + encoded, tensors, data + starts[-1])
 
 
 def hf_files(plan: Plan, max_bytes: int = HF_SHARD_BYTES) -> tuple[list[OutputFile], dict[str, bytes]]:
@@ -122,8 +123,9 @@ def _index(files: Iterable[OutputFile]) -> bytes:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
 
 
-_UNITS = {"": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}}
-_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+_UNITS = {"": 1}
+for power, prefix in enumerate("KMGT", 1):
+    _UNITS |= {f"{prefix}B": 1000**power, f"{prefix}IB": 1024**power}
 
 
 def parse_size(text: str) -> int:
@@ -132,8 +134,8 @@ def parse_size(text: str) -> int:
     Raises:
         BridgeError: the text is not a size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    units = {unit.upper(): factor for unit, factor in _UNITS.items()}
-    if match is None or match[2].upper() not in units or not (size := int(float(match[1]) * units[match[2].upper()])):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
+    size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
+    if not size:
         raise BridgeError(f"{text!r} is no size: give a number and a unit, such as 5GB or 300MiB")
     return size

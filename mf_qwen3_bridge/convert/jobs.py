@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,20 +23,17 @@ from mf_qwen3_bridge.transfer.plan import Plan, Target, write_slices
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo, read_bytes
 
 # What belongs to a model beside its weights and config.json, as transformers and the Hub name it.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+_COMPANIONS = """
+    generation_config.json tokenizer.json tokenizer_config.json tokenizer.model vocab.json merges.txt
+    added_tokens.json special_tokens_map.json chat_template.jinja chat_template.json
+""".split()
 # The names of dtypes on the command line, in safetensors and in a config.json.
 DTYPE_NAMES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
+
+
+def _stored(dtype: str | None) -> str | None:
+    """The dtype as safetensors spells it."""
+    return DTYPE_NAMES[dtype][0] if dtype else None
 
 
 def to_mindformers(model: CheckedCheckpoint, target: Dialect, output: Path, dtype: str | None = None) -> Job:
@@ -46,16 +43,16 @@ def to_mindformers(model: CheckedCheckpoint, target: Dialect, output: Path, dtyp
         model: the checkpoint it is made of, of any dialect.
         target: the dialect to make.
         output: the directory.
-        dtype: ``bf16``, ``fp16`` or ``fp32``; as in the checkpoint when left out.
+        dtype: one of DTYPE_NAMES; as in the checkpoint when left out.
 
     Raises:
         BridgeError: the training run's tensor parallel size, on which a contiguous layout depends, doesn't divide it.
     """
     blocks = ParallelConfig(target.layout.tensor_parallel if target.layout else 1)
     _refuse(blocks.problems(model.spec, training=True))
-    plan = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
+    plan = model.plan(target, _stored(dtype))
     files, index = mindformers_files(plan)
-    return _job(model, plan, target, output, [Part.of(plan, files)], index, model.notes)
+    return _job(model, plan, output, [Part.of(plan, files)], index)
 
 
 def to_hf(
@@ -71,7 +68,7 @@ def to_hf(
     Args:
         model: the MindFormers checkpoint it is made of.
         output: the directory.
-        dtype: ``bf16``, ``fp16`` or ``fp32``; as in the checkpoint when left out.
+        dtype: one of DTYPE_NAMES; as in the checkpoint when left out.
         max_shard_bytes: a file is larger only if a single tensor is.
         write_tied_output: store ``lm_head`` although it is tied to the embedding.
         layout_is_shown: whether something else than files and YAML shows that the layout is right.
@@ -81,7 +78,7 @@ def to_hf(
     """
     if model.dialect.is_hf:
         raise BridgeError(f"{model.source.path} holds Hugging Face weights already")
-    plan = model.plan(HF, DTYPE_NAMES[dtype][0] if dtype else None)
+    plan = model.plan(HF, _stored(dtype))
     if write_tied_output and model.spec.tie_word_embeddings:
         plan = _with_output_layer(plan)
     files, index = hf_files(plan, max_shard_bytes)
@@ -90,13 +87,11 @@ def to_hf(
     if config:
         others["config.json"] = json.dumps(config, indent=2).encode()
     notes = (*model.notes, *_export_notes(model, others, layout_is_shown))
-    job = _job(model, plan, HF, output, [Part.of(plan, files)], others | index, notes)
-    return replace(job, warning="" if layout_is_shown else _warning(model))
+    warning = "" if layout_is_shown or model.layout_is_declared else _warning(model)
+    return replace(_job(model, plan, output, [Part.of(plan, files)], others | index), notes=notes, warning=warning)
 
 
 def _warning(model: CheckedCheckpoint) -> str:
-    if model.layout_is_declared:
-        return ""
     return (
         f"the layout of QKV and gate/up is assumed to be MindFormers' default ({model.dialect.layout}): nothing "
         "declares it. If the training YAML sets other flags, the result computes garbage: give it with --config, or "
@@ -104,18 +99,11 @@ def _warning(model: CheckedCheckpoint) -> str:
     )
 
 
-def _job(
-    model: CheckedCheckpoint,
-    plan: Plan,
-    target: Dialect,
-    output: Path,
-    parts: Iterable[Part],
-    others: Mapping[str, bytes],
-    notes: tuple[str, ...],
-) -> Job:
+def _job(model: CheckedCheckpoint, plan: Plan, output: Path, parts: Sequence[Part], others: Mapping[str, bytes]) -> Job:
     """The job whose parts together make what ``plan`` does."""
     count, ignored = plan.num_source_tensors, (*plan.ignored, *model.source.left_out)
-    return Job(str(model.dialect), count, str(target), output, tuple(parts), others, ignored, notes=notes)
+    source, target = str(model.dialect), str(plan.target)
+    return Job(source, count, target, output, tuple(parts), others, ignored, notes=model.notes)
 
 
 def _with_output_layer(plan: Plan) -> Plan:
@@ -168,36 +156,31 @@ def to_ranks(
         target: the dialect to make; the inference network's, or one of the training network's.
         output: the directory.
         parallel: tensor and expert parallel sizes. In training, ranks beyond these hold the same again.
-        dtype: ``bf16``, ``fp16`` or ``fp32``; as in the checkpoint when left out.
+        dtype: one of DTYPE_NAMES; as in the checkpoint when left out.
 
     Raises:
         BridgeError: the sizes don't divide the model.
     """
     is_for_inference = target == INFER
     _refuse(parallel.problems(model.spec, training=not is_for_inference))
-    whole = model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None)
+    kind = "qwen3_moe" if model.spec.is_moe else "qwen3"
+    count = parallel.world_size if is_for_inference else training_ranks.world_size(parallel)
+    whole = model.plan(target, _stored(dtype))
 
     def plan_of(number: int) -> Plan:
         if is_for_inference:
-            return model.plan(target, DTYPE_NAMES[dtype][0] if dtype else None, parallel.rank(number))
+            return model.plan(target, _stored(dtype), parallel.rank(number))
         return write_slices(whole, dict(training_ranks.boxes(model.rules, target, parallel, number)))
 
-    kind = "qwen3_moe" if model.spec.is_moe else "qwen3"
-    count = parallel.world_size if is_for_inference else training_ranks.world_size(parallel)
     parts = []
     for number in range(count):
         plan = plan_of(number)
         parts.append(Part.of(plan, [rank_file(plan, number, kind)], partial(plan_of, number)))
-    return _job(model, whole, target, output, parts, {}, model.notes)
+    return _job(model, whole, output, parts, {})
 
 
 def truncate(model: CheckedCheckpoint, num_layers: int, output: Path) -> Job:
     """The first layers of a model, as they are: byte for byte, with a config.json that says so.
-
-    Args:
-        model: the checkpoint, of any dialect.
-        num_layers: how many layers to keep.
-        output: the directory.
 
     Raises:
         BridgeError: it has not so many layers.
@@ -208,11 +191,11 @@ def truncate(model: CheckedCheckpoint, num_layers: int, output: Path) -> Job:
         plan = _with_output_layer(plan)  # stored although it is tied, as it was
     files, others = hf_files(plan, HF_SHARD_BYTES) if model.dialect.is_hf else mindformers_files(plan)
     others |= _companions(model)
-    config = _config_json(model, None)
-    config |= {"num_hidden_layers": num_layers}
-    config |= {key: config[key][:num_layers] for key in ("layer_types",) if config.get(key)}
+    config = _config_json(model, None) | {"num_hidden_layers": num_layers}
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][:num_layers]
     others["config.json"] = json.dumps(config, indent=2).encode()
-    return _job(smaller, plan, model.dialect, output, [Part.of(plan, files)], others, model.notes)
+    return _job(smaller, plan, output, [Part.of(plan, files)], others)
 
 
 def _refuse(problems: Iterable[Problem]) -> None:
@@ -222,10 +205,6 @@ def _refuse(problems: Iterable[Problem]) -> None:
 
 def unify(source: Source, output: Path) -> Job:
     """The merged checkpoint of a training run, as ``mindspore.unified_safetensors`` writes it.
-
-    Args:
-        source: what the run's ranks saved.
-        output: the directory.
 
     Raises:
         BridgeError: nothing is left to merge, or not all are tensors that safetensors knows.

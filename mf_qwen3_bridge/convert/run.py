@@ -28,13 +28,9 @@ from mf_qwen3_bridge.transfer.values import Casts, casts_of, is_exact, largest_m
 
 @dataclass(frozen=True)
 class Part:
-    """A plan and the files that its targets are written to.
+    """A plan, the files that its targets are written to, and how many bytes and which files it reads.
 
-    Attributes:
-        make_plan: returns the plan; of many parts not all are kept in memory.
-        files: the files.
-        source_nbytes: bytes that the plan reads.
-        sources: the files that it reads.
+    ``make_plan`` returns the plan, because of many parts not all are kept in memory.
     """
 
     make_plan: Callable[[], Plan]
@@ -54,15 +50,14 @@ class Job:
     """A directory to write.
 
     Attributes:
-        source: describes the source to the user.
+        source, target: describe source and result to the user.
         num_source_tensors: number of tensors that are read.
-        target: describes the result to the user.
         output: the directory.
-        parts: plans and safetensors files: one part, or one for each rank.
+        parts: one, or one for each rank.
         others: name -> contents of the other files, the index last.
         ignored: names of tensors that are left out because they are not weights.
         checks_values: whether the tensors are weights, which must not be all zero or contain NaN or infinity.
-        notes: notes for the user.
+        notes, warning: for the user.
     """
 
     source: str
@@ -81,10 +76,15 @@ class Job:
         """Bytes that are read."""
         return sum(part.source_nbytes for part in self.parts)
 
+    @cached_property
+    def files(self) -> list[OutputFile]:
+        """The safetensors files of all parts."""
+        return [file for part in self.parts for file in part.files]
+
     @property
     def num_tensors(self) -> int:
         """Number of tensors that are written."""
-        return sum(len(file.tensors) for part in self.parts for file in part.files)
+        return sum(len(file.tensors) for file in self.files)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -95,27 +95,22 @@ class Job:
             "from": self.source,
             "to": self.target,
             "sources": {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in sources},
-            "tensors": {
-                file.name: hashlib.sha256(file.header).hexdigest() for part in self.parts for file in part.files
-            },
+            "tensors": {file.name: hashlib.sha256(file.header).hexdigest() for file in self.files},
             "other files": {name: hashlib.sha256(content).hexdigest() for name, content in self.others.items()},
         }
 
     def directory(self, worker: Worker = ALONE) -> OutputDirectory:
         """The output directory, for one of the workers."""
-        return OutputDirectory(self.output, [file for part in self.parts for file in part.files], self.identity, worker)
+        return OutputDirectory(self.output, self.files, self.identity, worker)
 
 
 @dataclass
 class Findings:
-    """What was found about the values while they were copied.
+    """What was found about the values while they were copied."""
 
-    Attributes:
-        magnitudes: (target name, source tensor) -> largest magnitude.
-        casts: (source dtype, target dtype) -> what casting changed.
-    """
-
+    # (target name, source tensor) -> largest magnitude
     magnitudes: dict[tuple[str, TensorInfo], float] = field(default_factory=lambda: defaultdict(float))
+    # (source dtype, target dtype) -> what casting changed
     casts: dict[tuple[str, str], Casts] = field(default_factory=lambda: defaultdict(Casts))
 
     def add(self, other: Findings) -> None:
@@ -157,22 +152,17 @@ class Summary:
 
     def lines(self) -> Iterator[str]:
         """The summary as lines of text."""
+        for (source, target), cast in sorted(self.casts.items()):
+            yield (
+                f"cast        {source} to {target}: {cast.rounded} of {cast.values} values rounded, "
+                f"{cast.vanished} of them to zero"
+            )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        yield from cast_lines(self.casts)
         yield (
             f"written     {self.num_tensors} tensors, {size_text(self.nbytes)} in {self.seconds:.1f} s, "
             f"{self.nbytes / self.seconds / 1e9:.2f} GB/s, peak memory {size_text(peak)}"
         )
         yield from (f"note        {note}" for note in self.notes)
-
-
-def cast_lines(casts: Mapping[tuple[str, str], Casts]) -> Iterator[str]:
-    """What casting to narrower dtypes changed, as lines of text."""
-    for (source, target), cast in sorted(casts.items()):
-        yield (
-            f"cast        {source} to {target}: {cast.rounded} of {cast.values} values rounded, "
-            f"{cast.vanished} of them to zero"
-        )
 
 
 def run(job: Job, worker: Worker = ALONE) -> Summary | None:
@@ -212,28 +202,23 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
     return Summary(job.num_tensors, directory.nbytes, seconds, dict(findings.casts), tuple(directory.notes))
 
 
-def _shares(job: Job, worker: Worker) -> Iterator[tuple[Iterator[Tile], Mapping[str, TensorInfo]]]:
-    """This worker's tiles of each part, and the places of the targets. All workers get equally many bytes."""
+def _write(job: Job, directory: OutputDirectory) -> Findings:
+    """Reads, permutes and writes this worker's tiles. All workers get equally many bytes."""
+    findings = Findings()
+    worker = directory.worker
     done, total = 0, max(job.source_nbytes, 1)
 
-    def mine(plan: Plan) -> Iterator[Tile]:
+    def share(plan: Plan) -> Iterator[Tile]:
         nonlocal done
         for tile in tiles((copy for target in plan.targets for copy in target.copies), to_files=True):
             if done * worker.count // total == worker.number:
                 yield tile
             done += sum(copy.nbytes for copy in tile)
 
-    for part in job.parts:
-        places = {name: tensor for file in part.files for name, tensor in file.tensors.items()}
-        yield mine(part.make_plan()), places
-
-
-def _write(job: Job, directory: OutputDirectory) -> Findings:
-    """Reads, permutes and writes this worker's tiles."""
-    findings = Findings()
-    nbytes = job.source_nbytes // directory.worker.count
-    with progress_bar("writing", nbytes) as advance, Transfer(advance) as transfer:
-        for share, places in _shares(job, directory.worker):
+    with progress_bar("writing", job.source_nbytes // worker.count) as advance, Transfer(advance) as transfer:
+        for part in job.parts:
+            places = {name: tensor for file in part.files for name, tensor in file.tensors.items()}
+            dtypes = {name: tensor.dtype for name, tensor in places.items()}
 
             def look(made: Made, places: Mapping[str, TensorInfo] = places) -> Findings:
                 target = places[made.target]
@@ -241,7 +226,7 @@ def _write(job: Job, directory: OutputDirectory) -> Findings:
                     directory.put(str(target.file), target.start + start * elements.itemsize, elements)
                 return _look_at_values(made, target.dtype) if job.checks_values else Findings()
 
-            for seen in transfer.make(share, look, {name: place.dtype for name, place in places.items()}):
+            for seen in transfer.make(share(part.make_plan()), look, dtypes):
                 findings.add(seen)
         directory.sync(transfer.map)
     return findings
@@ -285,12 +270,12 @@ def _check_values(findings: Findings) -> None:
 def describe(job: Job) -> Iterator[str]:
     """Describes what a job will write and what it needs, as lines of text."""
     directory = job.directory()
-    largest = max((t for file in directory.files.values() for t in file.tensors.values()), key=lambda t: t.nbytes)
+    largest = max((tensor for file in job.files for tensor in file.tensors.values()), key=lambda tensor: tensor.nbytes)
     ranks = f" for {len(job.parts)} ranks" if len(job.parts) > 1 else ""
     yield f"from        {job.source}, {job.num_source_tensors} tensors"
     yield (
         f"to          {job.target}, {job.num_tensors} tensors{ranks}, {size_text(directory.nbytes)} in "
-        f"{len(directory.files)} {'file' if len(directory.files) == 1 else 'files'}"
+        f"{len(job.files)} {'file' if len(job.files) == 1 else 'files'}"
     )
     names = fold_names([*directory.files, *job.others])
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
