@@ -123,9 +123,8 @@ def _index(files: Iterable[OutputFile]) -> bytes:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
 
 
-_UNITS = {"": 1}
-for power, prefix in enumerate("KMGT", 1):
-    _UNITS |= {f"{prefix}B": 1000**power, f"{prefix}IB": 1024**power}
+_UNITS = {"": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 
 def parse_size(text: str) -> int:
@@ -134,8 +133,8 @@ def parse_size(text: str) -> int:
     Raises:
         BridgeError: the text is not a size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
-    size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
     if not size:
         raise BridgeError(f"{text!r} is no size: give a number and a unit, such as 5GB or 300MiB")
     return size

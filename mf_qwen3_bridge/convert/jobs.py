@@ -23,10 +23,18 @@ from mf_qwen3_bridge.transfer.plan import Plan, Target, write_slices
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo, read_bytes
 
 # What belongs to a model beside its weights and config.json, as transformers and the Hub name it.
-_COMPANIONS = """
-    generation_config.json tokenizer.json tokenizer_config.json tokenizer.model vocab.json merges.txt
-    added_tokens.json special_tokens_map.json chat_template.jinja chat_template.json
-""".split()
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 # The names of dtypes on the command line, in safetensors and in a config.json.
 DTYPE_NAMES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
 

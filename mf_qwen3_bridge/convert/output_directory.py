@@ -129,14 +129,7 @@ class OutputDirectory:
             self.state.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.state / f"lock.{self.worker.number}", os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise BridgeError(
-                        f"another process is writing to {self.incomplete}: wait for it, or end it"
-                    ) from None
-                except OSError:  # a file system without locks
-                    pass
+                self._claim(lock)
                 self._is_discarded = self.worker.count == 1 and not (self.state / "job.json").is_file()
                 self.check()  # another process may have started, or finished, before the lock was taken
                 self._is_discarded = False
@@ -161,6 +154,14 @@ class OutputDirectory:
         except OSError as error:
             if state.exists():  # other workers remove it too
                 self.notes.append(f"{state} can't be removed ({error.strerror}): it is not needed, remove it")
+
+    def _claim(self, lock: int) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BridgeError(f"another process is writing to {self.incomplete}: wait for it, or end it") from None
+        except OSError:  # a file system without locks
+            pass
 
     def put(self, file: str, start: int, elements: np.ndarray) -> None:
         """Writes elements to a file unless they are there already. Several threads may call this.
@@ -192,16 +193,12 @@ class OutputDirectory:
         return self.incomplete / f"{name}.partial"
 
     def sync(self, run: Callable[[Callable[[int], None], Iterable[int]], Iterable[None]] = map) -> None:
-        """Waits until everything that this worker wrote is on disk; ``run`` applies a function as ``map`` does."""
+        """Waits until everything that this worker wrote is on disk; ``run`` applies a function, as ``map`` does."""
         for _ in run(os.fsync, list(self._descriptors.values())):
             pass
 
     def complete(self, others: Mapping[str, bytes]) -> None:
-        """Writes headers and the remaining files, and gives the directory its name.
-
-        Args:
-            others: name -> contents of the remaining files: config, tokenizer; the index last.
-        """
+        """Writes headers and the other files (name -> contents; the index last), and gives the directory its name."""
         for name, file in self.files.items():
             descriptor = self._descriptor(name)
             _write_all(descriptor, 0, memoryview(file.header))

@@ -1,4 +1,4 @@
-"""Where the rows of each Hugging Face tensor lie inside a MindFormers parameter.
+"""Defines where a MindFormers parameter stores the rows of each Hugging Face tensor.
 
 MindFormers fuses q, k, v into one parameter and gate, up into another. There are two ways to do so:
 
@@ -11,15 +11,16 @@ The inference network reads contiguous parameters; the training network's layout
 
 It also stacks the experts of a layer, each of them transposed.
 
-This module is the only definition of all three. A layout says, for each part, which *view* of the fused tensor shows
-the part's rows; the same view read from right to left splits the tensor again.
+This module is the only definition of all three. For each part it gives the *view* of the fused tensor that shows the
+part's rows; the same view read from right to left splits the tensor again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
@@ -65,11 +66,7 @@ class View:
         return 1 + sum(stride * (length - 1) for length, stride in zip(self.shape, self.strides))
 
     def unflatten(self, axis: int, groups: int) -> View:
-        """Axis ``axis`` of n entries as two axes: ``groups``, and the n / groups entries of each.
-
-        Raises:
-            ValueError: the axis cannot be divided so.
-        """
+        """Axis ``axis`` of n entries as two axes: ``groups``, and the n / groups entries of each (else ValueError)."""
         length, stride = self.shape[axis], self.strides[axis]
         if groups <= 0 or length % groups:
             raise ValueError(f"{length} rows can't be divided into {groups} groups")
@@ -85,24 +82,20 @@ class View:
         return View(tuple(self.shape[a] for a in axes), tuple(self.strides[a] for a in axes), self.offset)
 
     def __getitem__(self, index: int | slice | tuple[int | slice, ...]) -> View:
-        """Entries (from 0) and slices (step 1) of the leading axes, with numpy's meaning.
-
-        Raises:
-            ValueError: the axis has no such entry, or the slice skips some.
-        """
+        """Entries (from 0) and slices (step 1) of the leading axes, with numpy's meaning; ValueError for others."""
         pieces = index if isinstance(index, tuple) else (index,)
         shape, strides, offset = [], [], self.offset
         for piece, length, stride in zip(pieces, self.shape, self.strides):
             if isinstance(piece, int):
                 if not 0 <= piece < length:
                     raise ValueError(f"no entry {piece} on an axis of {length}")
-                offset += piece * stride
-                continue
-            start, stop, step = piece.indices(length)
-            if step != 1:
-                raise ValueError("a view takes slices of step 1")
-            shape.append(max(stop - start, 0))
-            strides.append(stride)
+                start = piece
+            else:
+                start, stop, step = piece.indices(length)
+                if step != 1:
+                    raise ValueError("a view takes slices of step 1")
+                shape.append(max(stop - start, 0))
+                strides.append(stride)
             offset += start * stride
         rest = len(pieces)
         return View((*shape, *self.shape[rest:]), (*strides, *self.strides[rest:]), offset)
@@ -147,38 +140,27 @@ def contiguous(rows: Sequence[int], columns: Sequence[int], groups: int) -> list
     Args:
         rows: number of rows of each part.
         columns: shape of one row.
-        groups: number of groups in which each part is shown (it does not change where the rows lie).
+        groups: number of groups in which each part is shown; it does not change where the rows are stored.
 
     Returns:
         For each part a view of shape (groups, rows of the part / groups, *columns) of the fused tensor.
     """
     fused = View.whole((sum(rows), *columns))
-    starts = np.cumsum([0, *rows]).tolist()
-    return [fused[start : start + n].unflatten(0, groups) for start, n in zip(starts, rows)]
+    return [fused[part].unflatten(0, groups) for part in _consecutive(rows)]
 
 
 def interleaved(rows: Sequence[int], columns: Sequence[int], groups: int) -> list[View]:
-    """Group by group: the group's rows of each part, then the next group.
-
-    Args, Returns: as for :func:`contiguous`.
-    """
+    """Group by group: the group's rows of each part, then the next group. Args, Returns: see ``contiguous``."""
     fused = View.whole((sum(rows), *columns)).unflatten(0, groups)
-    starts = np.cumsum([0, *rows]).tolist()
-    return [fused[:, start // groups : (start + n) // groups] for start, n in zip(starts, rows)]
+    return [fused[:, part] for part in _consecutive([n // groups for n in rows])]
 
 
 def by_expert(num_experts: int, rows: Sequence[int], columns: int, transposed: bool = False) -> list[list[View]]:
-    """The experts' matrices one after the other; each expert's parts lie next to each other.
+    """The experts' matrices one after the other, and in each the expert's parts (its gate and its up, or its down).
 
     Hugging Face's stacked experts are the plain form, (num_experts, all rows, columns). MindFormers multiplies from the
-    other side: each of its experts is transposed, (num_experts, columns, all rows), in training with the first two axes
-    folded into one.
-
-    Args:
-        num_experts: number of experts.
-        rows: number of rows of each part of one expert: its gate and its up, or its down alone.
-        columns: number of columns of each part.
-        transposed: whether each expert lies transposed.
+    other side: it stores each expert ``transposed``, (num_experts, columns, all rows), in training with the first two
+    axes folded into one.
 
     Returns:
         For each expert, for each part, a view of shape (rows of the part, columns) of the stack.
@@ -187,8 +169,12 @@ def by_expert(num_experts: int, rows: Sequence[int], columns: int, transposed: b
         stack = View.whole((num_experts, columns, sum(rows))).permute(0, 2, 1)
     else:
         stack = View.whole((num_experts, sum(rows), columns))
-    starts = np.cumsum([0, *rows]).tolist()
-    return [[stack[e, start : start + n] for start, n in zip(starts, rows)] for e in range(num_experts)]
+    return [[stack[expert, part] for part in _consecutive(rows)] for expert in range(num_experts)]
+
+
+def _consecutive(lengths: Iterable[int]) -> list[slice]:
+    """Slices of these lengths, one after the other."""
+    return [slice(start, stop) for start, stop in pairwise(accumulate(lengths, initial=0))]
 
 
 @dataclass(frozen=True)
@@ -196,10 +182,10 @@ class Layout:
     """How a MindFormers checkpoint or network lays out its fused parameters.
 
     Attributes:
-        interleaved_qkv: whether q, k, v lie group by group.
-        interleaved_gate_up: whether gate and up lie row by row.
-        tensor_parallel: of the training run. Each of its ranks lays out its own block of the rows, so that what is
-            contiguous is contiguous within each of so many blocks. (1 where nothing is contiguous: it does not matter.)
+        interleaved_qkv: whether q, k, v are stored group by group.
+        interleaved_gate_up: whether gate and up are stored row by row.
+        tensor_parallel: number of tensor parallel blocks, of a training run, within which contiguous parts are stored;
+            1 if both parameters are interleaved.
     """
 
     interleaved_qkv: bool
@@ -231,7 +217,7 @@ class Layout:
 
     @property
     def of_experts(self) -> Layout:
-        """What it says of a MoE: its experts lie in one way only, whatever the flag for gate and up."""
+        """The layout that applies to a MoE, whose experts ignore the gate/up flag."""
         return replace(self, interleaved_gate_up=True).on(self.tensor_parallel)
 
     @property
@@ -249,11 +235,7 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """The layout whose ``str()`` is ``text``.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """The layout whose ``str()`` is ``text``; ValueError if there is none."""
         flags, _, blocks = text.partition(",tensor_parallel=")
         for layout in cls.kinds():
             if str(layout) == flags and re.fullmatch("|[1-9][0-9]{0,8}", blocks):
