@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -20,9 +20,9 @@ from mindformers.parallel_core.utils.model_mixin import TrainModelMixin
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.mindformers.network import rank_of
-from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT, Layout
+from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT, Layout, View
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
-from mf_qwen3_bridge.model.rules import HF_STACKED, INFER, Place, hf_dialect, model_rules, shares
+from mf_qwen3_bridge.model.rules import HF_STACKED, INFER, hf_dialect, model_rules, shares
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.copying import copy_elements
 from mf_qwen3_bridge.transfer.plan import make_plan
@@ -33,12 +33,7 @@ _PATIENCE_SECONDS = 600
 
 
 class TrainingConversion(TrainModelMixin):
-    """The conversion methods of a training class, without a network around them.
-
-    Args:
-        spec: the model's numbers.
-        layout: the layout to fuse in.
-    """
+    """The conversion methods of a training class for a model's numbers and a layout, without a network around them."""
 
     def __init__(self, spec: ModelSpec, layout: Layout) -> None:
         self.training_class = TrainingQwen3MoeForCausalLM if spec.is_moe else TrainingQwen3ForCausalLM
@@ -55,15 +50,15 @@ class TrainingConversion(TrainModelMixin):
         )
 
     def convert_weight_dict(self, source_dict: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Upstream's method of that name."""
+        """Upstream's."""
         return self.training_class.convert_weight_dict(self, source_dict, **kwargs)
 
     def convert_map_dict(self, source_dict: Mapping[str, str], **kwargs: Any) -> dict[str, str]:
-        """Upstream's method of that name."""
+        """Upstream's."""
         return self.training_class.convert_map_dict(self, source_dict, **kwargs)
 
     def get_gpt_transformer_config(self) -> SimpleNamespace:
-        """What upstream's methods ask for their numbers and flags."""
+        """Returns what upstream's methods ask for their numbers and flags."""
         return self.transformer_config
 
     def convert_name(self, weight_name: str) -> str:
@@ -81,7 +76,7 @@ def convert_weight_dict(
     qkv_dict: Any = None,
     condition: Any = None,
 ) -> dict[str, Any]:
-    """Hugging Face weights under MindFormers' names, fused for whoever reads them.
+    """Converts Hugging Face weights to MindFormers' names, fused for whoever reads them.
 
     Mirrors and delegates to ``convert_weight_dict`` of ``mindformers/models/qwen3/modeling_qwen3_train.py`` and
     ``.../qwen3_moe/modeling_qwen3_moe_train.py`` (1.7 to 1.9). MindFormers calls it in two ways:
@@ -106,8 +101,7 @@ def convert_weight_dict(
     spec = _read_spec(owner, model_config)
     arrays = {name: _to_numpy(value) for name, value in source_dict.items()}
     if condition is not None:
-        arrays = _unstack_experts(spec, arrays, lambda array, place: place.view.of(array))
-        logic = TrainingConversion(spec, TRAINING_DEFAULT)
+        logic, arrays = TrainingConversion(spec, TRAINING_DEFAULT), _unstack_experts(spec, arrays)
         return logic.convert_weight_dict(arrays, qkv_dict=qkv_dict, condition=_ConditionWithTimeout(condition))
     converted = TrainingConversion(spec, INFERENCE).convert_weight_dict(_check_arrays(spec, arrays))
     rank = WHOLE if isinstance(owner, type) else rank_of(owner)
@@ -117,7 +111,7 @@ def convert_weight_dict(
 def convert_map_dict(
     owner: Any, source_dict: Mapping[str, str], *, model_config: Any = None, qkv_concat: bool = True
 ) -> dict[str, str]:
-    """{Hugging Face name: file} as {MindFormers name: file}; a fused parameter is in the file of its first part.
+    """Converts {Hugging Face name: file} to {MindFormers name: file}; a fused parameter has its first part's file.
 
     Mirrors and delegates to ``convert_map_dict`` of ``mindformers/models/qwen3/modeling_qwen3_train.py`` (1.7 to 1.9).
 
@@ -125,7 +119,7 @@ def convert_map_dict(
         BridgeError: the map lacks parts of a fused parameter.
     """
     spec = _read_spec(owner, model_config)
-    files = _unstack_experts(spec, source_dict, lambda file, place: file)
+    files = _unstack_experts(spec, source_dict, lambda file, view: file)
     missing = fold_names(name for rule in model_rules(spec) for name in rule.tensors if name not in files)
     if missing:
         remedy = "use the index that came with the checkpoint"
@@ -152,10 +146,7 @@ def obtain_name_map(owner: Any, load_checkpoint_files: Iterable[str | Path]) -> 
 
 
 def rename_to_hf(network: Any, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Arrays by Hugging Face's names, of arrays, Tensors or slices of an open safetensors file.
-
-    The names may be Hugging Face's, or those that upstream's ``convert_name`` returns for them.
-    """
+    """Names weights (arrays, Tensors, slices of a safetensors file) as Hugging Face does, not as ``convert_name``."""
     spec = _read_spec(network, None)
     names = {name for rule in model_rules(spec) for name in rule.tensors}
     names |= {place.tensor for rule in model_rules(spec) for place in rule.places(HF_STACKED)}
@@ -167,7 +158,7 @@ def rename_to_hf(network: Any, values: Mapping[str, Any]) -> dict[str, np.ndarra
 
 
 def describe_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, TensorInfo]:
-    """The tensor infos of arrays in memory, as a file's header would hold them."""
+    """Describes arrays in memory as a file's header would."""
     spelling = {dtype.name: name for name, dtype in DTYPES.items()}
     return {
         name: TensorInfo(
@@ -192,8 +183,7 @@ def _to_numpy(value: Any) -> np.ndarray:
 
 def _read_spec(owner: Any, model_config: Any) -> ModelSpec:
     """The model's numbers: of a network, or of the config that was passed with a call on its class."""
-    is_network = not isinstance(owner, type)
-    config = owner.config if is_network else model_config
+    config = model_config if isinstance(owner, type) else owner.config
     if isinstance(config, ModelSpec):
         return config
     if config is None:
@@ -204,24 +194,21 @@ def _read_spec(owner: Any, model_config: Any) -> ModelSpec:
         raise BridgeError(f"model_config has no {missing.args[0]}") from None
 
 
-Value = TypeVar("Value")
-
-
 def _unstack_experts(
-    spec: ModelSpec, values: Mapping[str, Value], part_of: Callable[[Value, Place], Value]
-) -> dict[str, Value]:
-    """Experts that are stacked (transformers 5) under the names of single ones, which is all that upstream knows."""
+    spec: ModelSpec, values: Mapping[str, Any], part_of: Callable[[Any, View], Any] = lambda array, view: view.of(array)
+) -> dict[str, Any]:
+    """Gives stacked experts (transformers 5) the names of single ones, which are all that upstream knows."""
     result = dict(values)
     for rule in model_rules(spec):
         for name, place in zip(rule.tensors, rule.places(HF_STACKED)):
             if place.tensor != name and place.tensor in values:
                 result.pop(place.tensor, None)
-                result[name] = part_of(values[place.tensor], place)
+                result[name] = part_of(values[place.tensor], place.view)
     return result
 
 
 def _slice_for_rank(spec: ModelSpec, converted: Mapping[str, Any], rank: Rank) -> dict[str, Any]:
-    """A rank's part of the parameters, in the shapes of the inference network."""
+    """Cuts a rank's part out of the parameters, in the shapes of the inference network."""
     result: dict[str, Any] = {}
     for rule in model_rules(spec):
         whole = np.ascontiguousarray(_to_numpy(converted[rule.parameter]))
@@ -239,19 +226,16 @@ def _check_arrays(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str
 
     Parts of different dtypes are widened to the one that holds them all: numpy can't concatenate float16 and bfloat16.
     """
-    infos = describe_arrays(arrays)
     if any(name.startswith("decoder.") for name in arrays):
         raise BridgeError("these weights have MindFormers' names already: convert_weight_dict takes Hugging Face's")
-    plan = make_plan(model_rules(spec), infos, hf_dialect(arrays), INFER)
+    plan = make_plan(model_rules(spec), describe_arrays(arrays), hf_dialect(arrays), INFER)
     plan.check_duplicates(are_equal=lambda kept, dropped: arrays[kept.name].tobytes() == arrays[dropped.name].tobytes())
-    uniform = {
-        copy.source.name: arrays[copy.source.name].astype(np.float32)
-        if copy.source.dtype != target.dtype
-        else arrays[copy.source.name]
-        for target in plan.targets
-        for copy in target.copies
-    }
-    return _unstack_experts(spec, uniform, lambda array, place: place.view.of(array))
+    used = {}
+    for target in plan.targets:
+        for copy in target.copies:
+            array = arrays[copy.source.name]
+            used[copy.source.name] = array if copy.source.dtype == target.dtype else array.astype(np.float32)
+    return _unstack_experts(spec, used)
 
 
 class _ConditionWithTimeout:
@@ -270,14 +254,10 @@ class _ConditionWithTimeout:
         self._condition.notify_all()
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
-        """Waits until the predicate is true, and returns its value.
-
-        Args:
-            predicate: is asked after each notification.
-            timeout: in seconds; ``_PATIENCE_SECONDS`` if the caller, as MindFormers 1.7 to 1.9, gives none.
+        """As upstream's, but gives up after ``_PATIENCE_SECONDS`` if the caller, as MindFormers 1.7 to 1.9, never does.
 
         Raises:
-            TimeoutError: it was not true in time.
+            TimeoutError: the predicate was not true in time.
         """
         seconds = _PATIENCE_SECONDS if timeout is None else timeout
         result = self._condition.wait_for(predicate, timeout=seconds)

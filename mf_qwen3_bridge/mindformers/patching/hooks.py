@@ -28,7 +28,6 @@ from mf_qwen3_bridge.mindformers.cpu.device import inference_device
 from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
 from mf_qwen3_bridge.mindformers.load_training import load_training_network
 from mf_qwen3_bridge.mindformers.network import check_token_ids
-from mf_qwen3_bridge.mindformers.patching import compat
 from mf_qwen3_bridge.mindformers.patching.configs import declared_layout_flags
 from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
 from mf_qwen3_bridge.model.parameters import is_hf_name
@@ -39,10 +38,7 @@ NETWORKS = (*INFERENCE_NETWORKS, TrainingQwen3ForCausalLM, TrainingQwen3MoeForCa
 
 
 class ClassOrInstanceMethod:
-    """A method whose first argument is the instance, or the class when it is called on the class.
-
-    Upstream calls the same hook both ways, depending on where it comes from.
-    """
+    """A method whose first argument is the instance, or the class: upstream calls the same hook on both."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -70,11 +66,10 @@ def load_weights(
     compares what it found with what it needed.
 
     Args:
-        network: an ``InferenceQwen3ForCausalLM`` or ``InferenceQwen3MoeForCausalLM``.
-        weights_path: a directory or file, in any dialect: Hugging Face's, or MindFormers' if metadata or YAML
-            declare its layout.
-        weights: (name, array) of each tensor in its place, under Hugging Face's names or what upstream's
-            ``convert_name`` makes of them. Arrays, Tensors, or slices of an open safetensors file.
+        network: the network.
+        weights_path: a directory or file of Hugging Face's weights, or of MindFormers' if metadata or YAML declare
+            their layout.
+        weights: (name, array) of each tensor, where there is no such path: see :func:`load_arrays`.
 
     Raises:
         BridgeError: the weights are not whole, do not fit the network, or neither argument names any.
@@ -92,8 +87,8 @@ def load_weights(
 def wrap_generate(upstream: Callable[..., Any], network: Any, *args: Any, **kwargs: Any) -> Any:
     """``generate``, but not from weights that were never loaded, nor of tokens that the model does not know.
 
-    Stands for ``generate`` of ``mindformers/generation/text_generator.py`` (1.7 to 1.9). MindFormers generates from
-    zeros when it finds no weights, or is not asked for any.
+    Stands for that of ``mindformers/generation/text_generator.py`` (1.7 to 1.9), which generates from zeros when
+    MindFormers found no weights, or was not asked for any.
     """
     if network not in FILLED:
         name, some = next((n, p) for n, p in network.parameters_dict().items() if n.endswith("linear_qkv.weight"))
@@ -135,9 +130,8 @@ def wrap_load_safetensors_checkpoint(
 ) -> None:
     """``load_safetensors_checkpoint``, which fills Qwen3 networks from whatever the bridge can read.
 
-    Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9). MindFormers calls it when
-    the network is built and, in a parallel run, compiled. Upstream loads
-    MindFormers' checkpoints that have no layout metadata.
+    Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9), which MindFormers calls
+    when the network is built and, in a parallel run, compiled. Checkpoints without layout metadata are left to it.
     """
     qwen3 = qwen3_network(network)
     if qwen3 is None or not has_known_dialect(Path(load_ckpt_path)):
@@ -176,7 +170,8 @@ def wrap_is_hf_safetensors_dir(upstream: Callable[..., bool], safetensors_dir: s
     directory, network = Path(safetensors_dir), model_cls_or_instance
     if not isinstance(network, ms.nn.Cell) or qwen3_network(network) is None or not has_known_dialect(directory):
         return upstream(safetensors_dir, model_cls_or_instance)
-    return not has_layout_metadata(directory)
+    header = _read_first_header(directory)
+    return header is None or LAYOUT_KEY not in header[1]
 
 
 @HOOKS.wraps_upstream(base_trainer.BaseTrainer, "count_parameters")
@@ -189,7 +184,7 @@ def wrap_count_parameters(upstream: Callable[..., None], trainer: Any) -> None:
     upstream(trainer)
     config, network = trainer.config, trainer.network
     is_asked_for = config.run_mode == "finetune" and not config.only_save_strategy
-    if not is_asked_for or compat.find_weights_to_load(config) or network is None or qwen3_network(network) is None:
+    if not is_asked_for or _weights_to_load(config) or network is None or qwen3_network(network) is None:
         return
     directory = Path(config.pretrained_model_dir or "")
     if config.pretrained_model_dir and (directory / HF_INDEX).is_file():
@@ -201,6 +196,13 @@ def wrap_count_parameters(upstream: Callable[..., None], trainer: Any) -> None:
     )
 
 
+def _weights_to_load(config: Any) -> str | None:
+    """Names the weights that the trainer will load, of a run's config; MindFormers 1.9 and later have another key."""
+    if hasattr(base_trainer, "load_hf_checkpoint"):
+        return (config.get("checkpoint") or {}).get("load_path")
+    return config.load_checkpoint
+
+
 def qwen3_network(network: Any) -> Any:
     """The Qwen3 network within the cells that MindFormers wraps around it; None if there is none."""
     cells = (cell for _, cell in network.cells_and_names())
@@ -208,10 +210,7 @@ def qwen3_network(network: Any) -> Any:
 
 
 def has_known_dialect(path: Path) -> bool:
-    """Whether these are weights whose dialect is certain: Hugging Face's, or with the bridge's layout metadata.
-
-    All else, such as MindFormers' own checkpoints of several ranks or in its newer format, is left to upstream.
-    """
+    """Whether these are weights whose dialect is certain: Hugging Face's, or with the bridge's layout metadata."""
     if (path / HF_INDEX).is_file():
         return True
     header = _read_first_header(path)
@@ -221,14 +220,8 @@ def has_known_dialect(path: Path) -> bool:
     return LAYOUT_KEY in metadata or any(map(is_hf_name, names))
 
 
-def has_layout_metadata(path: Path) -> bool:
-    """Whether these are MindFormers' weights, with the bridge's layout metadata."""
-    header = _read_first_header(path)
-    return header is not None and LAYOUT_KEY in header[1]
-
-
 def _read_first_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]] | None:
-    """Of the first file of weights that can be read. Loading finds out about others."""
+    """Reads the first file of weights that can be read. Loading finds out about others."""
     for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         if file.name != HYPER_PARAMETERS:
             with suppress(BridgeError):
@@ -237,11 +230,7 @@ def _read_first_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str
 
 
 def fill_network(network: Any, weights: Path) -> None:
-    """Fills a Qwen3 network of either kind; of a training network that MindSpore divided, this rank's part.
-
-    Raises:
-        BridgeError: the weights are not whole, or do not fit the network.
-    """
+    """Fills a Qwen3 network of either kind; of a training network that MindSpore divided, this rank's part."""
     model = check_against_network(network, weights)
     if isinstance(network, INFERENCE_NETWORKS):
         load_network(network, model)
@@ -252,11 +241,7 @@ def fill_network(network: Any, weights: Path) -> None:
 
 
 def check_against_network(network: Any, weights: Path) -> CheckedCheckpoint:
-    """Checks weights against the config that a network was built from.
-
-    Raises:
-        BridgeError: with a table of everything that does not fit.
-    """
+    """Checks weights against the config that a network was built from; BridgeError lists everything that differs."""
     declared = {key: value for key, value in vars(network.config).items() if key not in LAYOUT_FLAGS}
     if isinstance(network, INFERENCE_NETWORKS):  # a training network's flags are its own, not the weights'
         declared |= declared_layout_flags(network.config)

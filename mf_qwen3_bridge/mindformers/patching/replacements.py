@@ -22,11 +22,9 @@ ABSENT = object()
 
 @dataclass(frozen=True)
 class Declaration:
-    """One attribute that is to be replaced.
+    """One attribute of upstream's that is to be replaced.
 
     Attributes:
-        owner: whose attribute it is.
-        name: of the attribute.
         make: makes the replacement from what is there when it is installed.
         inherited: the owner is a class that has it from one of its bases, and gets one of its own.
         optional: some of upstream's versions lack it; there it is left out.
@@ -35,8 +33,8 @@ class Declaration:
     owner: Owner
     name: str
     make: Callable[[Any], Any]
-    inherited: bool
-    optional: bool
+    inherited: bool = False
+    optional: bool = False
 
     @property
     def path(self) -> str:
@@ -53,37 +51,36 @@ class Declaration:
 
 
 class Replacements:
-    """Attributes that are replaced together. The decorators below declare them, once, where the replacement is defined.
-
-    Attributes:
-        declarations: what the decorators declared.
-        installed: the replacements, by owner and name, while they are in place.
-    """
+    """Attributes that are replaced together; the decorators declare them, once, where the replacement is defined."""
 
     def __init__(self) -> None:
         self.declarations: list[Declaration] = []
-        self.installed: dict[tuple[Owner, str], Any] = {}
+        self.installed: dict[tuple[Owner, str], Any] = {}  # the replacements, while they are in place
         self._upstream: dict[tuple[Owner, str], Any] = {}
 
-    def replaces(self, owner: Owner, name: str, *, inherited: bool = False) -> Callable[[Declared], Declared]:
-        """Declares that what is decorated, a function or class, takes an attribute's place."""
+    def derives(self, owner: Owner, name: str, **options: bool) -> Callable[[Declared], Declared]:
+        """Declares a function that makes the replacement from upstream's value; ``options`` are a Declaration's."""
 
-        def declare(replacement: Declared) -> Declared:
-            self.declarations.append(Declaration(owner, name, lambda upstream: replacement, inherited, False))
+        def declare(make: Any) -> Any:
+            self.declarations.append(Declaration(owner, name, make, **options))
+            return make
+
+        return declare
+
+    def replaces(self, owner: Owner, name: str, **options: bool) -> Callable[[Declared], Declared]:
+        """Declares a function or class that takes the attribute's place."""
+
+        def declare(replacement: Any) -> Any:
+            self.derives(owner, name, **options)(lambda upstream: replacement)
             return replacement
 
         return declare
 
-    def wraps_upstream(
-        self, owner: Owner, name: str, *, inherited: bool = False, optional: bool = False
-    ) -> Callable[[Declared], Declared]:
-        """Declares a wrapper: a function that is called with upstream's, then with the arguments of the call.
-
-        Upstream's is what is there when the wrapper is installed. Of a classmethod it is the function within.
-        """
+    def wraps_upstream(self, owner: Owner, name: str, **options: bool) -> Callable[[Declared], Declared]:
+        """Declares a function that is called with upstream's (of a classmethod, the function within), then as that."""
 
         def declare(function: Any) -> Any:
-            def make(upstream: Any) -> Any:
+            def wrap(upstream: Any) -> Any:
                 called = upstream.__func__ if isinstance(upstream, classmethod) else upstream
 
                 @wraps(called)
@@ -92,17 +89,8 @@ class Replacements:
 
                 return classmethod(wrapper) if isinstance(upstream, classmethod) else wrapper
 
-            self.declarations.append(Declaration(owner, name, make, inherited, optional))
+            self.derives(owner, name, **options)(wrap)
             return function
-
-        return declare
-
-    def derives(self, owner: Owner, name: str) -> Callable[[Declared], Declared]:
-        """Declares a function that makes the replacement from upstream's value, when it is installed."""
-
-        def declare(make: Any) -> Any:
-            self.declarations.append(Declaration(owner, name, make, False, False))
-            return make
 
         return declare
 
