@@ -121,7 +121,7 @@ def _verify_logits(
     layers: int | None,
     picture: Path | None,
 ) -> None:
-    from mf_qwen3_bridge.mindformers.quiet import upstream_kept_quiet
+    from mf_qwen3_bridge.mindformers.quiet import silence_upstream
     from mf_qwen3_bridge.verify.comparison import compare
     from mf_qwen3_bridge.verify.layer_errors import check_comparable, layers_that_fit
 
@@ -133,9 +133,9 @@ def _verify_logits(
     total = models[0].spec.num_layers
     models = [model.first_layers(num_layers) for model in models]
 
-    with upstream_kept_quiet():  # takes seconds
-        from mf_qwen3_bridge.mindformers.verify_network import errors_of_checkpoint
-    found = errors_of_checkpoint(models[0], models[-1])
+    with silence_upstream():  # takes seconds
+        from mf_qwen3_bridge.mindformers.verify_network import measure_checkpoint
+    found = measure_checkpoint(models[0], models[-1])
     network = "InferenceQwen3MoeForCausalLM" if models[0].spec.is_moe else "InferenceQwen3ForCausalLM"
     click.echo(f"layers      {num_layers} of {total}, in MindFormers' {network} on the CPU, float32")
     click.echo(table(["layer", *found.stages], found.rows(), "simple"))

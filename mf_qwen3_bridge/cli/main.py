@@ -15,7 +15,7 @@ from mf_qwen3_bridge import __version__
 from mf_qwen3_bridge.cli.files import DIRECTORY, convert, export, unify
 from mf_qwen3_bridge.cli.look import doctor, inspect, truncate, verify
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.mindformers.quiet import upstream_kept_quiet
+from mf_qwen3_bridge.mindformers.quiet import silence_upstream
 from mf_qwen3_bridge.model.parallel import num_processes
 
 _REGISTER_PATH = Path(__file__).parents[1] / "mindformers" / "register_path"
@@ -108,7 +108,7 @@ def infer(
     for line in preflight.summary(model):
         click.echo(line)
 
-    with upstream_kept_quiet():
+    with silence_upstream():
         # Takes seconds: what is wrong with the checkpoint is known before.
         from mf_qwen3_bridge.mindformers import infer as inference
         from mf_qwen3_bridge.mindformers.load import load_network

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -30,14 +30,13 @@ _NUMPY_DTYPES = {ms.float32: DTYPES["F32"], ms.float16: DTYPES["F16"], ms.bfloat
 
 
 def load_network(network: Any, model: CheckedCheckpoint, *, use_training_conversion: bool = False) -> Plan:
-    """Fills an inference network with all of a checkpoint's weights.
+    """Fills an inference network, or this process's part of it, with all of a checkpoint's weights.
 
     When it raises, the network holds some of them at best: build another.
 
     Args:
-        network: an ``InferenceQwen3ForCausalLM`` or ``InferenceQwen3MoeForCausalLM`` built from ``model``'s config. In
-            a run of several processes it takes this process's part.
-        model: the checkpoint, as :func:`mf_qwen3_bridge.preflight.check` returns it.
+        network: an ``InferenceQwen3ForCausalLM`` or ``InferenceQwen3MoeForCausalLM`` built from ``model``'s config.
+        model: the checkpoint.
         use_training_conversion: convert with MindFormers' training class (``convert_weight_dict``) and load with
             ``load_param_into_net``, instead of the bridge's own loader. Both give the same bits.
 
@@ -52,7 +51,13 @@ def load_network(network: Any, model: CheckedCheckpoint, *, use_training_convers
     if use_training_conversion:
         check_parameters(parameters, plan)
         plan.check_duplicates(plan.rank)
-        _load_converted(network, model)
+        if not model.dialect.is_hf:
+            raise BridgeError(
+                f"--use_training_conversion converts Hugging Face weights; {model.source.path} holds MindFormers' "
+                "already: leave the flag out"
+            )
+        converted = conversion.convert_weight_dict(network, load_checkpoint(model.source.files))
+        _check_loaded(*ms.load_param_into_net(network, converted))
         check_values({target.name: _magnitudes(parameters[target.name], target) for target in plan.targets}, plan)
     else:
         fill_parameters(parameters, plan)
@@ -66,8 +71,8 @@ def load_arrays(network: Any, arrays: Mapping[str, Any]) -> None:
 
     Args:
         network: as for :func:`load_network`.
-        arrays: Hugging Face name -> array, Tensor, or slice of an open safetensors file. The names may be those that
-            upstream's ``convert_name`` makes of Hugging Face's.
+        arrays: name -> array, Tensor, or slice of an open safetensors file; the names are Hugging Face's, or what
+            upstream's ``convert_name`` returns for them.
 
     Raises:
         BridgeError: tensors are missing, left over or of a wrong shape, or hold NaN or zeros only.
@@ -82,7 +87,7 @@ def load_arrays(network: Any, arrays: Mapping[str, Any]) -> None:
 
 
 def _magnitudes(parameter: ms.Parameter, target: Target) -> dict[TensorInfo, float]:
-    """For each source tensor of a parameter the largest magnitude."""
+    """The largest magnitude of each source tensor of a parameter."""
     array = parameter.asnumpy()
     largest: dict[TensorInfo, float] = defaultdict(float)
     for copy in target.copies:
@@ -91,10 +96,10 @@ def _magnitudes(parameter: ms.Parameter, target: Target) -> dict[TensorInfo, flo
 
 
 def fill_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
-    """Gives a network's parameters the values that a plan makes, in their own dtypes.
+    """Carries out a plan: each tensor's bytes are read once, in the network's layout and dtype, into the Parameters.
 
     Args:
-        parameters: all of them, by name. Those of a parallel training network are this rank's slices.
+        parameters: all of a network's, by name. Those of a parallel training network are this rank's slices.
         plan: makes them.
 
     Raises:
@@ -103,32 +108,25 @@ def fill_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
     """
     check_parameters(parameters, plan)
     plan.check_duplicates(plan.rank)
-    check_values(_load_directly(parameters, plan), plan)
+    magnitudes = {}
+    with progress_bar("loading", plan.source_nbytes) as advance, Transfer(advance) as transfer:
+        for target in plan.targets:
+            parameter = parameters[target.name]
+            array = np.empty(target.shape, _NUMPY_DTYPES[parameter.dtype])
+            magnitudes[target.name] = transfer.fill(array, target.copies)
+            parameter.set_data(ms.Tensor.from_numpy(array), parameter.sliced)
+    check_values(magnitudes, plan)
 
 
 def check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
-    """Are a network's parameters those that the plan makes?
-
-    Raises:
-        BridgeError: they are not; lists all that differ.
-    """
+    """Checks that a network's parameters are those that the plan makes; BridgeError lists all that differ."""
     shapes = {target.name: target.shape for target in plan.targets}
     remedy = "the network was built from another config"
     problems = [
+        *_rows(parameters.keys() - shapes.keys(), "in the network, not in the checkpoint", remedy),
+        *_rows(shapes.keys() - parameters.keys(), "in the checkpoint, not in the network", remedy),
         *(
-            Problem(name, "in the network, not in the checkpoint", remedy)
-            for name in fold_names(parameters.keys() - shapes.keys())
-        ),
-        *(
-            Problem(name, "in the checkpoint, not in the network", remedy)
-            for name in fold_names(shapes.keys() - parameters.keys())
-        ),
-        *(
-            Problem(
-                name,
-                f"shape {shape} in the checkpoint, {parameters[name].shape} in the network",
-                remedy,
-            )
+            Problem(name, f"shape {shape} in the checkpoint, {parameters[name].shape} in the network", remedy)
             for name, shape in shapes.items()
             if name in parameters and tuple(parameters[name].shape) != shape
         ),
@@ -142,42 +140,19 @@ def check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None
         raise BridgeError("the checkpoint does not fit the network", problems)
 
 
-def _load_directly(parameters: Mapping[str, ms.Parameter], plan: Plan) -> dict[str, dict[TensorInfo, float]]:
-    """Each tensor's bytes are read once, in the network's layout and dtype, and handed to the Parameter.
-
-    Returns:
-        For each parameter what :func:`_magnitudes` says of it.
-    """
-    magnitudes = {}
-    with progress_bar("loading", plan.source_nbytes) as advance, Transfer(advance) as transfer:
-        for target in plan.targets:
-            parameter = parameters[target.name]
-            array = np.empty(target.shape, _NUMPY_DTYPES[parameter.dtype])
-            magnitudes[target.name] = transfer.fill(array, target.copies)
-            parameter.set_data(ms.Tensor.from_numpy(array), parameter.sliced)
-    return magnitudes
-
-
-def _load_converted(network: Any, model: CheckedCheckpoint) -> None:
-    """Loads as MindFormers' documentation describes, in the right layout; whatever is not loaded is an error."""
-    if not model.dialect.is_hf:
-        raise BridgeError(
-            f"--use_training_conversion converts Hugging Face weights; {model.source.path} holds MindFormers' "
-            "already: leave the flag out"
-        )
-    converted = conversion.convert_weight_dict(network, load_checkpoint(model.source.files))
-    _check_loaded(*ms.load_param_into_net(network, converted))
-
-
 def _check_loaded(unloaded: Sequence[str], unused: Sequence[str]) -> None:
     """Raises for what the two lists name that ``load_param_into_net`` returns."""
     remedy = "the weights are not of this network; Hugging Face weights have to be converted first"
     problems = [
-        *(Problem(name, "parameter of the network, not in the weights", remedy) for name in fold_names(unloaded)),
-        *(Problem(name, "weight, not in the network", remedy) for name in fold_names(unused)),
+        *_rows(unloaded, "parameter of the network, not in the weights", remedy),
+        *_rows(unused, "weight, not in the network", remedy),
     ]
     if problems:
         raise BridgeError("load_param_into_net did not load everything", problems)
+
+
+def _rows(names: Iterable[str], found: str, remedy: str) -> list[Problem]:
+    return [Problem(name, found, remedy) for name in fold_names(names)]
 
 
 def load_checkpoint(
@@ -215,16 +190,6 @@ def load_checkpoint(
         for name, parameter in parameters.items():
             print(name, parameter.shape, parameter.dtype)
     """
-    single_file = {
-        "strict_load": strict_load,
-        "filter_prefix": filter_prefix,
-        "dec_key": dec_key,
-        "dec_mode": dec_mode,
-        "specify_prefix": specify_prefix,
-        "choice_func": choice_func,
-        "crc_check": crc_check,
-        "remove_redundancy": remove_redundancy,
-    }
     if format != "safetensors":
         files = [Path(str(ckpt_file_name))]
     elif isinstance(ckpt_file_name, str | Path):
@@ -236,8 +201,19 @@ def load_checkpoint(
         files = open_source(paths).files
     parameters: dict[str, ms.Parameter] = {}
     for file in files:
-        for name, value in ms.load_checkpoint(str(file), format=format, **single_file).items():
-            parameters[name] = conversion.to_parameter(name, value)
+        loaded = ms.load_checkpoint(
+            str(file),
+            strict_load=strict_load,
+            filter_prefix=filter_prefix,
+            dec_key=dec_key,
+            dec_mode=dec_mode,
+            specify_prefix=specify_prefix,
+            choice_func=choice_func,
+            crc_check=crc_check,
+            remove_redundancy=remove_redundancy,
+            format=format,
+        )
+        parameters |= {name: conversion.to_parameter(name, value) for name, value in loaded.items()}
     if net is not None:
         _check_loaded(*ms.load_param_into_net(net, parameters, strict_load, remove_redundancy))
     return parameters

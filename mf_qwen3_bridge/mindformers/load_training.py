@@ -26,14 +26,12 @@ _ADAPTER = re.compile(r"\blora_[abAB]\b|_lora_")
 
 
 def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path | None = None) -> Plan:
-    """Fills a training network with a checkpoint's weights, in the layout of the network's own flags.
-
-    Each rank reads what it holds, from the checkpoint itself.
+    """Fills a training network, or this rank's part of it, in the layout of the network's own flags.
 
     Args:
         network: a ``TrainingQwen3ForCausalLM`` or ``TrainingQwen3MoeForCausalLM``; compiled, if the run is parallel:
             compiling cuts its parameters.
-        model: the checkpoint.
+        model: the checkpoint, of which each rank reads what it holds.
         strategy: the file in which MindSpore wrote how it cut the parameters of this rank's stage; None if the run is
             not parallel.
 
@@ -43,7 +41,7 @@ def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path
     Raises:
         BridgeError: the network's parameters are not the model's, or are divided otherwise than in the file.
     """
-    plan = model.plan(Dialect(layout_of(network, model.spec.is_moe)))
+    plan = model.plan(Dialect(read_layout(network, model.spec.is_moe)))
     weights = {target.name for target in plan.targets}
     parameters = {
         name: parameter
@@ -56,7 +54,7 @@ def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path
         divided = {n for n, p in parameters.items() if p.sliced and not p.param_info.is_pipeline_shared_param}
         stages = ms.get_auto_parallel_context("pipeline_stages")
         _check_listed(strategy, shardings.keys(), weights if stages == 1 else weights & divided)
-        plan = plan_of_device(plan, shardings, stage, get_rank())
+        plan = cut_plan(plan, shardings, stage, get_rank())
         mine = {target.name for target in plan.targets}
         parameters = {name: parameter for name, parameter in parameters.items() if name in mine or name not in weights}
     fill_parameters(parameters, plan)
@@ -64,7 +62,7 @@ def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path
 
 
 def _check_listed(strategy: Path, listed: Container[str], weights: Iterable[str]) -> None:
-    """Does a strategy file list all of these weights? One that an earlier run left need not."""
+    """Checks that a strategy file lists all of these weights; one that an earlier run left need not."""
     remedy = "empty the strategy folder, and set strategy_ckpt_config.only_trainable_params to False"
     missing = fold_names(name for name in weights if name not in listed)
     if missing:
@@ -72,18 +70,18 @@ def _check_listed(strategy: Path, listed: Container[str], weights: Iterable[str]
         raise BridgeError(f"{strategy} is not of this run", problems)
 
 
-def layout_of(network: Any, is_moe: bool) -> Layout:
-    """How a training network lays out QKV and gate/up, by the config that it was built from."""
+def read_layout(network: Any, is_moe: bool) -> Layout:
+    """Reads how a training network lays out QKV and gate/up from the config that it was built from."""
     config = network.get_gpt_transformer_config()
     layout = Layout.of_training(vars(config), config.tensor_model_parallel_size)
     return layout.of_experts if is_moe else layout
 
 
-def plan_of_device(plan: Plan, shardings: Mapping[str, Sharding], stage: int, rank: int) -> Plan:
-    """What one device of a pipeline stage holds of what a plan makes.
+def cut_plan(plan: Plan, shardings: Mapping[str, Sharding], stage: int, rank: int) -> Plan:
+    """Cuts what one device of a pipeline stage holds out of a plan that makes whole parameters.
 
     Args:
-        plan: makes whole parameters.
+        plan: makes them.
         shardings: of the stage's parameters, an optimizer's state included.
         stage: its number.
         rank: the device's rank in the whole run.

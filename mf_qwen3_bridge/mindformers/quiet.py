@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 
 
 @contextmanager
-def upstream_kept_quiet() -> Iterator[None]:
+def silence_upstream() -> Iterator[None]:
     """Discards what MindFormers prints (all of its config, for each network); its files under ./output/log have it too.
 
     What it logs later stays out of the report too, because its log handlers keep the stdout of this time. MindSpore's

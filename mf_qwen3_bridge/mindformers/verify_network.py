@@ -18,12 +18,11 @@ from mf_qwen3_bridge.mindformers.infer import build_network
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import InferenceNetwork, network_logits, rank_of
 from mf_qwen3_bridge.mindformers.patching.hooks import check_against_network
-from mf_qwen3_bridge.mindformers.quiet import upstream_kept_quiet
+from mf_qwen3_bridge.mindformers.quiet import silence_upstream
 from mf_qwen3_bridge.model.layouts import INFERENCE
 from mf_qwen3_bridge.model.parallel import SINGLE, WHOLE
 from mf_qwen3_bridge.model.rules import INFER, RowsRule, Rule
 from mf_qwen3_bridge.transfer.copying import Transfer
-from mf_qwen3_bridge.transfer.plan import Target
 from mf_qwen3_bridge.transfer.safetensors import DTYPES
 from mf_qwen3_bridge.verify import reference
 from mf_qwen3_bridge.verify.layer_errors import NUM_TOKENS, LayerErrors, layer_errors, tokens_for
@@ -59,13 +58,13 @@ def verify_network(network: InferenceNetwork, model_dir: str | Path) -> LayerErr
     """
     model = check_against_network(network, Path(model_dir))  # RoPE too, of which few tokens show little
     problems = list(wrong_parameters(network, model))
-    found = errors_of(network, model)
+    found = measure_network(network, model)
     if found.begin or problems:
         raise BridgeError(f"the network does not compute {model_dir}: {found.summary}", problems)
     return found
 
 
-def errors_of_checkpoint(model: CheckedCheckpoint, right: CheckedCheckpoint) -> LayerErrors:
+def measure_checkpoint(model: CheckedCheckpoint, right: CheckedCheckpoint) -> LayerErrors:
     """Loads a checkpoint into MindFormers' inference network, on the CPU, in float32, and compares it with a reference.
 
     Args:
@@ -76,13 +75,13 @@ def errors_of_checkpoint(model: CheckedCheckpoint, right: CheckedCheckpoint) -> 
         BridgeError: the checkpoint can't be loaded; what was loaded is not what it holds.
     """
     cache = {"block_size": NUM_TOKENS, "num_blocks": 2, "seq_length": 4 * NUM_TOKENS}
-    with upstream_kept_quiet():
+    with silence_upstream():
         network = build_network(replace(model, options=cache, parallel=SINGLE), "CPU")
     load_network(network, model)
-    return errors_of(network, right)
+    return measure_network(network, right)
 
 
-def errors_of(network: InferenceNetwork, model: CheckedCheckpoint) -> LayerErrors:
+def measure_network(network: InferenceNetwork, model: CheckedCheckpoint) -> LayerErrors:
     """Measures the errors of a network against the reference of a model of as many layers.
 
     Raises:
@@ -112,25 +111,19 @@ def _record_stages(network: InferenceNetwork, token_ids: Sequence[int]) -> dict[
 
         hooks.append(cell.register_forward_hook(hook))
 
-    def read_output(_: Any, inputs: Any, output: ms.Tensor) -> np.ndarray:
-        return _array(output)
-
-    def read_input(_: Any, inputs: Any, output: ms.Tensor) -> np.ndarray:
-        return _array(inputs[0])
-
-    listen(network.model.decoder.layers[0].input_layernorm, read_input, EMBEDDED)
+    listen(network.model.decoder.layers[0].input_layernorm, _read_input, EMBEDDED)
     for number, layer in enumerate(network.model.decoder.layers):
         attention, mlp = layer.self_attention, layer.mlp
-        listen(attention.linear_qkv, read_output, Stage(number, reference.QKV))
-        listen(attention.linear_proj, read_input, Stage(number, reference.ATTENTION))
+        listen(attention.linear_qkv, _read_output, Stage(number, reference.QKV))
+        listen(attention.linear_proj, _read_input, Stage(number, reference.ATTENTION))
         # Two hooks of one cell are called one after the other.
-        listen(attention.linear_proj, read_output, Stage(number, reference.PROJ))
+        listen(attention.linear_proj, _read_output, Stage(number, reference.PROJ))
         if hasattr(mlp, "router"):
             listen(mlp.router, _read_routing_weights, Stage(number, reference.ROUTER))
         else:
-            listen(mlp.linear_fc1, read_output, Stage(number, reference.FC1))
-        listen(mlp, read_output, Stage(number, reference.MLP))
-        listen(layer, read_output, Stage(number, reference.LAYER))
+            listen(mlp.linear_fc1, _read_output, Stage(number, reference.FC1))
+        listen(mlp, _read_output, Stage(number, reference.MLP))
+        listen(layer, _read_output, Stage(number, reference.LAYER))
     try:
         found[LOGITS] = network_logits(network, token_ids)
     finally:
@@ -139,12 +132,20 @@ def _record_stages(network: InferenceNetwork, token_ids: Sequence[int]) -> dict[
     return found
 
 
+def _read_input(cell: Any, inputs: tuple[ms.Tensor, ...], output: Any) -> np.ndarray:
+    return _array(inputs[0])
+
+
+def _read_output(cell: Any, inputs: Any, output: ms.Tensor) -> np.ndarray:
+    return _array(output)
+
+
 def _array(tensor: ms.Tensor) -> np.ndarray:
     array: np.ndarray = tensor.astype(ms.float32).asnumpy()
     return array.reshape(-1, array.shape[-1])
 
 
-def _read_routing_weights(router: Any, _: Any, output: tuple[ms.Tensor, ms.Tensor]) -> np.ndarray:
+def _read_routing_weights(router: Any, inputs: Any, output: tuple[ms.Tensor, ms.Tensor]) -> np.ndarray:
     """Routing weights, (tokens, experts); 0 for experts not selected."""
     chosen, experts = _array(output[0]), output[1].asnumpy()
     shares = np.zeros((len(chosen), router.num_experts), np.float32)
@@ -153,14 +154,19 @@ def _read_routing_weights(router: Any, _: Any, output: tuple[ms.Tensor, ms.Tenso
 
 
 def wrong_parameters(network: InferenceNetwork, model: CheckedCheckpoint) -> Iterator[Problem]:
-    """The parameters of a network that do not hold what they should, and what they look like, folded."""
+    """Yields the parameters of a network that do not hold what loading gives them, and what they look like, folded."""
     parameters = network.parameters_dict()
     rules = {rule.parameter: rule for rule in model.rules}
     alike: dict[str, list[str]] = defaultdict(list)
     with Transfer() as transfer:
         for target in model.plan(INFER).targets:
-            found = _values(parameters[target.name])
-            if not _holds(found, target, transfer):
+            parameter = parameters[target.name]
+            found = parameter.asnumpy()  # on a CPU a view
+            if parameter.dtype == ms.bfloat16:
+                found = found.view(DTYPES["BF16"])  # MindSpore has a NumPy dtype of its own for it
+            expected = np.empty(target.shape, found.dtype)
+            transfer.fill(expected, target.copies)
+            if not np.array_equal(found, expected):
                 alike[_appearance(found, rules[target.name], model)].append(target.name)
     for appearance, names in alike.items():
         for name in fold_names(names):
@@ -168,7 +174,7 @@ def wrong_parameters(network: InferenceNetwork, model: CheckedCheckpoint) -> Ite
 
 
 def _appearance(found: np.ndarray, rule: Rule, model: CheckedCheckpoint) -> str:
-    """What a parameter with wrong values looks like."""
+    """Describes a parameter with wrong values."""
     if not found.any():
         return "all zero: never loaded"
     if isinstance(rule, RowsRule) and rule.fuses:
@@ -181,16 +187,3 @@ def _appearance(found: np.ndarray, rule: Rule, model: CheckedCheckpoint) -> str:
             if is_alike and layout != INFERENCE:
                 return f"in the training layout: {describe(layout)}"
     return "other values"
-
-
-def _values(parameter: ms.Parameter) -> np.ndarray:
-    """A view of them, on a CPU. MindSpore has a NumPy dtype of its own for bfloat16."""
-    array: np.ndarray = parameter.asnumpy()
-    return array.view(DTYPES["BF16"]) if parameter.dtype == ms.bfloat16 else array
-
-
-def _holds(found: np.ndarray, target: Target, transfer: Transfer) -> bool:
-    """Whether a parameter's values are those that loading gives it, in its dtype."""
-    expected = np.empty(target.shape, found.dtype)
-    transfer.fill(expected, target.copies)
-    return np.array_equal(found, expected)

@@ -21,7 +21,7 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network
-from mf_qwen3_bridge.mindformers.verify_network import errors_of_checkpoint, wrong_parameters
+from mf_qwen3_bridge.mindformers.verify_network import measure_checkpoint, wrong_parameters
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
 from mf_qwen3_bridge.transfer.plan import Plan
@@ -35,7 +35,7 @@ from tests.tiny import write
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stage_of_every_model_agrees(name: str):
     model = check(CHECKPOINTS / name)
-    found = errors_of_checkpoint(model, model)
+    found = measure_checkpoint(model, model)
     assert max(found.errors.values()) < TOLERANCE
     assert found.num_layers == model.spec.num_layers
     assert (ROUTER in found.stages, FC1 in found.stages) == (model.spec.is_moe, not model.spec.is_moe)
@@ -46,7 +46,7 @@ def test_mindformers_weights(tmp_path: Path, dialect: Dialect):
     hf = CHECKPOINTS / "moe_bf16"
     run(to_mindformers(check(hf), dialect, tmp_path / "mf"))
     model, right = check(hf, None, tmp_path / "mf"), check(hf)
-    found = errors_of_checkpoint(model.first_layers(2), right.first_layers(2))
+    found = measure_checkpoint(model.first_layers(2), right.first_layers(2))
     assert max(found.errors.values()) < TOLERANCE and found.num_layers == 2
 
 
