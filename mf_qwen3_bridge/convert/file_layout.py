@@ -24,14 +24,7 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A safetensors file to write.
-
-    Attributes:
-        name: its path in the output directory.
-        header: its first bytes.
-        tensors: where each tensor goes; their ``file`` is the path in the output directory.
-        nbytes: its size.
-    """
+    """A safetensors file to write: path in the output directory, first bytes, where each tensor goes, size."""
 
     name: str
     header: bytes

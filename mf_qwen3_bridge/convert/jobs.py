@@ -74,9 +74,7 @@ def to_hf(
     """A Hugging Face checkpoint, with its config.json and tokenizer as far as they are known.
 
     Args:
-        model: the MindFormers checkpoint it is made of.
-        output: the directory.
-        dtype: one of DTYPE_NAMES; as in the checkpoint when left out.
+        model, output, dtype: as for :func:`to_mindformers`.
         max_shard_bytes: a file is larger only if a single tensor is.
         write_tied_output: store ``lm_head`` although it is tied to the embedding.
         layout_is_shown: whether something else than files and YAML shows that the layout is right.
@@ -160,11 +158,9 @@ def to_ranks(
     """A directory ``rank_N/`` for each rank, with that rank's part of every parameter.
 
     Args:
-        model: the checkpoint it is made of, of any dialect.
+        model, output, dtype: as for :func:`to_mindformers`.
         target: the dialect to make; the inference network's, or one of the training network's.
-        output: the directory.
         parallel: tensor and expert parallel sizes. In training, ranks beyond these hold the same again.
-        dtype: one of DTYPE_NAMES; as in the checkpoint when left out.
 
     Raises:
         BridgeError: the sizes don't divide the model.

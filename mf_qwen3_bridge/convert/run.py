@@ -41,7 +41,7 @@ class Part:
     @classmethod
     def of(cls, plan: Plan, files: Sequence[OutputFile], make_plan: Callable[[], Plan] | None = None) -> Part:
         """The part that writes ``plan`` to ``files``; the plan is not kept if ``make_plan`` makes it again."""
-        sources = frozenset(copy.source.file for target in plan.targets for copy in target.copies)
+        sources = frozenset(copy.source.file for copy in plan.copies)
         return cls(make_plan or (lambda: plan), files, plan.source_nbytes, sources)
 
 
@@ -210,7 +210,7 @@ def _write(job: Job, directory: OutputDirectory) -> Findings:
 
     def share(plan: Plan) -> Iterator[Tile]:
         nonlocal done
-        for tile in tiles((copy for target in plan.targets for copy in target.copies), to_files=True):
+        for tile in tiles(plan.copies, to_files=True):
             if done * worker.count // total == worker.number:
                 yield tile
             done += sum(copy.nbytes for copy in tile)

@@ -34,10 +34,7 @@ class View:
     ``View.whole((6, 4)).unflatten(0, 2)[:, 1:]`` shows, of a tensor of 6 rows seen as 2 groups of 3, the last two
     rows of each group: shape (2, 2, 4).
 
-    Attributes:
-        shape: shape of what is seen.
-        strides: distance between neighbours along each axis, in elements of the tensor.
-        offset: index of the first element, in elements of the tensor.
+    Strides and offset count elements of the tensor.
     """
 
     shape: tuple[int, ...]
@@ -118,12 +115,7 @@ class View:
 
 @dataclass(frozen=True)
 class Box:
-    """Rows ``start`` to ``stop`` of a tensor, and of these all entries or, of a matrix, some columns.
-
-    Attributes:
-        rows: (start, stop) along the first axis.
-        columns: (start, stop) along the second; None for all, and for a vector.
-    """
+    """A block of a tensor: (start, stop) along the first axis, and along the second (None: all, or a vector's)."""
 
     rows: tuple[int, int]
     columns: tuple[int, int] | None = None

@@ -17,12 +17,10 @@ class Rank:
     """One process's place; the default is a process that holds everything.
 
     Attributes:
-        tensor_parallel: how many processes share attention, MLP, embedding and output layer.
-        tensor_rank: which of them this is.
-        expert_parallel: how many processes share the experts.
-        expert_rank: which of them this is.
-        expert_tensor_parallel: how many processes share each expert.
-        expert_tensor_rank: which of them this is.
+        tensor_parallel, tensor_rank: how many processes share attention, MLP, embedding and output layer, and which of
+            them this is.
+        expert_parallel, expert_rank: the same of those that share the experts.
+        expert_tensor_parallel, expert_tensor_rank: the same of those that share each expert.
         uses_all_to_all: whether tokens are sent to the processes of their experts, instead of to all.
     """
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
-from typing import Literal, Protocol
+from typing import Literal
 
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.model import layouts
@@ -66,34 +66,8 @@ class Place:
     view: View
 
 
-@dataclass(frozen=True)
-class PartSlice:
-    """Which part of the whole model's rule a part of a rank's rule is, and which slice of that part's views."""
-
-    part: int
-    where: tuple[slice, ...] = ()
-
-
-class Rule(Protocol):
-    """One MindFormers parameter, and the parts of Hugging Face tensors that it is made of."""
-
-    @property
-    def parameter(self) -> str:
-        """The MindFormers name."""
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """The Hugging Face names of the parts, in their order, where each is a tensor of its own."""
-
-    @property
-    def divided(self) -> Literal["rows", "columns"] | None:
-        """The axis of the tensors along which ranks divide them; None if every rank holds everything."""
-
-    def places(self, dialect: Dialect) -> list[Place]:
-        """Where each part is stored in ``dialect``, in the order of ``tensors``."""
-
-    def shard(self, rank: Rank) -> tuple[Rule, list[PartSlice]]:
-        """The rule of what a rank holds, and which slice of this rule's parts each of its parts is."""
+# Which part of the whole model's rule a part of a rank's rule is, and which slice of that part's views.
+PartSlice = tuple[int, tuple[slice, ...]]
 
 
 @dataclass(frozen=True)
@@ -119,7 +93,7 @@ class RowsRule:
     divided: Literal["rows", "columns"] | None = None
 
     def places(self, dialect: Dialect) -> list[Place]:
-        """See :class:`Rule`."""
+        """Where each part is stored in ``dialect``, in the order of ``tensors``."""
         layout = dialect.layout
         if layout is None:
             shapes = [(rows, *self.columns) for rows in self.rows]
@@ -138,15 +112,18 @@ class RowsRule:
         whole = self.places(dialect)
         for number in range(count):
             local, cuts = self.shard(Rank(tensor_parallel=count, tensor_rank=number))
-            for cut, place in zip(cuts, local.places(dialect)):
+            for (part, where), place in zip(cuts, local.places(dialect)):
                 if dialect.layout and dialect.layout.tensor_parallel == count:
                     start = number * prod(place.shape)
-                    yield replace(whole[cut.part], view=replace(place.view, offset=place.view.offset + start))
+                    yield replace(whole[part], view=replace(place.view, offset=place.view.offset + start))
                 else:
-                    yield replace(whole[cut.part], view=whole[cut.part].view[cut.where])
+                    yield replace(whole[part], view=whole[part].view[where])
 
     def shard(self, rank: Rank) -> tuple[RowsRule, list[PartSlice]]:
-        """See :class:`Rule`. Mirrors the ``weight_loader`` methods of ``mindformers/parallel_core/inference``."""
+        """The rule of what a rank holds, and which slice of this rule's parts each of its parts is.
+
+        Mirrors the ``weight_loader`` methods of ``mindformers/parallel_core/inference``.
+        """
         size, number = rank.tensor_parallel, rank.tensor_rank
         local = self
         where: tuple[slice, ...] = ()
@@ -156,7 +133,7 @@ class RowsRule:
         elif self.divided == "columns":
             local = replace(self, columns=(self.columns[0] // size,))
             where = (slice(None), slice(None), _share(self.columns[0], size, number))
-        return local, [PartSlice(part, where) for part in range(len(self.tensors))]
+        return local, [(part, where) for part in range(len(self.tensors))]
 
 
 class QkvRule(RowsRule):
@@ -174,11 +151,7 @@ class QkvRule(RowsRule):
         query, *key_value = (n // self.groups for n in self.rows)
         local = replace(self, rows=(query // ranks_of_group, *key_value), groups=1)
         mine = slice(group, group + 1)
-        return local, [
-            PartSlice(0, (mine, _share(query, ranks_of_group, member))),
-            PartSlice(1, (mine,)),
-            PartSlice(2, (mine,)),
-        ]
+        return local, [(0, (mine, _share(query, ranks_of_group, member))), (1, (mine,)), (2, (mine,))]
 
 
 class RouterRule(RowsRule):
@@ -193,9 +166,8 @@ class RouterRule(RowsRule):
         start = _share(total, rank.expert_parallel, rank.expert_rank).start if rank.rotates_router else 0
         if start == 0:
             return super().shard(rank)
-        everything = slice(None)
         local = replace(self, tensors=self.tensors * 2, rows=(total - start, start))
-        return local, [PartSlice(0, (everything, slice(start, total))), PartSlice(0, (everything, slice(0, start)))]
+        return local, [(0, (slice(None), slice(start, total))), (0, (slice(None), slice(0, start)))]
 
 
 @dataclass(frozen=True)
@@ -206,9 +178,7 @@ class ExpertsRule:
         parameter: the MindFormers name.
         parts: the Hugging Face names of an expert's parts, with ``{expert}`` for its number.
         stacked: the Hugging Face name of the tensor that holds all experts.
-        num_experts: number of experts.
-        rows: number of rows of each part.
-        columns: number of columns of each part.
+        num_experts, rows, columns: number of experts, and shape of each part.
         divided: what the ranks that share an expert divide: its ``rows`` or its ``columns``.
     """
 
@@ -222,11 +192,11 @@ class ExpertsRule:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """See :class:`Rule`: expert by expert."""
+        """The Hugging Face names of the parts where each is a tensor of its own: expert by expert."""
         return tuple(part.format(expert=number) for number in range(self.num_experts) for part in self.parts)
 
     def places(self, dialect: Dialect) -> list[Place]:
-        """See :class:`Rule`."""
+        """See :class:`RowsRule`."""
         if dialect == HF:
             alone = View.whole((self.rows, self.columns))
             return [Place(name, alone.shape, alone) for name in self.tensors]
@@ -242,7 +212,7 @@ class ExpertsRule:
         return [Place(name, shape, view) for expert in views for view in expert]
 
     def shard(self, rank: Rank) -> tuple[ExpertsRule, list[PartSlice]]:
-        """See :class:`Rule`. Mirrors ``weight_loader`` of ``.../inference/tensor_parallel/grouped_layers.py``."""
+        """See :class:`RowsRule`. Mirrors ``weight_loader`` of ``.../inference/tensor_parallel/grouped_layers.py``."""
         size, number = rank.expert_tensor_parallel, rank.expert_tensor_rank
         mine = _share(self.num_experts, rank.expert_parallel, rank.expert_rank)
         parts = len(self.parts)
@@ -253,7 +223,10 @@ class ExpertsRule:
         else:
             local = replace(local, columns=self.columns // size)
             where = (slice(None), _share(self.columns, size, number))
-        return local, [PartSlice(part, where) for part in range(mine.start * parts, mine.stop * parts)]
+        return local, [(part, where) for part in range(mine.start * parts, mine.stop * parts)]
+
+
+Rule = RowsRule | ExpertsRule
 
 
 def _share(length: int, size: int, number: int) -> slice:
@@ -276,14 +249,12 @@ def shares(rule: Rule, rank: Rank, source: Dialect, target: Dialect) -> Iterator
                 "a contiguous layout stores the blocks of a training run's tensor parallel ranks one after the other; "
                 "they can't be divided otherwise: export them to Hugging Face first (mf-qwen3 export)"
             )
-        for here, there in zip(rule.in_blocks(source, *blocks), rule.in_blocks(target, *blocks)):
-            yield here, there
+        yield from zip(rule.in_blocks(source, *blocks), rule.in_blocks(target, *blocks))
         return
     whole = rule.places(source)
     local, cuts = rule.shard(rank)
-    for cut, there in zip(cuts, local.places(target)):
-        here = whole[cut.part]
-        yield replace(here, view=here.view[cut.where]), there
+    for (part, where), there in zip(cuts, local.places(target)):
+        yield replace(whole[part], view=whole[part].view[where]), there
 
 
 def hf_dialect(names: Iterable[str]) -> Dialect:

@@ -13,13 +13,7 @@ from mf_qwen3_bridge.transfer.tiles import Copy
 
 
 def within(view: View, other: View, whole: Sequence[int], box: Box) -> Iterator[tuple[View, View]]:
-    """Restricts two views of one shape to a block of the first view's tensor.
-
-    Args:
-        view: a view of a tensor of shape ``whole``.
-        other: a view of the tensor that it is copied from or to.
-        whole: the tensor's shape.
-        box: the block.
+    """Restricts two views of one shape to a block of the first view's tensor, which has shape ``whole``.
 
     Yields:
         A view of the block as a tensor of its own, and the corresponding part of ``other``.

@@ -285,11 +285,7 @@ def _transpose(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def have_equal_bytes(left: TensorInfo, right: TensorInfo, number: int = 0, count: int = 1) -> bool:
-    """Whether two tensors on disk are of one shape and dtype and hold the same bytes.
-
-    Args:
-        left, right: the tensors.
-        number, count: which of how many parts, cut along the first axis, is compared.
+    """Whether two tensors on disk are of one shape and dtype and hold the same bytes, in part ``number`` of ``count``.
 
     Raises:
         BridgeError: a file ended early or could not be read.

@@ -7,7 +7,7 @@ built or read. What is done with the bytes (loaded into a network, written to fi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -35,8 +35,7 @@ class Target:
 
     Attributes:
         name: its name in the target dialect.
-        shape: its shape.
-        dtype: its dtype as safetensors spells it.
+        shape, dtype: its shape, and its dtype as safetensors spells it.
         copies: what it is made of; together they cover each of its elements once.
     """
 
@@ -56,11 +55,17 @@ class Target:
         """Its size in bytes."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def make(self, transfer: Transfer | None = None) -> np.ndarray:
-        """The tensor, its sources read from disk.
+    def block(self, box: Box) -> Target:
+        """The target that is a block of this one."""
+        copies = tuple(
+            Copy(copy.source, there, copy.target, here)
+            for copy in self.copies
+            for here, there in within(copy.target_view, copy.source_view, self.shape, box)
+        )
+        return replace(self, shape=box.shape(self.shape), copies=copies)
 
-        Args:
-            transfer: runs the copies; share one among several tensors, as it keeps threads and open files.
+    def make(self, transfer: Transfer | None = None) -> np.ndarray:
+        """The tensor, its sources read from disk; several share a ``transfer``, which keeps threads and open files.
 
         Raises:
             BridgeError: a file ended early or could not be read.
@@ -95,15 +100,19 @@ class Plan:
     whole: Callable[[], Plan] | None = field(default=None, repr=False, compare=False)
 
     @property
+    def copies(self) -> Iterator[Copy]:
+        """All copies, target by target."""
+        return (copy for target in self.targets for copy in target.copies)
+
+    @property
     def num_source_tensors(self) -> int:
         """Number of tensors that are read."""
-        used = {copy.source.name for target in self.targets for copy in target.copies}
-        return len(used) + len(self.duplicates)
+        return len({copy.source.name for copy in self.copies}) + len(self.duplicates)
 
     @property
     def source_nbytes(self) -> int:
         """Bytes that are read, without the duplicates."""
-        return sum(copy.nbytes for target in self.targets for copy in target.copies)
+        return sum(copy.nbytes for copy in self.copies)
 
     def check_duplicates(
         self, rank: Rank = WHOLE, are_equal: Callable[[TensorInfo, TensorInfo], bool] | None = None
@@ -191,13 +200,7 @@ class TensorMatch(NamedTuple):
 
 
 def match_tensors(rules: Iterable[Rule], tensors: Mapping[str, TensorInfo], source: Dialect) -> TensorMatch:
-    """Finds tensors that are missing, left over, or of a wrong shape or dtype.
-
-    Args:
-        rules: the model's table.
-        tensors: the checkpoint's tensors by name.
-        source: the checkpoint's dialect.
-    """
+    """Finds the tensors that are missing, left over, or of a wrong shape or dtype; arguments as for ``make_plan``."""
     expected = {place.tensor: place.shape for rule in rules for place in rule.places(source)}
     leftover = tensors.keys() - expected.keys()
     ignored = {name for name in leftover if not source.is_hf and is_training_state(name, expected)}
@@ -256,26 +259,8 @@ def make_plan(
 
 
 def write_slices(plan: Plan, boxes: Mapping[str, Box]) -> Plan:
-    """Restricts a plan to blocks of its targets.
-
-    Args:
-        plan: makes whole tensors.
-        boxes: target name -> the block to make; targets without one are made whole.
-
-    Returns:
-        A plan whose targets have the shapes of the blocks.
-    """
-    targets = []
-    for target in plan.targets:
-        box = boxes.get(target.name)
-        if box is not None:
-            copies = tuple(
-                Copy(copy.source, there, copy.target, here)
-                for copy in target.copies
-                for here, there in within(copy.target_view, copy.source_view, target.shape, box)
-            )
-            target = replace(target, shape=box.shape(target.shape), copies=copies)
-        targets.append(target)
+    """Restricts a plan of whole tensors to ``boxes``: target name -> the block to make, if not all of it."""
+    targets = (target.block(boxes[target.name]) if target.name in boxes else target for target in plan.targets)
     return replace(plan, targets=tuple(targets), whole=plan.whole or (lambda: plan))
 
 

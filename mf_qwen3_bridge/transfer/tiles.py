@@ -25,14 +25,7 @@ _PAGE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Copy:
-    """Part of a source tensor, and where it goes in a target: two views of one shape.
-
-    Attributes:
-        source: the tensor it is read from.
-        source_view: the elements that are read.
-        target: the name of the tensor that is made.
-        target_view: where they go in it.
-    """
+    """Elements of a source tensor, and where they go in the tensor that is named ``target``: two views of one shape."""
 
     source: TensorInfo
     source_view: View

@@ -42,18 +42,11 @@ def is_exact(source: np.dtype, target: np.dtype) -> bool:
 
 @dataclass
 class Casts:
-    """What casting from one dtype to a narrower one changed.
-
-    Attributes:
-        values: number of values that were cast.
-        rounded: number of values that changed.
-        vanished: number of values that became zero.
-        overflowed: names of the tensors in which finite values became infinite.
-    """
+    """Of the values that were cast to a narrower dtype, how many changed, and in which tensors some became infinite."""
 
     values: int = 0
     rounded: int = 0
-    vanished: int = 0
+    vanished: int = 0  # became zero
     overflowed: set[str] = field(default_factory=set)
 
     def __add__(self, other: Casts) -> Casts:
@@ -66,13 +59,7 @@ class Casts:
 
 
 def casts_of(name: str, source: np.ndarray, target: np.ndarray) -> Casts:
-    """Compares an array with its cast to another dtype.
-
-    Args:
-        name: the tensor's name.
-        source: the values before.
-        target: the values after, of the same shape.
-    """
+    """Compares the values of a tensor before and after a cast to another dtype."""
     casts = Casts(values=source.size)
     pairs = np.nditer([source, target], ["external_loop", "buffered"], buffersize=_BUFFERED_ELEMENTS)
     for before, after in pairs:

@@ -23,7 +23,7 @@ _COMPARED_ELEMENTS = 256 << 10
 
 @dataclass
 class Count:
-    """What was seen of one tensor: elements compared, and how many of them differ."""
+    """How many elements of a tensor were compared, and how many of them differ."""
 
     elements: int = 0
     different: int = 0
@@ -34,11 +34,9 @@ class Report:
     """What a comparison found.
 
     Attributes:
-        num_tensors: tensors that were compared.
-        nbytes: bytes of the first side.
+        num_tensors, nbytes: tensors that were compared, and bytes of the first side.
         dtypes: pairs of dtypes that differ, and the tensors.
-        counts: for each tensor that differs what was seen.
-        suggestions: for some of them what may have happened.
+        counts, suggestions: of each tensor that differs how much, and of some what may have happened.
         ignored: tensors of either side that are no weights, but state of a training run.
     """
 
@@ -112,16 +110,15 @@ def compare(left: Weights, right: Weights) -> Report:
 
 
 def _compare(plan: Plan, theirs: Mapping[str, TensorInfo], by_source: bool) -> dict[str, Count]:
-    """Carries the plan out in memory, tile by tile, and holds what it makes against what is there."""
+    """Carries the plan out in memory, tile by tile, and compares the result with the second checkpoint's tensors."""
     counts: dict[str, Count] = defaultdict(Count)
-    copies = (copy for target in plan.targets for copy in target.copies)
     dtypes = {name: tensor.dtype for name, tensor in theirs.items()}
     with progress_bar("comparing", plan.source_nbytes) as advance, Transfer(advance) as transfer:
 
         def look(made: Made) -> list[tuple[str, int, int]]:
             return list(_differences(made, theirs, by_source, transfer))
 
-        for seen in transfer.make(tiles(copies, to_files=True), look, dtypes):
+        for seen in transfer.make(tiles(plan.copies, to_files=True), look, dtypes):
             for name, elements, different in seen:
                 counts[name].elements += elements
                 counts[name].different += different

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice, permutations
 
@@ -24,7 +24,7 @@ from mf_qwen3_bridge.model.layouts import Box, Layout
 from mf_qwen3_bridge.model.parameters import expert_of, look_alikes, with_expert
 from mf_qwen3_bridge.model.rules import HF, QkvRule, RowsRule
 from mf_qwen3_bridge.transfer.copying import Transfer
-from mf_qwen3_bridge.transfer.plan import Plan, write_slices
+from mf_qwen3_bridge.transfer.plan import Target
 
 # Rows of a tensor by which it is recognised: enough to distinguish tensors, few enough to compare with many others.
 _SAMPLE_ROWS = 4
@@ -93,16 +93,14 @@ def _is_wrong_export(
         return False
     # Of each row of the fused parameter the number in [q; k; v], as the wrong layout splits it.
     number_of = np.argsort(np.concatenate([split[part] for part in rule.tensors]))
-    plan = right.plan_of(rule)
-    targets = {target.name: target for target in plan.targets}
+    targets = {target.name: target for target in right.plan_of(rule).targets}
     starts = np.cumsum([0, *rule.rows])
     for part in rule.tensors:
         for row, expected in zip(chosen[part], mine[part]):
             number = int(number_of[true_rows[part][row]])
             index = int(np.searchsorted(starts, number, "right")) - 1
             where = number - int(starts[index])
-            name = rule.tensors[index]
-            (piece,) = write_slices(replace(plan, targets=(targets[name],)), {name: Box((where, where + 1))}).targets
+            piece = targets[rule.tensors[index]].block(Box((where, where + 1)))
             if not np.array_equal(piece.make()[0].astype(np.float64), expected):
                 return False
     return True
@@ -117,29 +115,25 @@ class _Samples:
     rows: dict[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
-    def plans(self) -> dict[str, Plan]:
-        """For each tensor the plan that makes it alone."""
-        plan = self.weights.plan(HF)
-        return {target.name: replace(plan, targets=(target,)) for target in plan.targets}
+    def targets(self) -> dict[str, Target]:
+        return {target.name: target for target in self.weights.plan(HF).targets}
 
     def of(self, name: str, columns: bool = False) -> np.ndarray:
         """The first rows of a tensor, or its first columns, as rows; float32. Empty if there is no such tensor."""
+        if name not in self.targets:
+            return np.empty((0,), np.float32)
         key = f"{name} columns" if columns else name
         if key not in self.rows:
-            if name not in self.plans:
-                return np.empty((0,), np.float32)
-            (shape,) = (target.shape for target in self.plans[name].targets)
+            shape = self.targets[name].shape
             few = min(_SAMPLE_ROWS if len(shape) > 1 else shape[0], shape[-1] if columns else shape[0])
             box = Box((0, shape[0]), (0, few)) if columns else Box((0, few))
-            (target,) = write_slices(self.plans[name], {name: box}).targets
-            array = target.make(self.transfer)
+            array = self.targets[name].block(box).make(self.transfer)
             self.rows[key] = (array.T if columns else array).astype(np.float32)
         return self.rows[key]
 
     def heads(self, name: str) -> np.ndarray:
         """Of queries, keys or values the first row of each head."""
-        (target,) = self.plans[name].targets
-        return target.make(self.transfer)[:: self.weights.spec.head_dim].astype(np.float32)
+        return self.targets[name].make(self.transfer)[:: self.weights.spec.head_dim].astype(np.float32)
 
 
 def _are_reordered(here: np.ndarray, there: np.ndarray) -> bool:

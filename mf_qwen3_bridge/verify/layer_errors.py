@@ -13,8 +13,8 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.disagreements import config_rows
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check_trained
+from mf_qwen3_bridge.model.parameters import layer_of
 from mf_qwen3_bridge.model.rules import INFER
-from mf_qwen3_bridge.transfer.plan import Plan
 from mf_qwen3_bridge.verify.reference import EMBEDDED, LOGITS, STAGES, Stage, forward
 
 # What a network may be off that computes in this dtype, relative to the largest value of a stage. A misplaced row makes
@@ -107,16 +107,16 @@ def check_comparable(
 def layer_errors(
     found: Mapping[Stage, np.ndarray], model: CheckedCheckpoint, token_ids: Sequence[int], dtype: str = "float32"
 ) -> LayerErrors:
-    """Compares what a network makes of a sequence with what the reference makes of it.
+    """Compares what a network computed with the reference.
 
     Args:
-        found: by stage what the network made, in float32.
+        found: stage -> its value in the network, float32 (tokens, width).
         model: what it should compute.
         token_ids: the sequence.
         dtype: the coarsest in which the network computes, as MindFormers calls it.
     """
     errors = {}
-    with np.errstate(all="ignore"):  # what a wrong network makes of a stage goes into the next
+    with np.errstate(all="ignore"):  # the value of a wrong stage goes into the next
         stages = forward(model, token_ids, found)
         for stage, right in tqdm(stages, "reference", len(found), disable=None, leave=False, unit="stage"):
             error = float(np.abs(found[stage] - right).max() / np.abs(right).max())
@@ -136,17 +136,14 @@ def layers_that_fit(model: CheckedCheckpoint) -> int:
     Raises:
         BridgeError: not even one does.
     """
-    plan: Plan = model.plan(INFER, "F32")
+    targets = model.plan(INFER, "F32").targets
     layers = [0] * model.spec.num_layers
-    fixed = 0
-    for target in plan.targets:
-        parts = target.name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            layers[int(parts[2])] += target.nbytes
-        else:
-            fixed += target.nbytes
+    for target in targets:
+        if (number := layer_of(target.name)) is not None:
+            layers[number] += target.nbytes
+    fixed = sum(target.nbytes for target in targets) - sum(layers)
     available = _available_memory()
-    budget = _SHARE_OF_MEMORY * available - fixed - max(target.nbytes for target in plan.targets)
+    budget = _SHARE_OF_MEMORY * available - fixed - max(target.nbytes for target in targets)
     count = min(len(layers), int(budget // max(layers)))
     if count < 1:
         raise BridgeError(

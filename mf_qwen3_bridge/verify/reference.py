@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -18,19 +18,14 @@ from mf_qwen3_bridge.model.layouts import Box
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF
 from mf_qwen3_bridge.transfer.copying import Transfer
-from mf_qwen3_bridge.transfer.plan import Plan, write_slices
+from mf_qwen3_bridge.transfer.plan import Target
 
 _ROWS_OF_OUTPUT = 16 << 10  # of the output layer, read and multiplied at a time
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A value that both the network and the reference compute.
-
-    Attributes:
-        layer: the layer's number; None before the first and after the last.
-        name: MindFormers' name of the module that computes it.
-    """
+    """A value that both the network and the reference compute: in a layer (None outside), by MindFormers' module."""
 
     layer: int | None
     name: str
@@ -61,27 +56,22 @@ def forward(
         The embedding, each stage of each layer, and then the logits, float32 (len(token_ids), width). ``linear_qkv`` is
         [q k v], ``linear_fc1`` [gate up]; the router's value is the routing weights, 0 for experts not selected.
     """
-    with Transfer() as transfer:
-        yield from _stages(model, _Weights(model, transfer), token_ids, given or {})
-
-
-def _stages(
-    model: CheckedCheckpoint, weights: _Weights, token_ids: Sequence[int], given: Mapping[Stage, np.ndarray]
-) -> Iterator[tuple[Stage, np.ndarray]]:
+    given = given or {}
     rope = _rope(model, len(token_ids))
-    stage = EMBEDDED
-    hidden = np.stack([weights.rows(EMBEDDING[0], token, token + 1)[0] for token in token_ids])
-    yield stage, hidden
-    for number in range(model.spec.num_layers):
-        layer = _Layer(model, weights, number)
-        for name, value in layer.forward(given.get(stage, hidden), rope):
-            yield Stage(number, name), value
-        stage, hidden = Stage(number, LAYER), value
-    hidden = given.get(stage, hidden)
-    hidden = layer.norm(hidden, weights.whole("model.norm.weight"))
-    output = EMBEDDING[0] if model.spec.tie_word_embeddings else OUTPUT[0]
-    starts = range(0, model.spec.vocab_size, _ROWS_OF_OUTPUT)
-    yield LOGITS, np.hstack([hidden @ weights.rows(output, start, start + _ROWS_OF_OUTPUT).T for start in starts])
+    with Transfer() as transfer:
+        weights = _Weights(model, transfer)
+        stage = EMBEDDED
+        hidden = np.stack([weights.rows(EMBEDDING[0], token, token + 1)[0] for token in token_ids])
+        yield stage, hidden
+        for number in range(model.spec.num_layers):
+            layer = _Layer(model, weights, number)
+            for name, value in layer.forward(given.get(stage, hidden), rope):
+                yield Stage(number, name), value
+            stage, hidden = Stage(number, LAYER), value
+        hidden = layer.norm(given.get(stage, hidden), weights.whole("model.norm.weight"))
+        output = EMBEDDING[0] if model.spec.tie_word_embeddings else OUTPUT[0]
+        starts = range(0, model.spec.vocab_size, _ROWS_OF_OUTPUT)
+        yield LOGITS, np.hstack([hidden @ weights.rows(output, start, start + _ROWS_OF_OUTPUT).T for start in starts])
 
 
 @dataclass(frozen=True)
@@ -92,18 +82,15 @@ class _Weights:
     transfer: Transfer
 
     @cached_property
-    def _plans(self) -> dict[str, Plan]:
-        """Tensor name -> the plan that makes this tensor alone."""
-        plan = self.model.plan(HF, "F32")
-        return {target.name: replace(plan, targets=(target,)) for target in plan.targets}
+    def _targets(self) -> dict[str, Target]:
+        return {target.name: target for target in self.model.plan(HF, "F32").targets}
 
     def whole(self, name: str) -> np.ndarray:
-        return self._plans[name].targets[0].make(self.transfer)
+        return self._targets[name].make(self.transfer)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        (whole,) = self._plans[name].targets
-        (part,) = write_slices(self._plans[name], {name: Box((start, min(stop, whole.shape[0])))}).targets
-        return part.make(self.transfer)
+        target = self._targets[name]
+        return target.block(Box((start, min(stop, target.shape[0])))).make(self.transfer)
 
 
 @dataclass(frozen=True)

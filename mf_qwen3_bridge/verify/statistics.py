@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -40,14 +40,7 @@ _FEWEST = 5
 class Statistics:
     """Statistics of one tensor's values; all but ``size``, ``zeros`` and ``magnitude`` exclude NaN and infinity.
 
-    Attributes:
-        size: number of elements.
-        total: sum of the elements.
-        squares: sum of their squares.
-        zeros: number of zeros.
-        smallest: smallest element.
-        largest: largest element.
-        magnitude: largest magnitude; infinity if there is an infinity or NaN.
+    ``total`` and ``squares`` are sums of the elements and of their squares.
     """
 
     size: int = 0
@@ -56,7 +49,7 @@ class Statistics:
     zeros: int = 0
     smallest: float = math.inf
     largest: float = -math.inf
-    magnitude: float = 0.0
+    magnitude: float = 0.0  # the largest; infinity if there is an infinity or NaN
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
@@ -88,19 +81,13 @@ def statistics_of(array: np.ndarray) -> Statistics:
         block = flat[start : start + _BLOCK]
         magnitude = largest_magnitude(block)
         zeros = block.size - int(np.count_nonzero(block.view(f"u{block.itemsize}") << 1))  # without the sign
-        if math.isinf(magnitude):
-            found += Statistics(size=block.size, zeros=zeros, magnitude=magnitude)
-            continue
-        values = block.astype(np.float32 if _SQUARABLE[0] < magnitude < _SQUARABLE[1] else np.float64)
-        found += Statistics(
-            block.size,
-            float(values.sum()),
-            float(np.dot(values, values)),
-            zeros,
-            float(values.min()),
-            float(values.max()),
-            magnitude,
-        )
+        one = Statistics(size=block.size, zeros=zeros, magnitude=magnitude)
+        if math.isfinite(magnitude):
+            values = block.astype(np.float32 if _SQUARABLE[0] < magnitude < _SQUARABLE[1] else np.float64)
+            total, squares = float(values.sum()), float(np.dot(values, values))
+            smallest, largest = float(values.min()), float(values.max())
+            one = replace(one, total=total, squares=squares, smallest=smallest, largest=largest)
+        found += one
     return found
 
 
@@ -114,13 +101,12 @@ def measure(weights: Weights) -> dict[str, Statistics]:
     plan = weights.plan(HF)
     plan.check_duplicates()
     found: dict[str, Statistics] = defaultdict(Statistics)
-    copies = (copy for target in plan.targets for copy in target.copies)
 
     def look(elements_of: Mapping[Copy, np.ndarray]) -> list[tuple[str, Statistics]]:
         return [(copy.target, statistics_of(elements)) for copy, elements in elements_of.items()]
 
     with progress_bar("reading", plan.source_nbytes) as advance, Transfer(advance) as transfer:
-        for several in transfer.each(tiles(copies), look):
+        for several in transfer.each(tiles(plan.copies), look):
             for name, one in several:
                 found[name] += one
     check_values({t.name: {copy.source: found[t.name].magnitude for copy in t.copies} for t in plan.targets})
