@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checkpoints into files: time and memory of each road, side by side.
+"""Checkpoints into files: time and memory of each program, side by side.
 
     python benchmarks/conversion.py --work_dir /tmp/benchmark
 
@@ -40,7 +40,7 @@ from benchmarks.checkpoints import MODELS, make_checkpoint
 
 MIB = 1 << 20
 PIECE = 4 << 20
-ROADS = ("cp", "floor", "bridge", "upstream")
+PROGRAMS = ("cp", "floor", "bridge", "upstream")
 BRIDGE = [sys.executable, "-m", "mf_qwen3_bridge.cli"]
 
 
@@ -126,16 +126,16 @@ def measure(command: Sequence[object], log: Path, cwd: Path) -> tuple[float, int
     return seconds, peak
 
 
-def command_of(road: str, hf: Path, source: Path, output: Path) -> list[object]:
-    """The command line of a road, from ``source`` (Hugging Face's or MindFormers') to ``output``."""
+def command_of(program: str, hf: Path, source: Path, output: Path) -> list[object]:
+    """The command line of a program, from ``source`` (Hugging Face's or MindFormers') to ``output``."""
     is_export = source != hf
-    if road == "cp":
+    if program == "cp":
         return ["cp", "-r", source, output]
-    if road == "floor":
+    if program == "floor":
         return [sys.executable, Path(__file__).resolve(), "--floor", source, output]
-    if road == "bridge" and is_export:
+    if program == "bridge" and is_export:
         return [*BRIDGE, "export", "--input_path", source, "--output_path", output, "--hf_config", hf]
-    if road == "bridge":
+    if program == "bridge":
         return [*BRIDGE, "convert", "--model_dir", hf, "--output_dir", output]
     names = open_source(source).tensors
     layers = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("decoder.layers."))
@@ -146,55 +146,59 @@ def command_of(road: str, hf: Path, source: Path, output: Path) -> list[object]:
 
 
 def compare(arguments: argparse.Namespace) -> Iterator[list[str]]:
-    """A row of the table for each model, direction and road."""
+    """A row of the table for each model, direction and program."""
     log = arguments.work_dir / "conversion.log"
     here = Path(__file__).resolve().parents[1]
     for model in arguments.models:
         hf = arguments.work_dir / model.replace(", ", "-").replace(" ", "-")
         make_checkpoint(hf, MODELS[model])
-        trained, output = hf.with_name(f"{hf.name}-trained"), arguments.work_dir / "output-of-a-road"
+        trained, output = hf.with_name(f"{hf.name}-trained"), arguments.work_dir / "output-of-a-program"
         if not trained.is_dir():
             measure([*BRIDGE, "convert", "--model_dir", hf, "--output_dir", trained], log, here)
         for source in (hf, trained):
-            roads = [road for road in arguments.roads if road != "upstream" or source == trained]
-            results: dict[str, list[tuple[float, int]]] = {road: [] for road in roads}
+            programs = [program for program in arguments.programs if program != "upstream" or source == trained]
+            results: dict[str, list[tuple[float, int]]] = {program: [] for program in programs}
             for file in source.glob("*.safetensors"):  # warms the page cache
                 subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
             for _ in range(arguments.rounds):
-                for road in roads:
+                for program in programs:
                     shutil.rmtree(output, ignore_errors=True)
-                    cwd = arguments.mindformers_source if road == "upstream" else here
-                    command = command_of(road, hf, source, output)
-                    results[road].append(measure(command, log, cwd))
-                    print(model, source.name, road, f"{results[road][-1][0]:.2f} s", file=sys.stderr, flush=True)
+                    cwd = arguments.mindformers_source if program == "upstream" else here
+                    command = command_of(program, hf, source, output)
+                    results[program].append(measure(command, log, cwd))
+                    print(model, source.name, program, f"{results[program][-1][0]:.2f} s", file=sys.stderr, flush=True)
             shutil.rmtree(output, ignore_errors=True)
-            medians = {road: statistics.median(seconds for seconds, _ in found) for road, found in results.items()}
-            for road, found in results.items():
+            medians = {
+                program: statistics.median(seconds for seconds, _ in found) for program, found in results.items()
+            }
+            for program, found in results.items():
                 yield [
                     f"{model} ({open_source(hf).nbytes / 1e9:.1f} GB)",
                     "convert" if source == hf else "export",
-                    road,
-                    f"{medians[road]:.2f}",
-                    f"{medians[road] / medians[roads[0]]:.2f}",
+                    program,
+                    f"{medians[program]:.2f}",
+                    f"{medians[program] / medians[programs[0]]:.2f}",
                     f"{max(peak for _, peak in found) / MIB:.0f}",
                 ]
 
 
 def main() -> None:
-    """Runs the floor when told so, else compares the roads."""
+    """Runs the floor when told so, else compares the programs."""
     if sys.argv[1:2] == ["--floor"]:
         floor(Path(sys.argv[2]), Path(sys.argv[3]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="holds the checkpoints")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["Qwen3-0.6B", "Qwen3-30B-A3B, 4 layers"])
-    parser.add_argument("--roads", nargs="+", choices=ROADS, default=list(ROADS[:3]), help="the first is the yardstick")
-    parser.add_argument("--mindformers_source", type=Path, help="for the road 'upstream'; needs torch")
+    parser.add_argument(
+        "--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS[:3]), help="the first is the yardstick"
+    )
+    parser.add_argument("--mindformers_source", type=Path, help="for the program 'upstream'; needs torch")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     arguments.work_dir = arguments.work_dir.resolve()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
-    headers = ("checkpoint", "direction", "road", "seconds", f"x {arguments.roads[0]}", "private MiB")
+    headers = ("checkpoint", "direction", "program", "seconds", f"x {arguments.programs[0]}", "private MiB")
     print(table(headers, compare(arguments)))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Loading a checkpoint into MindFormers' inference network: time and memory of each road, side by side.
+"""Loading a checkpoint into MindFormers' inference network: time and memory of each loader, side by side.
 
     python benchmarks/loading.py --work_dir /tmp/benchmark
 
@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.checkpoints import MODELS, make_checkpoint
 
 MIB = 1 << 20
-ROADS = ("floor", "direct", "delegated", "upstream")
+LOADERS = ("floor", "direct", "delegated", "upstream")
 
 
 def private_bytes() -> int:
@@ -104,7 +104,7 @@ def floor(directory: Path, dtype: np.dtype) -> list[np.ndarray]:
     return kept
 
 
-def measure(road: str, directory: Path, params_dtype: str) -> dict[str, float]:
+def measure(loader: str, directory: Path, params_dtype: str) -> dict[str, float]:
     """Loads once, in this process: seconds, and peak private bytes.
 
     The floor builds the network too: fresh memory costs more in a process that has been running for a while, where the
@@ -121,12 +121,12 @@ def measure(road: str, directory: Path, params_dtype: str) -> dict[str, float]:
     network = build_network(model, "CPU")
     with peak_private_bytes() as peak:
         start = time.perf_counter()
-        if road == "floor":
+        if loader == "floor":
             floor(directory, DTYPES[{"bfloat16": "BF16", "float32": "F32"}[params_dtype]])
-        elif road == "upstream":
+        elif loader == "upstream":
             InferModelMixin.load_weights(network, str(directory))
         else:
-            load_network(network, model, use_training_conversion=road == "delegated")
+            load_network(network, model, use_training_conversion=loader == "delegated")
         seconds = time.perf_counter() - start
     return {"seconds": seconds, "bytes": peak[0] - before}
 
@@ -138,49 +138,49 @@ class Arguments:
     work_dir: Path
     models: list[str]
     params_dtypes: list[str]
-    roads: list[str]
+    loaders: list[str]
     rounds: int
 
 
 def compare(arguments: Arguments) -> Iterator[list[str]]:
-    """A row of the table for each model, dtype and road."""
+    """A row of the table for each model, dtype and loader."""
     for model in arguments.models:
         directory = arguments.work_dir / model.replace(", ", "-").replace(" ", "-")
         make_checkpoint(directory, MODELS[model])
         nbytes = open_source(directory).nbytes
         for params_dtype in arguments.params_dtypes:
-            results: dict[str, list[dict[str, float]]] = {road: [] for road in arguments.roads}
+            results: dict[str, list[dict[str, float]]] = {loader: [] for loader in arguments.loaders}
             for number in range(arguments.rounds + 1):  # the first warms the page cache
-                for road in arguments.roads if number else arguments.roads[:1]:
-                    result = in_new_process(road, directory, params_dtype)
+                for loader in arguments.loaders if number else arguments.loaders[:1]:
+                    result = in_new_process(loader, directory, params_dtype)
                     if number:
-                        results[road].append(result)
+                        results[loader].append(result)
                         print(
-                            f"{model}, {params_dtype}, {road}: {result['seconds']:.2f} s", file=sys.stderr, flush=True
+                            f"{model}, {params_dtype}, {loader}: {result['seconds']:.2f} s", file=sys.stderr, flush=True
                         )
             parameters = nbytes * (2 if params_dtype == "float32" else 1)
-            best = statistics.median(result["seconds"] for result in results[arguments.roads[0]])
-            for road, measured in results.items():
+            best = statistics.median(result["seconds"] for result in results[arguments.loaders[0]])
+            for loader, measured in results.items():
                 seconds = statistics.median(result["seconds"] for result in measured)
                 beyond = max(result["bytes"] for result in measured) - parameters
                 yield [
                     f"{model} ({nbytes / 1e9:.1f} GB)",
                     params_dtype,
-                    road,
+                    loader,
                     f"{seconds:.2f}",
                     f"{seconds / best:.2f}",
                     f"{beyond / MIB:+.0f}",
                 ]
 
 
-def in_new_process(road: str, directory: Path, params_dtype: str) -> dict[str, float]:
+def in_new_process(loader: str, directory: Path, params_dtype: str) -> dict[str, float]:
     """Measures in a fresh process; MindFormers' printing goes to a log beside the checkpoints."""
     output = directory.parent / "result.json"
     command = [
         sys.executable,
         str(Path(__file__).resolve()),
         "--measure",
-        road,
+        loader,
         str(directory),
         params_dtype,
         str(output),
@@ -192,22 +192,24 @@ def in_new_process(road: str, directory: Path, params_dtype: str) -> dict[str, f
 
 
 def main() -> None:
-    """Measures one road when told so, else compares them."""
+    """Measures one loader when told so, else compares them."""
     if sys.argv[1:2] == ["--measure"]:
-        road, directory, params_dtype, output = sys.argv[2:]
-        Path(output).write_text(json.dumps(measure(road, Path(directory), params_dtype)))
+        loader, directory, params_dtype, output = sys.argv[2:]
+        Path(output).write_text(json.dumps(measure(loader, Path(directory), params_dtype)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="holds the checkpoints")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[1:])
     parser.add_argument("--params_dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
-    parser.add_argument("--roads", nargs="+", choices=ROADS, default=list(ROADS), help="the first is the yardstick")
+    parser.add_argument(
+        "--loaders", nargs="+", choices=LOADERS, default=list(LOADERS), help="the first is the yardstick"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parsed = parser.parse_args()
     parsed.work_dir = parsed.work_dir.resolve()
     arguments = Arguments(**vars(parsed))
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
-    headers = ("checkpoint", "parameters", "road", "seconds", "x floor", "MiB beyond the parameters")
+    headers = ("checkpoint", "parameters", "loader", "seconds", "x floor", "MiB beyond the parameters")
     print(table(headers, compare(arguments)))
 
 

@@ -32,7 +32,7 @@ from benchmarks.conversion import BRIDGE, MIB, measure
 
 
 def compare(model: str, work_dir: Path, rounds: int) -> Iterator[list[str]]:
-    """A row of the table for each road."""
+    """A row of the table for each program."""
     log, here = work_dir / "verifying.log", Path(__file__).resolve().parents[1]
     hf = work_dir / model.replace(", ", "-").replace(" ", "-")
     make_checkpoint(hf, MODELS[model])
@@ -42,28 +42,28 @@ def compare(model: str, work_dir: Path, rounds: int) -> Iterator[list[str]]:
     if not trained.is_dir():
         measure([*BRIDGE, "convert", "--model_dir", hf, "--output_dir", trained], log, here)
     each_file = 'for file in "$0"/*.safetensors; do cmp "$file" "$1/$(basename "$file")" || exit 1; done'
-    roads: dict[str, tuple[list[object], Path]] = {
+    programs: dict[str, tuple[list[object], Path]] = {
         "cmp": (["sh", "-c", each_file, hf, copy], copy),
         "same dialect": ([*BRIDGE, "verify", hf, copy], copy),
         "training": ([*BRIDGE, "verify", hf, trained], trained),
     }
-    results: dict[str, list[tuple[float, int]]] = {road: [] for road in roads}
+    results: dict[str, list[tuple[float, int]]] = {program: [] for program in programs}
     for _ in range(rounds):
-        for road, (command, other) in roads.items():
+        for program, (command, other) in programs.items():
             for file in (*hf.glob("*.safetensors"), *other.glob("*.safetensors")):  # warms the page cache
                 subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
-            results[road].append(measure(command, log, here))
-            print(model, road, f"{results[road][-1][0]:.2f} s", file=sys.stderr, flush=True)
+            results[program].append(measure(command, log, here))
+            print(model, program, f"{results[program][-1][0]:.2f} s", file=sys.stderr, flush=True)
     shutil.rmtree(copy)
-    medians = {road: statistics.median(seconds for seconds, _ in found) for road, found in results.items()}
+    medians = {program: statistics.median(seconds for seconds, _ in found) for program, found in results.items()}
     size = f"{model} ({open_source(hf).nbytes / 1e9:.1f} GB)"
-    for road, found in results.items():
-        ratio, peak = medians[road] / medians["cmp"], max(peak for _, peak in found) / MIB
-        yield [size, road, f"{medians[road]:.2f}", f"{ratio:.2f}", f"{peak:.0f}"]
+    for program, found in results.items():
+        ratio, peak = medians[program] / medians["cmp"], max(peak for _, peak in found) / MIB
+        yield [size, program, f"{medians[program]:.2f}", f"{ratio:.2f}", f"{peak:.0f}"]
 
 
 def main() -> None:
-    """Compares the roads for each model."""
+    """Compares the programs for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="holds the checkpoints")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["Qwen3-30B-A3B, 4 layers"])
@@ -72,7 +72,7 @@ def main() -> None:
     work_dir = arguments.work_dir.resolve()
     work_dir.mkdir(parents=True, exist_ok=True)
     rows = [row for model in arguments.models for row in compare(model, work_dir, arguments.rounds)]
-    print(table(("checkpoint", "road", "seconds", "x cmp", "private MiB"), rows))
+    print(table(("checkpoint", "program", "seconds", "x cmp", "private MiB"), rows))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from tests.unit.test_readme import ROOT, commands
 # What it measures is tested on every release: test_loaders, test_files, test_verify_logits.
 pytestmark = pytest.mark.newest_only
 LINES = {  # the options to run each with, and the lines of its table
-    "benchmarks/loading.py": (["--roads", "direct", "floor"], 2),
-    "benchmarks/conversion.py": (["--roads", "cp", "floor", "bridge"], 6),
+    "benchmarks/loading.py": (["--loaders", "direct", "floor"], 2),
+    "benchmarks/conversion.py": (["--programs", "cp", "floor", "bridge"], 6),
     "benchmarks/verifying.py": ([], 3),
 }
 
