@@ -11,7 +11,7 @@ import numpy as np
 
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.safetensors import read_header
-from tests.tiny import hf_config, write_headers
+from tests.support.checkpoints import hf_config, write_headers
 
 MIB = 1 << 20
 _B06 = ModelSpec(28, 1024, 16, 8, 128, 3072, 151936, True)

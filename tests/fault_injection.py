@@ -36,13 +36,14 @@ import click
 import numpy as np
 from safetensors import safe_open
 
+from tests.support.checkpoints import MOE_SPEC, NUMPY, SPEC, hf_config, random_tensors, write
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mf_qwen3_bridge.cli.main import cli
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN
-from tests.tiny import MOE_SPEC, NUMPY, SPEC, hf_config, random_tensors, write
 
 SPECS = {"dense": SPEC, "tied": replace(SPEC, tie_word_embeddings=True), "moe": MOE_SPEC}
 DIALECTS = {"hf": HF, "train": TRAIN, "infer": INFER}

@@ -8,9 +8,8 @@ from mf_qwen3_bridge.convert.jobs import to_mindformers
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.model.rules import TRAIN
-from tests.distributed.test_msrun import ROOT, free_port, msrun
-from tests.tiny import MOE_SPEC, hf_config, random_tensors, write
-from tests.unit.test_convert import assert_same, contents
+from tests.support.checkpoints import MOE_SPEC, assert_same, contents, hf_config, random_tensors, write
+from tests.support.commands import ROOT, free_port, msrun
 
 # Stands in for a machine that goes down while its worker writes.
 DIES = """

@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import yaml
-from tests.unit.test_readme import ENGLISH, commands
+from tests.support.commands import ROOT, msrun
+from tests.support.documents import ENGLISH, commands
+from tests.support.golden import FIXTURES
+from tests.support.tokenizers import spell, with_tokenizer
 
-ROOT = Path(__file__).parents[2]
-FIXTURES = ROOT / "tests" / "fixtures"
 # Two processes that wait for each other on two cores take a third of a second for a token.
 PROMPTS, NEW_TOKENS = (0, 2), 16
 MSRUN = [command for command in commands(ENGLISH) if command[0] == "msrun"]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def msrun(directory: Path, command: Sequence[object]) -> tuple[int, list[str]]:
-    """Runs it in a directory: its exit code, and what each of the ranks printed."""
-    directory.mkdir(exist_ok=True)
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # msrun starts `python`
-    words = [re.sub(r"^--master_port=.*", f"--master_port={free_port()}", str(word)) for word in command]
-    result = subprocess.run(words, cwd=directory, env=env, capture_output=True, text=True, check=False, timeout=600)
-    logs = sorted((directory / "msrun_log").glob("worker_*.log"))
-    return result.returncode, [log.read_text(errors="replace") for log in logs]
 
 
 def two_processes(*arguments: object) -> list[object]:
@@ -46,27 +24,6 @@ def two_processes(*arguments: object) -> list[object]:
     (command,) = (command for command in MSRUN if "--worker_num=2" in command)
     script = command.index("scripts/run_infer.py")
     return [*command[:script], ROOT / "scripts" / "run_infer.py", *arguments]
-
-
-def with_tokenizer(name: str, scratch: Path) -> Path:
-    """The fixture with a tokenizer that spells token 17 as the word ``t17``, and without a token that ends a text."""
-    directory = scratch / name
-    shutil.copytree(FIXTURES / "checkpoints" / name, directory)
-    vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "vocab": {f"t{i}": i for i in range(vocab_size)}, "unk_token": "t0"},
-    }
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": -1}))
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return directory
-
-
-def words(tokens: list[int]) -> str:
-    return " ".join(f"t{token}" for token in tokens)
 
 
 def parallel_yaml(path: Path, expert_parallel: int) -> Path:
@@ -94,7 +51,7 @@ def test_every_rank_gives_the_tokens_of_transformers(tmp_path: Path, name, exper
     flags = [config if flag == "YAML" else flag for flag in flags]
     with np.load(FIXTURES / "golden" / f"{name}.npz") as golden:
         cases = [(golden[f"prompt_{i}"].tolist(), golden[f"tokens_{i}"].tolist()[:NEW_TOKENS]) for i in PROMPTS]
-    prompts = [argument for prompt, _ in cases for argument in ("--prompt", words(prompt))]
+    prompts = [argument for prompt, _ in cases for argument in ("--prompt", spell(prompt))]
     arguments = ["--model_dir", directory, "--max_new_tokens", NEW_TOKENS, *flags, *prompts]
     code, logs = msrun(tmp_path / "run", two_processes(*arguments))
     assert code == 0, logs
@@ -102,7 +59,7 @@ def test_every_rank_gives_the_tokens_of_transformers(tmp_path: Path, name, exper
     for log in logs:
         assert f"2 processes (tensor parallel 2, expert parallel {expert_parallel})" in log
         for prompt, tokens in cases:
-            assert f"generate    {words(prompt)}\n         -> {words(tokens)}\n" in log
+            assert f"generate    {spell(prompt)}\n         -> {spell(tokens)}\n" in log
 
 
 def test_what_does_not_divide_is_told_before_anything_starts(tmp_path: Path):

@@ -21,7 +21,8 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers.cpu.device import predict_environment
 from mf_qwen3_bridge.mindformers.patching import auto, configs
-from tests.integration.conftest import CHECKPOINTS, NAMES, SMALL_CACHE, TOLERANCE, empty_network, golden, logits_error
+from tests.support.golden import CHECKPOINTS, NAMES, TOLERANCE, golden
+from tests.support.networks import SMALL_CACHE, empty_network, logits_error
 
 
 def changed(directory: Path, scratch: Path, **entries: object) -> Path:

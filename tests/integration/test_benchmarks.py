@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.unit.test_readme import ROOT, commands
+from tests.support.commands import ROOT, run_command
+from tests.support.documents import commands
 
 # What it measures is tested on every release: test_loaders, test_files, test_verify_logits.
 pytestmark = pytest.mark.newest_only
@@ -27,23 +27,7 @@ def test_these_are_all():
 @pytest.mark.parametrize("script", LINES)
 def test_it_runs(tmp_path: Path, script: str):
     options, lines = LINES[script]
-    result = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / script),
-            "--work_dir",
-            str(tmp_path),
-            "--models",
-            "tiny",
-            "--rounds",
-            "1",
-            *options,
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-        timeout=600,
-    )
+    flags = ["--work_dir", tmp_path, "--models", "tiny", "--rounds", 1]
+    result = run_command([sys.executable, ROOT / script, *flags, *options], tmp_path)
     assert result.returncode == 0, result.stderr
     assert len([line for line in result.stdout.splitlines() if line.startswith("| tiny")]) == lines

@@ -21,7 +21,8 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.hf_config import normalise
 from mf_qwen3_bridge.mindformers.cpu import inference_ops as cpu_ops
 from mf_qwen3_bridge.mindformers.network import build_inference_network, network_logits
-from tests.integration.conftest import CHECKPOINTS, SMALL_CACHE, golden, greedy_tokens, logits_error
+from tests.support.golden import CHECKPOINTS, golden
+from tests.support.networks import SMALL_CACHE, greedy_tokens, logits_error
 
 MOE = {
     "model_type": "qwen3_moe",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.test_msrun import free_port
-from tests.integration.test_trainer_predict import ROOT, TRAINER
-from tests.unit.test_readme import blocks, commands
+from tests.support.commands import ROOT, TRAINER, free_port, run_command
+from tests.support.documents import blocks, commands
 
 TEXT = (ROOT / "docs" / "mindformers.md").read_text(encoding="utf-8")
 INSIDE_MINDFORMERS = commands(TEXT)
@@ -40,12 +37,7 @@ def of_releases(number: int) -> Any:
 def test_commands(directory: Path, number: int):
     lines = "".join(blocks(TEXT, "bash")).splitlines()
     line = re.sub(r"--master_port=\d+", f"--master_port={free_port()}", lines[number])
-    inherited = {key: value for key, value in os.environ.items() if key not in ("RUN_MODE", "ENFORCE_EAGER")}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = inherited | {"PATH": path, "PYTHONPATH": str(ROOT), "CPU_AFFINITY": "False"}
-    result = subprocess.run(
-        ["bash", "-c", line], cwd=directory, env=environment, capture_output=True, text=True, check=False
-    )
+    result = run_command(["bash", "-c", line], directory)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     if "--predict_data" in line:
         answer = directory / "text_generation_result.txt"
@@ -58,7 +50,5 @@ def test_commands(directory: Path, number: int):
 @pytest.mark.newest_only  # test_auto does the same on every release
 def test_python(directory: Path):
     code = "\n".join(blocks(TEXT, "python"))
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=directory, capture_output=True, text=True, check=False, timeout=600
-    )
+    result = run_command([sys.executable, "-c", code], directory)
     assert result.returncode == 0, result.stderr[-3000:]

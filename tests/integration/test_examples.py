@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 import pytest
 
 import mf_qwen3_bridge
+from tests.support.commands import ROOT
 
-ROOT = Path(__file__).parents[2]
 FUNCTIONS = [name for name in mf_qwen3_bridge.__all__ if inspect.isfunction(getattr(mf_qwen3_bridge, name))]
 PRINTED = {
     "from_pretrained": "Weights move from Hugging Face to MindFormers",

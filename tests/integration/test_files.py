@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import mindspore as ms
@@ -19,12 +18,9 @@ from mf_qwen3_bridge.mindformers.load import load_checkpoint, load_network
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
-from tests.integration.conftest import CHECKPOINTS, NAMES, TOLERANCE, bits, empty_network, golden, logits_error
-from tests.integration.test_parallel_slices import DENSE, MOE, playing
-from tests.tiny import hf_config, random_tensors, write
-from tests.unit.test_convert import assert_same, contents
-
-LAYOUTS = [Layout(*flags) for flags in itertools.product([True, False], repeat=2)]
+from tests.support.checkpoints import LAYOUTS, assert_same, contents, hf_config, random_tensors, write
+from tests.support.golden import CHECKPOINTS, NAMES, TOLERANCE, golden
+from tests.support.networks import DENSE, MOE, bits, empty_network, logits_error, playing
 
 
 def by_upstream(directory: Path, layout: Layout) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -16,11 +15,11 @@ import pytest
 
 import yaml
 from mf_qwen3_bridge.inputs.mindformers_config import read_mindformers_config
-from tests.distributed.test_msrun import free_port, with_tokenizer
-from tests.integration.conftest import CHECKPOINTS
-from tests.integration.test_readme import save_as_ranks
-from tests.integration.test_trainer_predict import ROOT, TRAINER, generating
-from tests.unit.test_readme import commands
+from tests.support.commands import ROOT, TRAINER, environment, free_port, run_command
+from tests.support.documents import commands
+from tests.support.golden import CHECKPOINTS
+from tests.support.ranks import save_as_ranks
+from tests.support.tokenizers import with_generation_config, with_tokenizer
 
 # On every release: run_infer.py (test_run_infer, test_msrun), Trainer.predict in one process and two
 # (test_trainer_predict), training and export (test_training_network), doctor (test_troubleshooting), verify --logits
@@ -80,19 +79,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (scratch / "run_mindformer.py").symlink_to(TRAINER)
     for name, checkpoint in SMALL.items():
         (scratch / name).symlink_to(checkpoint)
-    generating(with_tokenizer("moe_bf16", scratch)).rename(scratch / "Qwen3-30B-A3B")
+    with_generation_config(with_tokenizer("moe_bf16", scratch)).rename(scratch / "Qwen3-30B-A3B")
     shutil.copytree(ROOT / "yaml", scratch / "yaml")
     for name, (other, sections) in ON_CPU.items():
         (scratch / "yaml" / name).write_text(yaml.safe_dump(for_a_cpu(name, other, sections)))
     data = ["--model_dir", scratch / "Qwen3-0.6B", "--output", scratch / "output" / "training.mindrecord"]
     subprocess.run([sys.executable, ROOT / "demo" / "make_training_data.py", *data], check=True, env=environment())
     return scratch
-
-
-def environment() -> dict[str, str]:
-    inherited = {key: value for key, value in os.environ.items() if key not in ("RUN_MODE", "ENFORCE_EAGER")}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return inherited | {"PATH": path, "PYTHONPATH": str(ROOT), "CPU_AFFINITY": "False"}
 
 
 def on_two(line: str) -> str:
@@ -106,15 +99,7 @@ def on_two(line: str) -> str:
 def said(directory: Path, line: str) -> str:
     """Runs a command, which has to succeed: all that it says, msrun's processes included."""
     shutil.rmtree(directory / "msrun_log", ignore_errors=True)
-    result = subprocess.run(
-        ["bash", "-c", on_two(line)],
-        cwd=directory,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    result = run_command(["bash", "-c", on_two(line)], directory)
     logs = [log.read_text(errors="replace") for log in (directory / "msrun_log").glob("worker_*.log")]
     everything = "\n".join([result.stdout, result.stderr, *logs])
     assert result.returncode == 0, (line, everything[-4000:])

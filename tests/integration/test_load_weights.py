@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,18 +27,10 @@ from mf_qwen3_bridge.mindformers.network import build_inference_network
 from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
-from tests.integration.conftest import (
-    CHECKPOINTS,
-    NAMES,
-    TOLERANCE,
-    bits,
-    empty_network,
-    golden,
-    greedy_tokens,
-    logits_error,
-)
-from tests.integration.test_parallel_slices import MOE, playing
-from tests.tiny import hf_config, random_tensors, write
+from tests.support.checkpoints import hf_config, random_tensors, write
+from tests.support.damage import change_config
+from tests.support.golden import CHECKPOINTS, NAMES, TOLERANCE, golden
+from tests.support.networks import MOE, bits, empty_network, greedy_tokens, logits_error, playing
 
 
 @pytest.fixture(autouse=True)
@@ -188,12 +179,8 @@ def missing_shard(directory: Path) -> None:
     sorted(directory.glob("*.safetensors"))[0].unlink()
 
 
-def config_says(**entries: Any) -> Callable[[Path], None]:
-    def change(directory: Path) -> None:
-        config = json.loads((directory / "config.json").read_text())
-        (directory / "config.json").write_text(json.dumps(config | entries))
-
-    return change
+def config(**entries: Any) -> Callable[[Path], None]:
+    return lambda directory: change_config(directory, **entries)
 
 
 def stripped_awq(directory: Path) -> None:
@@ -229,12 +216,12 @@ def stale_file_without_index(directory: Path) -> None:
 
 DAMAGES = {
     "missing shard": ("split_shards", missing_shard, r"model-00001"),
-    "smaller vocab_size": ("untied_fp32", config_says(vocab_size=64), "vocab_size"),
-    "smaller intermediate_size": ("untied_fp32", config_says(intermediate_size=32), "intermediate_size"),
-    "fewer heads": ("untied_fp32", config_says(num_attention_heads=2), "num_attention_heads"),
-    "fewer layers": ("untied_fp32", config_says(num_hidden_layers=1), "num_hidden_layers"),
-    "more layers": ("untied_fp32", config_says(num_hidden_layers=9), "num_hidden_layers"),
-    "untied in config only": ("tied_bf16", config_says(tie_word_embeddings=False), "lm_head|output_layer"),
+    "smaller vocab_size": ("untied_fp32", config(vocab_size=64), "vocab_size"),
+    "smaller intermediate_size": ("untied_fp32", config(intermediate_size=32), "intermediate_size"),
+    "fewer heads": ("untied_fp32", config(num_attention_heads=2), "num_attention_heads"),
+    "fewer layers": ("untied_fp32", config(num_hidden_layers=1), "num_hidden_layers"),
+    "more layers": ("untied_fp32", config(num_hidden_layers=9), "num_hidden_layers"),
+    "untied in config only": ("tied_bf16", config(tie_word_embeddings=False), "lm_head|output_layer"),
     "AWQ": ("untied_fp32", stripped_awq, "qweight"),
     "8 bits": ("untied_fp32", eight_bits, "quantised|scale_inv"),
     "o_proj.bias": ("untied_fp32", output_bias, "o_proj.bias"),
@@ -263,7 +250,7 @@ def test_a_file_that_the_index_does_not_name_is_not_read(tmp_path: Path):
 def test_a_network_of_another_config(tmp_path: Path):
     """What the weights' config.json says is held against what the network was built from: shapes and arithmetic."""
     directory = copy_of("untied_fp32", tmp_path)
-    config_says(rope_theta=5000.0)(directory)
+    config(rope_theta=5000.0)(directory)
     network = network_by_yaml(CHECKPOINTS / "untied_fp32")
     with pytest.raises(BridgeError, match="rope_theta"):
         network.load_weights(str(directory))

@@ -18,18 +18,9 @@ from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
 from mf_qwen3_bridge.transfer.safetensors import Reader
-from tests.integration.conftest import (
-    CHECKPOINTS,
-    NAMES,
-    SMALL_CACHE,
-    TOLERANCE,
-    bits,
-    empty_network,
-    golden,
-    greedy_tokens,
-    logits_error,
-)
-from tests.tiny import hf_config, random_tensors, write
+from tests.support.checkpoints import hf_config, random_tensors, write
+from tests.support.golden import CHECKPOINTS, NAMES, TOLERANCE, golden
+from tests.support.networks import SMALL_CACHE, bits, empty_network, greedy_tokens, logits_error
 
 EVERY_FIXTURE = pytest.mark.parametrize("name", NAMES)
 

@@ -3,7 +3,6 @@ layout's, bit for bit, and nothing is written."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -36,12 +35,10 @@ from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.parallel import SINGLE
 from mf_qwen3_bridge.model.rules import Dialect
 from mf_qwen3_bridge.transfer.safetensors import DTYPES
-from tests.integration.conftest import CHECKPOINTS, NAMES
-from tests.integration.rank_runs import make_ranks
-from tests.integration.test_rank_files import RUNS, cut
-from tests.tiny import hf_config, random_tensors, write
+from tests.support.checkpoints import LAYOUTS, hf_config, random_tensors, write
+from tests.support.golden import CHECKPOINTS, NAMES
+from tests.support.ranks import RUNS, cut, make_ranks
 
-LAYOUTS = [Layout(*flags) for flags in itertools.product([True, False], repeat=2)]
 TRAINABLE = [name for name in NAMES if name != "yarn"]
 CLASSES = {"qwen3": (Qwen3Config, TrainingQwen3ForCausalLM), "qwen3_moe": (Qwen3MoeConfig, TrainingQwen3MoeForCausalLM)}
 

@@ -6,13 +6,10 @@ and that rank, and its network is built for them; only what would talk to other 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mindformers.parallel_core.inference import parallel_state
 from mindformers.parallel_core.inference.model_utils import InferModelMixin
 
 from mf_qwen3_bridge.errors import BridgeError
@@ -20,21 +17,9 @@ from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network, rank_of
 from mf_qwen3_bridge.model.parallel import ParallelConfig
-from mf_qwen3_bridge.model.spec import ModelSpec
-from tests.integration.conftest import bits, empty_network
-from tests.tiny import hf_config, random_tensors, write
+from tests.support.checkpoints import hf_config, random_tensors, write
+from tests.support.networks import DENSE, MOE, bits, empty_network, playing
 
-DENSE = ModelSpec(
-    num_layers=2,
-    hidden_size=16,
-    num_attention_heads=8,
-    num_query_groups=2,
-    head_dim=4,
-    ffn_hidden_size=24,
-    vocab_size=32,
-    tie_word_embeddings=False,
-)
-MOE = replace(DENSE, ffn_hidden_size=0, num_experts=8, moe_ffn_hidden_size=24)
 SPECS = {
     "dense": DENSE,
     "dense tied": replace(DENSE, tie_word_embeddings=True),
@@ -51,25 +36,6 @@ CASES = [
     *((name, parallel) for name in SPECS for parallel in TENSOR_PARALLEL),
     *((name, parallel) for name, spec in SPECS.items() if spec.is_moe for parallel in EXPERT_PARALLEL),
 ]
-
-
-@contextmanager
-def playing(monkeypatch: pytest.MonkeyPatch, parallel: ParallelConfig, number: int) -> Iterator[None]:
-    """This process as rank ``number`` of many."""
-    with monkeypatch.context() as patch:
-        for name in vars(parallel_state):
-            if name.endswith(("_GROUP", "_RANKS")):
-                patch.setattr(parallel_state, name, getattr(parallel_state, name))
-        patch.setattr(parallel_state, "_is_initialized", lambda: True)
-        patch.setattr(parallel_state, "get_rank", lambda: number)
-        patch.setattr(parallel_state, "get_group_size", lambda: parallel.world_size)
-        patch.setattr(parallel_state, "create_group", lambda group, ranks: None)
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_parallel,
-            data_parallel_size=parallel.data_parallel,
-            expert_model_parallel_size=parallel.expert_parallel,
-        )
-        yield
 
 
 @pytest.mark.parametrize(("name", "parallel"), CASES, ids=lambda value: str(value).replace("_parallel", ""))

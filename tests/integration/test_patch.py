@@ -29,8 +29,9 @@ from mf_qwen3_bridge.mindformers.cpu import inference_ops, training_ops
 from mf_qwen3_bridge.mindformers.patching import patch
 from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS, Replacements
 from mf_qwen3_bridge.model.rules import INFER, TRAIN
-from tests.integration.conftest import CHECKPOINTS, NAMES, bits, empty_network
-from tests.tiny import hf_config, random_tensors, write
+from tests.support.checkpoints import hf_config, random_tensors, write
+from tests.support.golden import CHECKPOINTS, NAMES
+from tests.support.networks import bits, empty_network
 
 
 def expected(directory: Path, dialect) -> dict[str, bytes]:

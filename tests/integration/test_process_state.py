@@ -21,9 +21,9 @@ from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers import network as network_module
 from mf_qwen3_bridge.mindformers.network import build_inference_network, network_logits
 from mf_qwen3_bridge.model.parallel import ParallelConfig
-from tests.integration.conftest import CHECKPOINTS, TOLERANCE, golden, greedy_tokens
-from tests.integration.test_parallel_slices import playing
-from tests.integration.test_trainer_predict import ROOT
+from tests.support.commands import environment
+from tests.support.golden import CHECKPOINTS, TOLERANCE, golden
+from tests.support.networks import greedy_tokens, playing
 
 VARIABLES = ("RUN_MODE", "ENFORCE_EAGER", "CPU_AFFINITY")
 
@@ -78,10 +78,9 @@ def test_training_after_inference_and_inference_after_training(tmp_path: Path):
     }
     job["config"]["seq_length"] = len(golden("moe_fp32")[0].prompt)
     (tmp_path / "jobs.json").write_text(json.dumps([job]))
-    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     command = [sys.executable, "-m", "tests.integration.training_worker", "jobs.json", "--after_inference"]
-    environment = inherited | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    found = {name: value for name, value in environment().items() if name not in VARIABLES}
+    result = subprocess.run(command, cwd=tmp_path, env=found, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     first = golden("moe_fp32")[0]
     logits = np.load(tmp_path / "logits.npy")[0]

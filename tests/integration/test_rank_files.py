@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import mindspore as ms
@@ -24,52 +23,14 @@ from mf_qwen3_bridge.inputs.strategies import read_strategies
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import TRAIN, Dialect
-from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.model.training_ranks import boxes
-from tests.integration.rank_runs import SUFFIX, Cut, make_ranks
-from tests.tiny import hf_config, random_tensors, write
-from tests.unit.test_convert import assert_same, contents
+from tests.support.checkpoints import assert_same, contents, hf_config, random_tensors, write
+from tests.support.ranks import COMPILED, COMPILED_MOE, RUNS, SUFFIX, cut, make_ranks
 
 # MindFormers has no part in it, but for the cuts that its networks declare; those are of the fixtures.
 pytestmark = pytest.mark.mindspore_only
-# The model of fixtures/strategies, which MindSpore's compiler wrote.
-DENSE = ModelSpec(2, 16, 4, 2, 8, 24, 64, False)
-MOE = replace(DENSE, ffn_hidden_size=0, num_experts=4, moe_ffn_hidden_size=24)
 STRATEGIES = Path(__file__).parents[1] / "fixtures" / "strategies"
 STATE = {"epoch_num": np.array(1000), "global_step": np.array([1000], np.int32), "loss_scale": np.array(1.0)}
-
-
-def cut(tensors, tensor_parallel=1, expert_parallel=1, stages=1, optimizer_shards=0) -> dict[str, Cut]:
-    """How upstream's ``shard`` methods cut each parameter, and its optimizer state with it."""
-    rows = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_fc1.weight")
-    columns = ("linear_proj.weight", "linear_fc2.weight")
-    cuts = {}
-    for name, tensor in tensors.items():
-        shards = (1,) * tensor.ndim
-        if name.endswith(rows):
-            shards = (tensor_parallel, 1)
-        elif name.endswith(columns):
-            shards = (1, tensor_parallel)
-        elif ".experts." in name:
-            shards = (expert_parallel, 1)
-        is_first = stages == 1 or "embedding" in name or ".layers.0." in name
-        cuts[name] = Cut(shards, optimizer_shards, (0,) if is_first else (1,))
-    return cuts
-
-
-RUNS = {  # spec, devices of a stage, how they cut, redundancy removed
-    "tp2": (DENSE, 2, {"tensor_parallel": 2}, False),
-    "tp2 dp2": (DENSE, 4, {"tensor_parallel": 2}, False),
-    "tp2 dp2 removed": (DENSE, 4, {"tensor_parallel": 2}, True),
-    "tp2 dp2 opt2": (DENSE, 4, {"tensor_parallel": 2, "optimizer_shards": 2}, False),
-    "tp2 dp4 opt2 removed": (DENSE, 8, {"tensor_parallel": 2, "optimizer_shards": 2}, True),
-    "dp4 opt4": (DENSE, 4, {"optimizer_shards": 4}, False),
-    "pp2": (DENSE, 1, {"stages": 2}, False),
-    "pp2 tp2 dp2 removed": (DENSE, 4, {"tensor_parallel": 2, "stages": 2}, True),
-    "ep2": (MOE, 2, {"expert_parallel": 2}, False),
-    "tp2 ep2": (MOE, 2, {"tensor_parallel": 2, "expert_parallel": 2}, False),
-    "tp2 ep4 removed": (MOE, 4, {"tensor_parallel": 2, "expert_parallel": 4}, True),
-}
 
 
 def trained_run(directory: Path, name: str) -> tuple[Path, Path, dict[str, np.ndarray]]:
@@ -130,7 +91,7 @@ def invoke(arguments: list[str]) -> None:
 def test_the_commands(tmp_path: Path):
     """The two documented steps, and the one that needs no merge: the same files."""
     strategies, ranks, _ = trained_run(tmp_path, "tp2 ep4 removed")
-    hf = write(tmp_path / "hf", {}, hf_config(MOE))
+    hf = write(tmp_path / "hf", {}, hf_config(COMPILED_MOE))
     source = ["--src_strategy_dirs", str(strategies), "--mindspore_ckpt_dir", str(ranks), "--file_suffix", SUFFIX]
     invoke(["unify", *source, "--output_dir", str(tmp_path / "u"), "--filter_out_param_prefix", "adam_"])
     unified = tmp_path / "u" / f"{SUFFIX}_ckpt_convert" / "unified_safe"
@@ -143,9 +104,9 @@ def test_the_commands(tmp_path: Path):
 @pytest.mark.parametrize(
     ("files", "spec", "parallel"),
     [
-        (["ms2.7.2_dense_tp2_dp1024"], DENSE, ParallelConfig(2)),
-        (["ms2.9.0_moe_tp2_ep4_dp1024"], MOE, ParallelConfig(2, 4)),
-        (["ms2.7.2_dense_tp2_dp512_pp2_stage0", "ms2.7.2_dense_tp2_dp512_pp2_stage1"], DENSE, ParallelConfig(2)),
+        (["ms2.7.2_dense_tp2_dp1024"], COMPILED, ParallelConfig(2)),
+        (["ms2.9.0_moe_tp2_ep4_dp1024"], COMPILED_MOE, ParallelConfig(2, 4)),
+        (["ms2.7.2_dense_tp2_dp512_pp2_stage0", "ms2.7.2_dense_tp2_dp512_pp2_stage1"], COMPILED, ParallelConfig(2)),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -183,7 +144,7 @@ def test_optimizer_shards_of_the_compiler(tmp_path: Path):
 
 
 @pytest.mark.parametrize("layout", [Layout(True, True), Layout(False, False)], ids=str)
-@pytest.mark.parametrize(("spec", "parallel"), [(DENSE, ParallelConfig(2)), (MOE, ParallelConfig(2, 4))])
+@pytest.mark.parametrize(("spec", "parallel"), [(COMPILED, ParallelConfig(2)), (COMPILED_MOE, ParallelConfig(2, 4))])
 def test_rank_directories_merge_to_the_whole(tmp_path: Path, never_sleeps, spec, parallel, layout):
     """A directory per rank, merged by MindSpore, is the whole checkpoint; and MindSpore slices the whole so."""
     model = check(write(tmp_path / "hf", random_tensors(spec), hf_config(spec)))
@@ -217,8 +178,8 @@ def test_rank_directories_merge_to_the_whole(tmp_path: Path, never_sleeps, spec,
 
 def test_a_contiguous_layout_is_one_of_the_ranks_blocks(tmp_path: Path):
     """Upstream's training network splits each rank's own block of rows into q, k, v; found in its compiled graph."""
-    hf = random_tensors(DENSE)
-    model = check(write(tmp_path / "hf", hf, hf_config(DENSE)))
+    hf = random_tensors(COMPILED)
+    model = check(write(tmp_path / "hf", hf, hf_config(COMPILED)))
     run(to_ranks(model, Dialect(Layout(False, False).on(2)), tmp_path / "ranks", ParallelConfig(2)))
     q, k, v = (hf[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
     gate, up = (hf[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up"))
@@ -261,15 +222,15 @@ def test_a_stage_that_is_missing_is_not_merged_without(tmp_path: Path):
         open_rank_files(ranks, read_strategies(strategies), SUFFIX)
     for rank in range(4, 8):
         shutil.rmtree(ranks / f"rank_{rank}")
-    hf = write(tmp_path / "hf", {}, hf_config(DENSE))
+    hf = write(tmp_path / "hf", {}, hf_config(COMPILED))
     found = open_rank_files(ranks, read_strategies(strategies), SUFFIX)
     with pytest.raises(BridgeError, match="missing"):
         check_trained(found, hf)
 
 
 def test_a_merged_contiguous_checkpoint_says_how_many_ranks_saved_it(tmp_path: Path):
-    hf = random_tensors(DENSE)
-    source = write(tmp_path / "hf", hf, hf_config(DENSE))
+    hf = random_tensors(COMPILED)
+    source = write(tmp_path / "hf", hf, hf_config(COMPILED))
     run(to_mindformers(check(source), Dialect(Layout(False, False).on(2)), tmp_path / "whole"))
     whole = contents(tmp_path / "whole")
     strategies, ranks = make_ranks(tmp_path, whole, cut(whole, tensor_parallel=2), 2)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import yaml
@@ -19,11 +16,11 @@ from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import TRAIN
-from tests.integration.conftest import CHECKPOINTS
-from tests.integration.rank_runs import Cut, make_ranks
-from tests.integration.test_docs import INSIDE_MINDFORMERS
-from tests.tiny import read
-from tests.unit.test_readme import CHINESE, ENGLISH, NUMBER_FLAGS, ROOT, blocks, commands
+from tests.support.checkpoints import read
+from tests.support.commands import ROOT, environment, free_port, run_command
+from tests.support.documents import CHINESE, ENGLISH, NUMBER_FLAGS, blocks, commands
+from tests.support.golden import CHECKPOINTS
+from tests.support.ranks import save_as_ranks
 
 # On every release: run_infer.py (test_run_infer, test_msrun), the Python of its examples (test_examples). The other
 # commands never import MindFormers; what they take from MindSpore: test_rank_files, test_conversion.
@@ -40,6 +37,7 @@ OFFLINE = [
     if command[0] in MODULES
     and command[1] in ("convert", "export", "verify", "scripts/convert_weight.py", "scripts/unified_safetensors.py")
 ]
+INSIDE_MINDFORMERS = commands((ROOT / "docs" / "mindformers.md").read_text(encoding="utf-8"))
 SMALL = {
     "Qwen3-14B": ROOT / "demo" / "qwen3-demo",
     "Qwen3-8B": CHECKPOINTS / "untied_fp32",
@@ -64,32 +62,9 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("command", INFER, ids=" ".join)
 def test_infer(directory: Path, command):
-    arguments = [sys.executable, *MODULES[command[0]], *command[2:]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        arguments, capture_output=True, text=True, cwd=directory, env=environment, check=False, timeout=600
-    )
+    result = run_command([sys.executable, *MODULES[command[0]], *command[2:]], directory)
     assert result.returncode == 0, result.stderr
     assert "every row finds its place" in result.stdout
-
-
-def save_as_ranks(directory: Path, checkpoint: Path) -> None:
-    """What eight ranks of a run with tensor parallel 2 and expert parallel 4 leave, redundancy removed."""
-    tensors = {target.name: target.make() for target in check(checkpoint).plan(TRAIN).targets}
-    cuts = {}
-    for name in list(tensors):
-        if ".experts." in name:
-            cuts[name] = Cut((4, 1))
-        elif re.search(r"embedding|output_layer|linear_qkv", name):
-            cuts[name] = Cut((2, 1))
-        elif "linear_proj" in name:
-            cuts[name] = Cut((1, 2))
-        for state in ("adam_m", "adam_v"):
-            tensors[f"{state}.{name}"] = np.ones(tensors[name].shape, np.float32)
-            if name in cuts:
-                cuts[f"{state}.{name}"] = cuts[name]
-    counters = {"global_step": np.array([1000], np.int32)}
-    make_ranks(directory, tensors, cuts, 8, unlisted=counters, remove_redundancy=True, prefix="qwen3_moe")
 
 
 def on_the_small_model(command: list[str]) -> list[str]:
@@ -115,15 +90,7 @@ def offline(tmp_path_factory) -> Path:
     save_as_ranks(directory / "output", SMALL["Qwen3-30B-A3B"])
     for command in OFFLINE:
         words = command[1:] if command[0] == "python" else ["-m", "mf_qwen3_bridge.cli", *command[1:]]
-        result = subprocess.run(
-            [sys.executable, *on_the_small_model(words)],
-            capture_output=True,
-            text=True,
-            cwd=directory,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            check=False,
-            timeout=600,
-        )
+        result = run_command([sys.executable, *on_the_small_model(words)], directory)
         assert result.returncode == 0, (command, result.stderr)
     return directory
 
@@ -167,13 +134,12 @@ def test_all_ways_back_hold_the_same_weights(offline: Path):
 
 def test_two_machines(offline: Path):
     """Both of them this one."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    changes = {"--master_addr=10.0.0.1": "--master_addr=127.0.0.1", "--master_port=8118": f"--master_port={port}"}
+    changes = {
+        "--master_addr=10.0.0.1": "--master_addr=127.0.0.1",
+        "--master_port=8118": f"--master_port={free_port()}",
+    }
     machines = [
-        subprocess.Popen([changes.get(word, word) for word in command], cwd=offline, env=environment)
+        subprocess.Popen([changes.get(word, word) for word in command], cwd=offline, env=environment())
         for command in commands(ENGLISH, "sh")
     ]
     assert [machine.wait(timeout=600) for machine in machines] == [0, 0]
@@ -186,18 +152,14 @@ def test_make_demo_prints_what_the_readme_shows(directory: Path):
     """Both modes, the default prompts, and nothing of upstream's on stdout."""
     makefile = (ROOT / "Makefile").read_text()
     (arguments,) = re.findall(r"^\t\$\(VENV\)/bin/python (scripts/run_infer\.py .*)$", makefile, re.MULTILINE)
-    result = subprocess.run(
-        [sys.executable, *arguments.split()], capture_output=True, text=True, cwd=directory, check=False, timeout=600
-    )
+    result = run_command([sys.executable, *arguments.split()], directory)
     assert result.returncode == 0, result.stderr
     assert result.stdout == blocks(ENGLISH, "text")[0] == blocks(CHINESE, "text")[0]
 
 
 def test_python(directory: Path):
     code = "\n".join(blocks(ENGLISH, "python"))
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=directory, check=False, timeout=600
-    )
+    result = run_command([sys.executable, "-c", code], directory)
     assert result.returncode == 0, result.stderr
 
 

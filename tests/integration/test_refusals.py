@@ -17,10 +17,11 @@ from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.model.rules import INFER
-from tests.integration.conftest import CHECKPOINTS, empty_network
-from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
+from tests.support.checkpoints import MOE_SPEC, SPEC, hf_config, random_tensors, write
+from tests.support.commands import ROOT
+from tests.support.golden import CHECKPOINTS
+from tests.support.networks import empty_network
 
-ROOT = Path(__file__).parents[2]
 BOTH_ROADS = pytest.mark.parametrize("use_training_conversion", [False, True])
 
 

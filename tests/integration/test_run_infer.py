@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,16 +14,15 @@ from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import INFER, Dialect
-from tests.tiny import write
+from tests.support.checkpoints import write
+from tests.support.commands import ROOT, run_command
 
-ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo" / "qwen3-demo"
 PROMPTS = json.loads((ROOT / "demo" / "prompts.json").read_text())
 
 
 def run_infer(cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "run_infer.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ, check=False, timeout=600)
+    return run_command([sys.executable, ROOT / "scripts" / "run_infer.py", *arguments], cwd)
 
 
 def prompts(mode: str) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,31 +15,9 @@ from mf_qwen3_bridge.convert.jobs import to_mindformers
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.model.rules import TRAIN
-from tests.distributed.test_msrun import msrun, with_tokenizer, words
-from tests.integration.conftest import golden
-
-ROOT = Path(__file__).parents[2]
-# Set it to the run_mindformer.py of MindFormers' sources, of the installed release, and that is what runs.
-TRAINER = Path(os.environ.get("RUN_MINDFORMER", Path(__file__).parent / "trainer.py"))
-REGISTER_PATH = ROOT / "mf_qwen3_bridge" / "mindformers" / "register_path"
-NEW_TOKENS = 16
-
-
-def generating(directory: Path) -> Path:
-    """The directory, with a generation_config.json that asks for so many tokens and knows none that ends a text.
-
-    Upstream's pipeline wants a token to pad with; a single prompt is not padded.
-    """
-    path = directory / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    tokenizer["added_tokens"] = [{"id": len(tokenizer["model"]["vocab"]), "content": "<pad>", **flags}]
-    path.write_text(json.dumps(tokenizer))
-    entries = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(entries))
-    config = {"max_new_tokens": NEW_TOKENS, "eos_token_id": [-1], "pad_token_id": -1, "do_sample": False}
-    (directory / "generation_config.json").write_text(json.dumps(config))
-    return directory
+from tests.support.commands import REGISTER_PATH, ROOT, TRAINER, msrun, run_command
+from tests.support.golden import golden
+from tests.support.tokenizers import NEW_TOKENS, spell, with_generation_config, with_tokenizer
 
 
 def changed_yaml(name: str, scratch: Path, directory: Path, model_config: dict[str, Any], **entries: Any) -> Path:
@@ -54,16 +30,14 @@ def changed_yaml(name: str, scratch: Path, directory: Path, model_config: dict[s
 
 
 def predict(scratch: Path, config: Path, name: str) -> subprocess.CompletedProcess[str]:
-    prompts = [words(case.prompt) for case in golden(name)]
+    prompts = [spell(case.prompt) for case in golden(name)]
     arguments = ["--config", config, "--register_path", REGISTER_PATH, "--predict_data", *prompts]
-    command = [sys.executable, TRAINER, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+    return run_command([sys.executable, TRAINER, *arguments], scratch)
 
 
 def check_texts(scratch: Path, name: str) -> None:
     said = ast.literal_eval((scratch / "text_generation_result.txt").read_text())
-    expected = [words(case.prompt + case.tokens[:NEW_TOKENS]) for case in golden(name)]
+    expected = [spell(case.prompt + case.tokens[:NEW_TOKENS]) for case in golden(name)]
     assert [text for entry in said for text in entry["text_generation_text"]] == expected
 
 
@@ -78,7 +52,7 @@ def check_texts(scratch: Path, name: str) -> None:
     ],
 )
 def test_the_tokens_of_transformers(tmp_path: Path, name: str, model_config: dict[str, Any]):
-    directory = generating(with_tokenizer(name, tmp_path))
+    directory = with_generation_config(with_tokenizer(name, tmp_path))
     config = changed_yaml("cpu/predict_qwen3.yaml", tmp_path, directory, model_config | {"seq_length": 64})
     result = predict(tmp_path, config, name)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -89,7 +63,7 @@ def test_the_tokens_of_transformers(tmp_path: Path, name: str, model_config: dic
 def test_weights_in_another_directory(tmp_path: Path):
     """``load_checkpoint`` may name what convert wrote; what nothing says the layout of is refused."""
     name = "moe_fp32"
-    directory = generating(with_tokenizer(name, tmp_path))
+    directory = with_generation_config(with_tokenizer(name, tmp_path))
     run(to_mindformers(check(directory), TRAIN, tmp_path / "train"))
     for file in directory.glob("*.safetensors*"):
         file.unlink()
@@ -103,7 +77,7 @@ def test_weights_in_another_directory(tmp_path: Path):
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_damaged_weights_are_named(tmp_path: Path, damage: str):
     name = "split_shards"
-    directory = generating(with_tokenizer(name, tmp_path))
+    directory = with_generation_config(with_tokenizer(name, tmp_path))
     shard = sorted(directory.glob("*.safetensors"))[1]
     whole = shard.read_bytes()
     shard.unlink()
@@ -118,7 +92,7 @@ def test_damaged_weights_are_named(tmp_path: Path, damage: str):
 
 def test_graph_mode_on_a_cpu_is_refused_before_anything_is_built(tmp_path: Path):
     name = "untied_fp32"
-    directory = generating(with_tokenizer(name, tmp_path))
+    directory = with_generation_config(with_tokenizer(name, tmp_path))
     context = {"mode": 0, "device_target": "CPU"}
     config = changed_yaml("cpu/predict_qwen3.yaml", tmp_path, directory, {"seq_length": 64}, context=context)
     result = predict(tmp_path, config, name)
@@ -130,13 +104,13 @@ def test_graph_mode_on_a_cpu_is_refused_before_anything_is_built(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["one_kv_head", "moe_scattered"])
 def test_two_processes(tmp_path: Path, name: str):
-    directory = generating(with_tokenizer(name, tmp_path))
+    directory = with_generation_config(with_tokenizer(name, tmp_path))
     config = changed_yaml("cpu/predict_qwen3_tp2.yaml", tmp_path, directory, {"seq_length": 64})
-    prompts = [words(case.prompt) for case in golden(name)]
+    prompts = [spell(case.prompt) for case in golden(name)]
     flags = ["--worker_num=2", "--local_worker_num=2", "--master_port=0", "--log_dir=msrun_log", "--join=True"]
     arguments = [TRAINER, "--config", config, "--register_path", REGISTER_PATH, "--predict_data", *prompts]
     code, logs = msrun(tmp_path, ["msrun", *flags, *arguments])
     assert code == 0, [log[-3000:] for log in logs]
-    expected = [{"text_generation_text": [words(case.prompt + case.tokens[:NEW_TOKENS])]} for case in golden(name)]
+    expected = [{"text_generation_text": [spell(case.prompt + case.tokens[:NEW_TOKENS])]} for case in golden(name)]
     for log in logs:
         assert f"output result is: {expected}" in log

@@ -7,10 +7,8 @@ The network is upstream's, in graph mode; what a CPU lacks comes from ``cpu_trai
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,10 +28,11 @@ from mf_qwen3_bridge.mindformers.cpu import training_ops as cpu_training_ops
 from mf_qwen3_bridge.mindformers.network import network_logits
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import HF, Dialect
-from tests.integration.conftest import CHECKPOINTS, SMALL_CACHE, TOLERANCE, golden
-from tests.integration.test_trainer_predict import REGISTER_PATH, ROOT, TRAINER
+from tests.support.checkpoints import LAYOUTS
+from tests.support.commands import REGISTER_PATH, ROOT, TRAINER, run_command
+from tests.support.golden import CHECKPOINTS, TOLERANCE, golden
+from tests.support.networks import SMALL_CACHE
 
-LAYOUTS = [Layout(qkv, gate_up) for qkv in (True, False) for gate_up in (True, False)]
 DEFAULT, *OTHERS = LAYOUTS
 CONTIGUOUS = LAYOUTS[-1]
 DENSE, MOE = "untied_fp32", "moe_fp32"
@@ -80,8 +79,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, Layou
     file = scratch / "jobs.json"
     file.write_text(json.dumps(list(jobs.values())))
     command = [sys.executable, "-m", "tests.integration.training_worker", file]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CPU_AFFINITY": "False"}
-    result = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+    result = run_command(command, scratch)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     return {case: error(case[0], np.load(job["output"])) for case, job in jobs.items()}
 
@@ -131,12 +129,10 @@ def run_trainer(directory: Path, scratch: Path, learning_rate: float = 1e-3, **e
     document["lr_schedule"]["learning_rate"] = learning_rate
     config = scratch / "finetune.yaml"
     config.write_text(yaml.safe_dump(document))
-    inherited = {key: value for key, value in os.environ.items() if key not in ("RUN_MODE", "ENFORCE_EAGER")}
-    environment = inherited | {"PYTHONPATH": str(ROOT), "CPU_AFFINITY": "False"}
     data = [ROOT / "demo" / "make_training_data.py", "--model_dir", directory, "--output", "output/training.mindrecord"]
-    subprocess.run([sys.executable, *data], cwd=scratch, env=environment, capture_output=True, check=True)
+    run_command([sys.executable, *data], scratch).check_returncode()
     command = [sys.executable, TRAINER, "--config", config, "--register_path", REGISTER_PATH]
-    result = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+    result = run_command(command, scratch)
     return result.returncode, result.stdout + result.stderr
 
 

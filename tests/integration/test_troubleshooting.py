@@ -17,10 +17,9 @@ from typing import Any
 import pytest
 
 import yaml
-from tests.integration.conftest import CHECKPOINTS
-from tests.integration.test_guide import environment
-from tests.integration.test_trainer_predict import ROOT
-from tests.unit.test_readme import commands
+from tests.support.commands import ROOT, environment, run_command
+from tests.support.documents import commands
+from tests.support.golden import CHECKPOINTS
 
 TEXT = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 RELEASES = ("1.7.0", "1.8.0", "1.9.0")
@@ -104,7 +103,7 @@ def provoke(scratch: Path, base: str, change: Callable[[dict[str, Any]], object]
     if "predict" in base:
         run, made = [*run, "--predict_data", "hi"], [sys.executable, "-c", ""]
     subprocess.run(made, cwd=scratch, env=environment(), check=True, capture_output=True)
-    result = subprocess.run(run, cwd=scratch, env=environment(), capture_output=True, text=True, check=False)
+    result = run_command(run, scratch)
     assert result.returncode != 0
     return result.stderr
 
@@ -139,9 +138,6 @@ def test_nothing_else_has_to_be_provoked():
 @pytest.mark.parametrize("command", commands(TEXT), ids=" ".join)
 def test_commands(tmp_path: Path, command: list[str]):
     (tmp_path / "Qwen3-14B").symlink_to(ROOT / "demo" / "qwen3-demo")
-    arguments = [sys.executable, "-m", "mf_qwen3_bridge.cli", *command[1:]]
     assert command[0] == "mf-qwen3"
-    result = subprocess.run(
-        arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=600
-    )
+    result = run_command([sys.executable, "-m", "mf_qwen3_bridge.cli", *command[1:]], tmp_path)
     assert result.returncode == 0, result.stderr

@@ -11,7 +11,7 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.model.released import RELEASED
 from mf_qwen3_bridge.model.rules import HF
-from tests.tiny import hf_config, write_headers
+from tests.support.checkpoints import hf_config, write_headers
 
 EXPERTS_PER_TOKEN = {"num_experts_per_tok": 8}
 

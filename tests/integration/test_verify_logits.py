@@ -27,9 +27,10 @@ from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
 from mf_qwen3_bridge.transfer.plan import Plan
 from mf_qwen3_bridge.verify.layer_errors import tokens_for
 from mf_qwen3_bridge.verify.reference import ATTENTION, FC1, LOGITS, MLP, PROJ, QKV, ROUTER, Stage
-from tests.integration.conftest import CHECKPOINTS, NAMES, SMALL_CACHE, TOLERANCE, changed
-from tests.integration.test_mutations import MOE_MUTATIONS, MUTATIONS
-from tests.tiny import write
+from tests.support.checkpoints import write
+from tests.support.golden import CHECKPOINTS, NAMES, TOLERANCE
+from tests.support.mutations import MOE_MUTATIONS, MUTATIONS
+from tests.support.networks import SMALL_CACHE, changed
 
 
 @pytest.mark.parametrize("name", NAMES)

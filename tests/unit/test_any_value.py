@@ -25,7 +25,7 @@ import yaml
 from mf_qwen3_bridge.cli.main import cli
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.model.rules import TRAIN
-from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
+from tests.support.checkpoints import MOE_SPEC, SPEC, hf_config, random_tensors, write
 
 EXAMPLES = int(os.environ.get("ANY_VALUE_EXAMPLES", "60"))
 any_value_is_tried = settings(

@@ -5,7 +5,6 @@ What only the bytes can tell is in tests/integration/test_refusals.py.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,22 +16,23 @@ import pytest
 from safetensors.numpy import save_file
 
 from mf_qwen3_bridge.model.rules import TRAIN
-from tests.tiny import hf_config, random_tensors, write
+from tests.support.checkpoints import hf_config, random_tensors, write
+from tests.support.commands import ROOT
+from tests.support.damage import INDEX, assign_in_index, change_config, cut_off, leave_only, unwrapped
 
-ROOT = Path(__file__).parents[2]
 SHARD = "model-00002-of-00003.safetensors"
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
 def config(**changes) -> Callable[[Path], None]:
-    return lambda directory: (directory / "config.json").write_text(json.dumps(hf_config(**changes)))
+    return lambda directory: change_config(directory, **changes)
 
 
 def tensors(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def apply(directory: Path) -> None:
         changed = random_tensors()
         change(changed)
-        for file in (*directory.glob("*.safetensors"), directory / "model.safetensors.index.json"):
+        for file in (*directory.glob("*.safetensors"), directory / INDEX):
             file.unlink()
         write(directory, changed)
 
@@ -40,24 +40,7 @@ def tensors(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 
 def in_index(name: str, file: str) -> Callable[[Path], None]:
-    def apply(directory: Path) -> None:
-        path = directory / "model.safetensors.index.json"
-        index = json.loads(path.read_text())
-        index["weight_map"][name] = file
-        path.write_text(json.dumps(index))
-
-    return apply
-
-
-def truncate(directory: Path) -> None:
-    shard = directory / SHARD
-    shard.write_bytes(shard.read_bytes()[:-5])
-
-
-def only_pickles(directory: Path) -> None:
-    for file in directory.glob("*.safetensors*"):
-        file.unlink()
-    (directory / "pytorch_model.bin").write_bytes(b"")
+    return lambda directory: assign_in_index(directory / INDEX, name, file)
 
 
 def mindformers_weights(directory: Path) -> None:
@@ -96,10 +79,10 @@ def one_below(directory: Path) -> None:
 
 BAD = {
     "missing shard": (lambda d: (d / SHARD).unlink(), SHARD),
-    "truncated shard": (truncate, "truncated"),
+    "truncated shard": (lambda d: cut_off(d / SHARD), "truncated"),
     "index names a file that is not there": (in_index("model.norm.weight", "absent.safetensors"), "absent.safetensors"),
     "index names a file outside": (in_index("model.norm.weight", "../x.safetensors"), "outside"),
-    "index is no index": (lambda d: (d / "model.safetensors.index.json").write_text("{"), "not an index"),
+    "index is no index": (lambda d: (d / INDEX).write_text("{"), "not an index"),
     "wrong shape": (tensors(lambda t: t.update({f"{Q_PROJ}.weight": np.ones((12, 16), np.float32)})), "(12, 16)"),
     "missing tensor": (tensors(lambda t: t.pop(f"{Q_PROJ}.weight")), f"{Q_PROJ}.weight"),
     "extra tensor": (tensors(lambda t: t.update(extra=np.ones(1, np.float32))), "extra"),
@@ -113,7 +96,7 @@ BAD = {
         lambda d: [
             write(d, random_tensors(), metadata={f"{Q_PROJ}.weight": "Int4"}),
             *map(Path.unlink, d.glob("model-*")),
-            (d / "model.safetensors.index.json").unlink(),
+            (d / INDEX).unlink(),
         ],
         "dtype Int4",
     ),
@@ -127,25 +110,16 @@ BAD = {
     "the root of the Hub's cache": (hub_cache, "give $/snapshots/b968826"),
     "the directory above": (one_below, "give $/Qwen3-8B"),
     "no directory": (lambda d: d.rename(d.with_name("elsewhere")), "not a directory"),
-    "pickles": (only_pickles, "only safetensors"),
+    "pickles": (lambda d: leave_only(d, "pytorch_model.bin"), "only safetensors"),
     "a tensor in two files": (
         lambda d: (
-            (d / "model.safetensors.index.json").unlink(),
+            (d / INDEX).unlink(),
             save_file({"model.norm.weight": np.ones(12, np.float32)}, d / "stale.safetensors"),
         ),
         "stale.safetensors",
     ),
     "MindFormers weights of unknown layout": (mindformers_weights, "nothing declares the layout of QKV"),
 }
-
-
-def words(text: str) -> str:
-    """The text of a table without its lines, column by column, so that wrapped cells read on."""
-    columns: dict[int, str] = {}
-    for line in text.splitlines():
-        for number, cell in enumerate(line.split("|") if line.startswith("|") else [line]):
-            columns[number] = f"{columns.get(number, '')} {cell.strip()}"
-    return " ".join(columns.values())
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -161,5 +135,5 @@ def test_refused_before_mindspore_is_imported(tmp_path: Path, case):
     command = [sys.executable, "-c", script, str(directory)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
     assert result.returncode == 2, result.stderr
-    assert named.replace("$", str(directory)) in words(result.stderr), result.stderr
+    assert named.replace("$", str(directory)) in unwrapped(result.stderr), result.stderr
     assert "Traceback" not in result.stderr

@@ -19,7 +19,7 @@ from mf_qwen3_bridge.inputs.opening import open_source, stale_files
 from mf_qwen3_bridge.inputs.source import HYPER_PARAMETERS
 from mf_qwen3_bridge.transfer import safetensors
 from mf_qwen3_bridge.transfer.safetensors import read_header
-from tests.tiny import MOE_SPEC, NUMPY, random_tensors, read, write
+from tests.support.checkpoints import MOE_SPEC, NUMPY, random_tensors, read, write
 
 
 @pytest.mark.parametrize("dtype", NUMPY)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import hf_config, random_tensors, write
-
-ROOT = Path(__file__).parents[2]
+from tests.support.checkpoints import hf_config, random_tensors, write
+from tests.support.commands import ROOT
 
 
 def mf_qwen3(*arguments: object) -> subprocess.CompletedProcess[str]:

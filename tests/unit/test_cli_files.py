@@ -35,11 +35,21 @@ from mf_qwen3_bridge.inputs.source import Source as OpenedSource
 from mf_qwen3_bridge.model.rules import HF_STACKED
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.copying import BUFFER_BYTES
-from tests.tiny import MOE_SPEC, NUMPY, SPEC, Tensors, hf_config, random_tensors, write, write_headers
-from tests.unit.test_bad_input import words
-from tests.unit.test_convert import assert_same, contents
+from tests.support.checkpoints import (
+    MOE_SPEC,
+    NUMPY,
+    SPEC,
+    Tensors,
+    assert_same,
+    contents,
+    hf_config,
+    random_tensors,
+    write,
+    write_headers,
+)
+from tests.support.commands import ROOT
+from tests.support.damage import assign_in_index, change_config, cut_off, leave_only, unwrapped
 
-ROOT = Path(__file__).parents[2]
 # As many rows as SPEC, in other heads: four groups tell interleaved rows from those of two ranks.
 GROUPS = replace(SPEC, num_attention_heads=8, num_query_groups=4, head_dim=2)
 TIED = replace(SPEC, tie_word_embeddings=True)
@@ -200,7 +210,7 @@ def num_rows(text: str) -> int:
 def says_of_both(text: str, name: str, said: int, right: int) -> bool:
     """Whether a table names what the flags or their defaults and what the tensors say of a number, and what to do."""
     both = rf"arguments(?: and defaults)?: {said} weights: {right} \(\S"
-    return bool(re.search(both, words(text))) and f"set {name} to {right} in arguments" in words(text)
+    return bool(re.search(both, unwrapped(text))) and f"set {name} to {right} in arguments" in unwrapped(text)
 
 
 def layout_of(directory: Path) -> str | None:
@@ -379,7 +389,7 @@ def test_a_number_that_contradicts_a_hugging_face_checkpoint(tmp_path, call_scri
     paths = ("--input_path", tmp_path / "in", "--output_path", tmp_path / "out")
     result = call_script("--model", "qwen3", *paths, "--num_layers", 3, "--kv_channels", 4)
     assert (result.code, num_rows(result.err)) == (2, 1)
-    assert "config.json: 2 arguments: 3 weights: 2 (layers.1)" in words(result.err)
+    assert "config.json: 2 arguments: 3 weights: 2 (layers.1)" in unwrapped(result.err)
     assert names(tmp_path) == {"in"}
 
 
@@ -611,7 +621,7 @@ def test_a_yaml_that_contradicts_the_files_stamp(tmp_path, call_script, stamp, l
     result = reverse(call_script, tmp_path, "qwen3", "--config", config)
     assert result.code == 2
     assert "the layouts of QKV and gate/up contradict each other" in result.err
-    assert f"files: {stamp}" in words(result.err).replace("parall el", "parallel")
+    assert f"files: {stamp}" in unwrapped(result.err).replace("parall el", "parallel")
     assert everything(tmp_path) == before
 
 
@@ -629,7 +639,7 @@ def test_flag_and_yaml_and_tensors_in_one_table(tmp_path, call_script):
     config = training_yaml(tmp_path / "t.yaml", COMPUTED | {"num_layers": 5, "ffn_hidden_size": 10})
     result = reverse(call_script, tmp_path, "qwen3", "--config", config, "--num_layers", 7, "--ffn_hidden_size", 5)
     assert (result.code, num_rows(result.err)) == (2, 2)
-    text = words(result.err)
+    text = unwrapped(result.err)
     assert "set num_layers to 2 in " in text and "num_layers to 2 in arguments" in text
     assert "arguments: 7 weights: 2 (layers.1)" in text
     assert "arguments: 5 weights: 10 (" in text
@@ -650,8 +660,8 @@ def test_a_yaml_whose_ranks_do_not_divide_the_model(tmp_path, call_script):
     config = training_yaml(tmp_path / "train.yaml", CONTIGUOUS, **on_ranks(3))
     result = reverse(call_script, tmp_path, "qwen3", "--config", config)
     assert (result.code, num_rows(result.err)) == (2, 1)
-    assert "3, num_query_groups 2, ffn_hidden_size 10" in words(result.err)
-    assert "is the YAML theirs?" in words(result.err)
+    assert "3, num_query_groups 2, ffn_hidden_size 10" in unwrapped(result.err)
+    assert "is the YAML theirs?" in unwrapped(result.err)
 
 
 # mf-qwen3 convert
@@ -868,7 +878,7 @@ def test_sizes_that_do_not_divide_the_model(tmp_path, call, spec, arguments, exp
     assert (result.code, result.out) == (2, "")
     assert "the model can't be divided so" in result.err
     for text in expected:
-        assert text in words(result.err)
+        assert text in unwrapped(result.err)
     assert everything(tmp_path) == before
 
 
@@ -878,7 +888,7 @@ def test_tensor_parallel_that_is_not_the_yamls(tmp_path, call, hf_dir, flags_of_
     result = convert(call, hf_dir, "--tp", 2, "--config", config)
     assert result.code == 2
     assert f"a run with {config} needs other slices" in result.err
-    assert "model_parallel 4" in words(result.err) and "| --tp " in result.err
+    assert "model_parallel 4" in unwrapped(result.err) and "| --tp " in result.err
     assert names(tmp_path) == {"hf", "train.yaml"}
     assert convert(call, hf_dir, "--tp", 2, "--config", config, "--layout", "infer").code == 0
 
@@ -893,7 +903,7 @@ def test_sizes_that_are_not_the_yamls(tmp_path, call):
         result = convert(call, directory, "--tp", 1, "--ep", 1, "--config", config, "--layout", layout)
         assert result.code == 2
         assert "| --tp " in result.err and "| --ep " in result.err
-        assert "model_parallel 2" in words(result.err) and "expert_parallel 2" in words(result.err)
+        assert "model_parallel 2" in unwrapped(result.err) and "expert_parallel 2" in unwrapped(result.err)
     assert names(tmp_path) == {"hf", "train.yaml", "predict.yaml"}
     assert convert(call, directory, "--tp", 2, "--config", train).code == 0  # the YAML says the other
     assert names(tmp_path / "out") == {"rank_0", "rank_1"}
@@ -914,8 +924,8 @@ def test_a_yaml_whose_ranks_hold_other_slices(tmp_path, call, hf_dir, document, 
     config = training_yaml(tmp_path / "train.yaml", {}, **document)
     result = convert(call, hf_dir, "--tp", 2, "--config", config)
     assert (result.code, num_rows(result.err)) == (2, 1)
-    assert named in words(result.err)
-    assert "convert without --tp and --ep" in words(result.err)
+    assert named in unwrapped(result.err)
+    assert "convert without --tp and --ep" in unwrapped(result.err)
     assert names(tmp_path) == {"hf", "train.yaml"}
     assert convert(call, hf_dir, "--config", config).code == 0
 
@@ -1093,8 +1103,8 @@ def test_a_config_of_another_model(tmp_path, call, trained):
     write_config(tmp_path / "hf", hf_config(num_hidden_layers=3, vocab_size=17))
     result = export(call, trained, "--hf_config", tmp_path / "hf")
     assert (result.code, num_rows(result.err)) == (2, 2)
-    assert "config.json: 3 weights: 2 (layers.1)" in words(result.err)
-    assert "config.json: 17 weights: 16 (" in words(result.err)
+    assert "config.json: 3 weights: 2 (layers.1)" in unwrapped(result.err)
+    assert "config.json: 17 weights: 16 (" in unwrapped(result.err)
     assert names(tmp_path) == {"hf", "trained"}
 
 
@@ -1157,7 +1167,7 @@ def test_the_weights_that_a_run_began_with_show_the_layout(tmp_path, call):
     result = export(call, wrong, "--hf_config", tmp_path / "hf")
     assert result.code == 2
     assert f"{wrong} has another layout" in result.err
-    assert "use_contiguous_weight_layout_attention True" in words(result.err)
+    assert "use_contiguous_weight_layout_attention True" in unwrapped(result.err)
     assert names(tmp_path) == {"hf", "right", "wrong"}
     result = export(call, right, "--hf_config", tmp_path / "hf")
     assert result.code == 0
@@ -1263,13 +1273,10 @@ class Given(NamedTuple):
         write_merged(self.weights, whole, 3) if "param" in self.index else write(self.weights, whole, shards=3)
 
     def in_index(self, file: str) -> None:
-        path = self.weights / self.index
-        content = json.loads(path.read_text())
-        content["weight_map"][self.tensor] = file
-        path.write_text(json.dumps(content))
+        assign_in_index(self.weights / self.index, self.tensor, file)
 
     def in_config(self, **changes: Any) -> None:
-        (self.config / "config.json").write_text(json.dumps(hf_config(**changes)))
+        change_config(self.config, **changes)
 
 
 DOWN_PROJ, FC2 = "model.layers.1.mlp.down_proj.weight", "decoder.layers.1.mlp.linear_fc2.weight"
@@ -1309,11 +1316,6 @@ def source(tmp_path, monkeypatch, command) -> Given:
     return Given(Path("hf"), Path("hf"), *files, DOWN_PROJ, FC2, hf)
 
 
-def truncate(source: Given) -> None:
-    shard = source.weights / source.shard
-    shard.write_bytes(shard.read_bytes()[:-5])
-
-
 def name_a_file_outside(source: Given) -> None:
     save_file({source.tensor: source.tensors[source.tensor]}, "outside.safetensors")
     source.in_index("../outside.safetensors")
@@ -1336,12 +1338,7 @@ class Touch:
 
 
 def only_pickles(name: str) -> Callable[[Given], None]:
-    def apply(source: Given) -> None:
-        for file in (*source.weights.glob("*.safetensors"), source.weights / source.index):
-            file.unlink()
-        (source.weights / name).write_bytes(pickle.dumps(Touch()))
-
-    return apply
+    return lambda source: leave_only(source.weights, name, pickle.dumps(Touch()))
 
 
 def fp8(source: Given) -> None:
@@ -1360,7 +1357,7 @@ BAD: dict[str, tuple[Callable[[Given], object], tuple[str, ...]]] = {
         ("{weights} is not a whole checkpoint", "{shard}", "missing; {index} assigns", "download or copy the"),
     ),
     "truncated shard": (
-        truncate,
+        lambda source: cut_off(source.weights / source.shard),
         ("{weights} is not a whole checkpoint", "{shard}", "truncated:", "copy the file again"),
     ),
     "index names a file that is not there": (
@@ -1455,7 +1452,7 @@ def test_bad_input_is_refused(tmp_path, call, command, source, case):
     click_command, arguments = COMMANDS[command]
     result = call(*arguments, command=click_command)
     assert result.code == 2, result.out
-    text = words(result.err)
+    text = unwrapped(result.err)
     for template in said:
         if command == "convert_weight" and case == "not there":
             template = template.replace("{absent}", "does not exist")
@@ -1467,7 +1464,7 @@ def test_the_file_of_a_bad_value_is_named(call, command, source):
     with_value(np.nan)(source)
     (file,) = (f.name for f in source.weights.glob("*.safetensors") if source.tensor in load_file(f))
     click_command, arguments = COMMANDS[command]
-    assert f"({file})" in words(call(*arguments, command=click_command).err)
+    assert f"({file})" in unwrapped(call(*arguments, command=click_command).err)
 
 
 def test_good_input_is_converted(call, command, source):
@@ -1533,8 +1530,8 @@ def test_a_missing_shard_without_an_index(tmp_path, call, hf_dir):
     (hf_dir / "model-00002-of-00003.safetensors").unlink()
     result = convert(call, hf_dir)
     assert (result.code, num_rows(result.err)) == (2, 1)
-    assert "model-00002-of-00003.safetensors" in words(result.err)
-    assert "missing, by the number in the other files' names" in words(result.err)
+    assert "model-00002-of-00003.safetensors" in unwrapped(result.err)
+    assert "missing, by the number in the other files' names" in unwrapped(result.err)
     assert names(tmp_path) == {"hf"}
 
 
@@ -1546,9 +1543,9 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path, call, trained):
     write_merged(trained, tensors)
     result = export(call, trained)
     assert (result.code, num_rows(result.err)) == (2, 3)
-    assert FC2 in words(result.err)
-    assert "stranger" in words(result.err)
-    assert "shape (16, 12), (12, 16) expected" in words(result.err)
+    assert FC2 in unwrapped(result.err)
+    assert "stranger" in unwrapped(result.err)
+    assert "shape (16, 12), (12, 16) expected" in unwrapped(result.err)
 
 
 # What the ranks of a training run saved
@@ -1736,7 +1733,7 @@ def test_pipeline_stages(tmp_path):
     run(jobs.unify(ranks.open(), tmp_path / "out"))
     assert_same(contents(tmp_path / "out"), whole)
     shutil.rmtree(tmp_path / "ranks" / "rank_3")
-    assert "decoder.layers.1.mlp.linear_fc1.weight" in words(ranks.refusal())
+    assert "decoder.layers.1.mlp.linear_fc1.weight" in unwrapped(ranks.refusal())
     assert "decoder.layers.0" not in ranks.refusal()
 
 
@@ -1749,9 +1746,9 @@ def test_a_missing_rank(tp2):
     shutil.rmtree(tp2.directory / "rank_1")
     text = tp2.refusal()
     assert f"{tp2.directory} does not hold what the strategy files declare" in text
-    assert "1 of its 2 blocks are in no rank's file" in words(text)
-    assert "is a rank's file of another step or run, or missing?" in words(text)
-    assert "decoder.layers.{0..1}.mlp.linear_fc1.weight" in words(text)
+    assert "1 of its 2 blocks are in no rank's file" in unwrapped(text)
+    assert "is a rank's file of another step or run, or missing?" in unwrapped(text)
+    assert "decoder.layers.{0..1}.mlp.linear_fc1.weight" in unwrapped(text)
     assert "layernorm" not in text  # rank 0 has all of it
 
 
@@ -1766,8 +1763,8 @@ def test_a_rank_that_others_can_stand_in_for(tmp_path):
 def test_a_rank_that_no_other_can_stand_in_for(tmp_path):
     ranks = save_ranks(tmp_path / "ranks", fused(random_tensors()), DP2_TP2, has_redundancy=False)
     shutil.rmtree(tmp_path / "ranks" / "rank_1")
-    assert "of its 2 blocks are in no rank's file" in words(ranks.refusal())
-    assert "in no rank's file" in words(ranks.refusal())
+    assert "of its 2 blocks are in no rank's file" in unwrapped(ranks.refusal())
+    assert "in no rank's file" in unwrapped(ranks.refusal())
 
 
 def test_two_steps(tp2):
@@ -1776,9 +1773,9 @@ def test_two_steps(tp2):
         save_rank(tp2.directory, rank, of_rank(tensors, rank, 2), "500_1")
     text = tp2.refusal()
     assert f"{tp2.directory} is not one run's checkpoint" in text
-    assert "2 files: qwen3_rank_0-1000_1.safetensors, qwen3_rank_0-500_1.safetensors" in words(text)
-    assert "2 files: qwen3_rank_1-1000_1.safetensors" in words(text)
-    assert "choose with --file_suffix" in words(text)
+    assert "2 files: qwen3_rank_0-1000_1.safetensors, qwen3_rank_0-500_1.safetensors" in unwrapped(text)
+    assert "2 files: qwen3_rank_1-1000_1.safetensors" in unwrapped(text)
+    assert "choose with --file_suffix" in unwrapped(text)
     for suffix in ("500_1", "1000_1"):
         tensor = tp2.open(suffix).tensors["decoder.final_layernorm.weight"]
         assert tensor.file.name == f"qwen3_rank_0-{suffix}.safetensors"
@@ -1787,9 +1784,9 @@ def test_two_steps(tp2):
 @pytest.mark.parametrize("suffix", ["0_1", "00_1", "000_1", "1000", "1000_11", "1000_1.safetensors", ".*", "1000.1"])
 def test_a_suffix_is_a_whole_one(tp2, suffix):
     text = tp2.refusal(suffix)
-    assert "rank_0" in words(text) and "rank_1" in words(text)
-    assert f"no file *{suffix}.safetensors" in words(text)
-    assert "copy it, or choose another --file_suffix" in words(text)
+    assert "rank_0" in unwrapped(text) and "rank_1" in unwrapped(text)
+    assert f"no file *{suffix}.safetensors" in unwrapped(text)
+    assert "copy it, or choose another --file_suffix" in unwrapped(text)
 
 
 def test_a_suffix_is_not_the_end_of_another(tp2):
@@ -1805,7 +1802,7 @@ def test_a_rank_without_the_step(tp2):
     (tp2.directory / "rank_1" / "qwen3_rank_1-1000_1.safetensors").unlink()
     text = tp2.refusal()
     assert num_rows(text) == 1
-    assert "rank_1" in words(text) and "no *.safetensors" in words(text)
+    assert "rank_1" in unwrapped(text) and "no *.safetensors" in unwrapped(text)
 
 
 def test_a_block_that_is_missing(tp2):
@@ -1815,16 +1812,16 @@ def test_a_block_that_is_missing(tp2):
     save_rank(tp2.directory, 1, mine)
     text = tp2.refusal()
     assert num_rows(text) == 1
-    assert "decoder.layers.1.mlp.linear_fc1.weight" in words(text)
-    assert "1 of its 2 blocks are in no rank's file" in words(text)
+    assert "decoder.layers.1.mlp.linear_fc1.weight" in unwrapped(text)
+    assert "1 of its 2 blocks are in no rank's file" in unwrapped(text)
 
 
 def test_a_parameter_that_no_rank_has(tp2):
     tp2.strategies[0]["decoder.layers.2.mlp.linear_fc1.weight"] = Sharding((2,), (0, -1))
     text = tp2.refusal()
     assert num_rows(text) == 1
-    assert "decoder.layers.2.mlp.linear_fc1.weight" in words(text)
-    assert "in no rank's file" in words(text)
+    assert "decoder.layers.2.mlp.linear_fc1.weight" in unwrapped(text)
+    assert "in no rank's file" in unwrapped(text)
 
 
 @pytest.mark.parametrize("change", [lambda array: array[:1], lambda array: array.astype(np.float16)])
@@ -1834,13 +1831,13 @@ def test_blocks_of_two_kinds(tp2, change):
     save_rank(tp2.directory, 1, mine)
     text = tp2.refusal()
     assert num_rows(text) == 1
-    assert FC2 in words(text)
-    assert "not of one shape and dtype in all ranks' files" in words(text)
+    assert FC2 in unwrapped(text)
+    assert "not of one shape and dtype in all ranks' files" in unwrapped(text)
 
 
 def test_a_block_of_other_axes(tp2):
     tp2.strategies[0]["decoder.final_layernorm.weight"] = Sharding((2,), (-1, -1))
-    assert "shape (12,), 2 axes in the strategy files" in words(tp2.refusal())
+    assert "shape (12,), 2 axes in the strategy files" in unwrapped(tp2.refusal())
 
 
 def test_a_parameter_that_no_strategy_lists(tp2):
@@ -1848,18 +1845,18 @@ def test_a_parameter_that_no_strategy_lists(tp2):
         del tp2.strategies[0][f"decoder.layers.{layer}.mlp.linear_fc1.weight"]
     text = tp2.refusal()
     assert num_rows(text) == 1
-    assert "decoder.layers.{0..1}.mlp.linear_fc1.weight" in words(text)
-    assert "in the ranks' files, in no strategy file" in words(text)
-    assert "give the strategy files of this run, of all its stages" in words(text)
+    assert "decoder.layers.{0..1}.mlp.linear_fc1.weight" in unwrapped(text)
+    assert "in the ranks' files, in no strategy file" in unwrapped(text)
+    assert "give the strategy files of this run, of all its stages" in unwrapped(text)
 
 
 def test_a_rank_beyond_the_run(tp2):
     save_rank(tp2.directory, 2, of_rank(fused(random_tensors()), 0, tp=2))
     text = tp2.refusal()
     assert num_rows(text) == 1
-    assert "rank_2" in words(text)
-    assert "not in the strategy files' run" in words(text)
-    assert "remove it, or give the strategy files of this run" in words(text)
+    assert "rank_2" in unwrapped(text)
+    assert "not in the strategy files' run" in unwrapped(text)
+    assert "remove it, or give the strategy files of this run" in unwrapped(text)
 
 
 def test_a_rank_whose_file_is_damaged(tp2):
@@ -1868,7 +1865,7 @@ def test_a_rank_whose_file_is_damaged(tp2):
         file.write_bytes(file.read_bytes()[:-5])
     text = tp2.refusal()
     assert num_rows(text) == 2
-    assert "truncated" in words(text) and "copy the file again" in words(text)
+    assert "truncated" in unwrapped(text) and "copy the file again" in unwrapped(text)
 
 
 def test_no_ranks(tmp_path, tp2):
@@ -1948,7 +1945,7 @@ def test_a_cut_that_no_parameter_of_qwen3_has(tmp_path, tensor_map):
     for rank in range(2):
         save_rank(tmp_path / "ranks", rank, {"decoder.a": np.ones((2, 2, 2), np.float32)})
     ranks = Ranks(tmp_path / "ranks", [{"decoder.a": Sharding((2,), tensor_map)}])
-    assert "3 axes, cut along another than the first" in words(ranks.refusal())
+    assert "3 axes, cut along another than the first" in unwrapped(ranks.refusal())
 
 
 def test_unify_keeps_zeros_and_nan(tmp_path):
@@ -2033,7 +2030,7 @@ def test_a_yaml_of_another_number_of_ranks(tmp_path, call, strategies_of):
     result = call("export", *rank_options(ranks), "--output_path", tmp_path / "out", "--config", config)
     assert (result.code, num_rows(result.err)) == (2, 1)
     assert f"{config} is not of this run" in result.err
-    assert "model_parallel" in words(result.err) and "what the ranks saved: 2" in words(result.err)
+    assert "model_parallel" in unwrapped(result.err) and "what the ranks saved: 2" in unwrapped(result.err)
     assert names(tmp_path) == {"ranks", "train.yaml"}
 
 
@@ -2060,7 +2057,7 @@ def test_ranks_that_do_not_fit_are_refused(tmp_path, call, strategies_of, tp2, n
     output = ("--output_path" if name == "export" else "--output_dir", tmp_path / "out")
     result = call(name, *rank_options(tp2), *output)
     assert result.code == 2
-    assert "1 of its 2 blocks are in no rank's file" in words(result.err)
+    assert "1 of its 2 blocks are in no rank's file" in unwrapped(result.err)
     assert everything(tmp_path) == before
 
 

@@ -22,8 +22,7 @@ from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
 from mf_qwen3_bridge.transfer.safetensors import Reader
 from mf_qwen3_bridge.verify.comparison import compare
-from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
-from tests.unit.test_convert import contents
+from tests.support.checkpoints import MOE_SPEC, SPEC, contents, hf_config, random_tensors, write
 
 TIED = replace(SPEC, tie_word_embeddings=True)
 SQUARE = replace(MOE_SPEC, moe_ffn_hidden_size=MOE_SPEC.hidden_size)

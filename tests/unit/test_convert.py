@@ -20,30 +20,27 @@ from mf_qwen3_bridge.convert.run import Job, Part, describe, run
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import check, check_trained
-from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, hf_dialect, model_rules
 from mf_qwen3_bridge.transfer import tiles
 from mf_qwen3_bridge.transfer.plan import Target, make_plan
-from tests.tiny import MOE_SPEC, NUMPY, SPEC, hf_config, random_tensors, read, write
+from tests.support.checkpoints import (
+    LAYOUTS,
+    MOE_SPEC,
+    NUMPY,
+    SPEC,
+    assert_same,
+    contents,
+    hf_config,
+    random_tensors,
+    write,
+)
 
-LAYOUTS = [Layout(*flags) for flags in itertools.product([True, False], repeat=2)]
 SPECS = {
     "dense": SPEC,
     "moe": MOE_SPEC,
     "tied": replace(SPEC, tie_word_embeddings=True),
     "tied_moe": replace(MOE_SPEC, tie_word_embeddings=True),
 }
-
-
-def contents(directory: Path) -> dict[str, np.ndarray]:
-    return {name: read(tensor) for name, tensor in open_source(directory).tensors.items()}
-
-
-def assert_same(left, right) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert left[name].dtype == right[name].dtype, name
-        assert left[name].tobytes() == right[name].tobytes(), name
 
 
 @pytest.mark.parametrize("target", [INFER, *(Dialect(layout) for layout in LAYOUTS)], ids=str)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shlex
 import shutil
@@ -16,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from mf_qwen3_bridge.model import layouts
-from tests.unit.test_readme import ROOT, anchor, blocks, commands
+from tests.support.commands import ROOT, environment, run_command
+from tests.support.documents import anchor, blocks, commands
 
 DOCS = ROOT / "docs"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "demo").glob("*.md")])
@@ -150,10 +150,6 @@ def test_a_mistake_in_a_layout_would_be_drawn(monkeypatch: pytest.MonkeyPatch):
     assert changed == {"qkv_interleaved", "ranks_train"}
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-
 def checkout(directory: Path) -> Path:
     """What commands and code find in their working directory."""
     for name in ("demo", "mf_qwen3_bridge", "scripts", "tests", "noxfile.py", "pyproject.toml"):
@@ -172,9 +168,7 @@ def test_commands(tmp_path: Path, document: Path):
         words = [{"python": sys.executable, "mf-qwen3": "mf_qwen3_bridge.cli"}.get(word, word) for word in command]
         words = [sys.executable, "-m", *words] if command[0] == "mf-qwen3" else words
         directory = tmp_path if (tmp_path / "docs").exists() else checkout(tmp_path)
-        result = subprocess.run(
-            words, capture_output=True, text=True, cwd=directory, env=environment(), check=False, timeout=600
-        )
+        result = run_command(words, directory)
         assert result.returncode == 0, shlex.join(command) + result.stdout[-3000:] + result.stderr[-3000:]
 
 
@@ -270,7 +264,7 @@ def test_what_the_walk_throughs_add_works(tmp_path: Path, number: int):
         directory = tmp_path / f"works {works}"
         directory.mkdir()
         (directory / "demo").symlink_to(ROOT / "demo")
-        changed = os.environ | {"PYTHONPATH": str(root)}
+        changed = environment() | {"PYTHONPATH": str(root)}
         command = [sys.executable, "-c", code]
         result = subprocess.run(command, capture_output=True, text=True, cwd=directory, env=changed, check=False)
         assert (result.returncode == 0) == works, result.stderr[-3000:]

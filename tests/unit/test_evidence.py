@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +16,11 @@ from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import check, check_trained
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import TRAIN, Dialect
-from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
-from tests.unit.test_convert import contents
+from tests.support.checkpoints import LAYOUTS, MOE_SPEC, SPEC, contents, hf_config, random_tensors, write
 
 LARGER = replace(SPEC, hidden_size=64, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=48)
 LARGER_MOE = replace(MOE_SPEC, hidden_size=64, num_attention_heads=8, num_query_groups=4)
-LAYOUTS = [Layout(*flags).on(size) for flags in itertools.product([True, False], repeat=2) for size in (1, 2)]
+OF_RANKS = [layout.on(size) for layout in LAYOUTS for size in (1, 2)]
 
 
 def trained(tmp_path: Path, base: Path, layout: Layout) -> Path:
@@ -36,7 +34,7 @@ def trained(tmp_path: Path, base: Path, layout: Layout) -> Path:
     return write(tmp_path / "trained", moved)
 
 
-@pytest.mark.parametrize("layout", dict.fromkeys(LAYOUTS), ids=str)
+@pytest.mark.parametrize("layout", dict.fromkeys(OF_RANKS), ids=str)
 @pytest.mark.parametrize("spec", [LARGER, LARGER_MOE], ids=["dense", "moe"])
 def test_a_wrong_guess_is_refused(tmp_path: Path, spec, layout: Layout):
     base = write(tmp_path / "base", random_tensors(spec), hf_config(spec))

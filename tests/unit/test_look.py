@@ -22,7 +22,7 @@ from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.released import RELEASED
 from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
-from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, read, write, write_headers
+from tests.support.checkpoints import MOE_SPEC, SPEC, hf_config, random_tensors, read, write, write_headers
 
 
 def said(*arguments: object) -> str:

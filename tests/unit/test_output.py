@@ -25,8 +25,7 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import check, check_trained
 from mf_qwen3_bridge.model.rules import TRAIN
-from tests.tiny import SPEC, hf_config, random_tensors, write
-from tests.unit.test_convert import assert_same, contents
+from tests.support.checkpoints import SPEC, assert_same, contents, hf_config, random_tensors, write
 
 # Its thread may hold a lock when a test forks, and the child would wait for it for ever.
 tqdm.monitor_interval = 0

@@ -23,7 +23,7 @@ from mf_qwen3_bridge.transfer import tiles
 from mf_qwen3_bridge.transfer.copying import Transfer
 from mf_qwen3_bridge.transfer.plan import Plan, check_values, make_plan, write_slices
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader
-from tests.tiny import MOE_SPEC, SPEC, Tensors, random_tensors, write
+from tests.support.checkpoints import MOE_SPEC, SPEC, Tensors, random_tensors, write
 
 SOURCES = [HF, HF_STACKED, TRAIN, INFER, Dialect(Layout(interleaved_qkv=False, interleaved_gate_up=True))]
 

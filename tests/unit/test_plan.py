@@ -18,7 +18,7 @@ from mf_qwen3_bridge.model.parameters import is_training_state
 from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.plan import make_plan
-from tests.tiny import MOE_SPEC, NUMPY, SPEC, random_tensors, write
+from tests.support.checkpoints import MOE_SPEC, NUMPY, SPEC, random_tensors, write
 
 MINDFORMERS = [
     Dialect(Layout(qkv, gate_up), stacked)

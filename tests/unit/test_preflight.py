@@ -15,7 +15,7 @@ from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
-from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
+from tests.support.checkpoints import MOE_SPEC, SPEC, hf_config, random_tensors, write
 
 
 @pytest.fixture

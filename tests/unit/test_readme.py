@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,34 +18,9 @@ from mf_qwen3_bridge.model.released import RELEASED
 from mf_qwen3_bridge.verify.comparison import compare
 from mf_qwen3_bridge.verify.layer_errors import layer_errors
 from mf_qwen3_bridge.verify.reference import forward
-from tests.tiny import SPEC, hf_config, random_tensors, write, write_headers
-
-ROOT = Path(__file__).parents[2]
-NUMBER_FLAGS = {
-    "--num_layers": "num_layers",
-    "--num_attention_heads": "num_attention_heads",
-    "--num_query_groups": "num_query_groups",
-    "--kv_channels": "head_dim",
-    "--num_routed_experts": "num_experts",
-    "--hidden_size": "hidden_size",
-    "--moe_ffn_hidden_size": "moe_ffn_hidden_size",
-}
-ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md"))
-
-
-def blocks(readme: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-
-
-def commands(readme: str, language: str = "bash") -> list[list[str]]:
-    """Of the blocks marked ``bash``, which stand for themselves; those marked ``sh`` belong together."""
-    lines = "".join(blocks(readme, language)).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, True))]
-
-
-def anchor(heading: str) -> str:
-    """The link target that GitHub makes of a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+from tests.support.checkpoints import SPEC, hf_config, random_tensors, write, write_headers
+from tests.support.commands import ROOT, run_command
+from tests.support.documents import CHINESE, ENGLISH, NUMBER_FLAGS, anchor, blocks, commands
 
 
 def test_both_have_the_same_code_and_the_same_sections():
@@ -75,9 +48,7 @@ def test_the_numbers_of_the_command_are_those_of_the_model_it_names():
 
 def test_what_check_prints_for_another_models_config(tmp_path: Path):
     write_headers(tmp_path / "Qwen3-14B", RELEASED["Qwen3-14B"], hf_config(RELEASED["Qwen3-8B"]), shards=8)
-    command = [sys.executable, "-m", "mf_qwen3_bridge.cli", "check", "--model_dir", "Qwen3-14B"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    result = run_command([sys.executable, "-m", "mf_qwen3_bridge.cli", "check", "--model_dir", "Qwen3-14B"], tmp_path)
     assert result.returncode == 2
     assert result.stderr in blocks(ENGLISH, "text")
     assert result.stderr in blocks(CHINESE, "text")
@@ -103,14 +74,7 @@ def test_what_verify_prints_of_a_mutant(tmp_path: Path):
 )
 def test_commands_that_look(tmp_path: Path, command):
     (tmp_path / "demo").symlink_to(ROOT / "demo")
-    result = subprocess.run(
-        [sys.executable, "-m", "mf_qwen3_bridge.cli", *command[1:]],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    result = run_command([sys.executable, "-m", "mf_qwen3_bridge.cli", *command[1:]], tmp_path)
     assert result.returncode == 0, result.stderr
 
 
@@ -124,7 +88,5 @@ def test_make_knows_its_targets(command):
 def test_mf_qwen3_check(command, tmp_path: Path):
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     (tmp_path / "Qwen3-14B").symlink_to(ROOT / "demo" / "qwen3-demo")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, "-m", "mf_qwen3_bridge.cli", *command[1:]]
-    result = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    result = run_command([sys.executable, "-m", "mf_qwen3_bridge.cli", *command[1:]], tmp_path)
     assert result.returncode == 0, result.stderr

@@ -9,7 +9,7 @@ import pytest
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.preflight import check, summary
 from mf_qwen3_bridge.model.released import RELEASED
-from tests.tiny import hf_config, write_headers
+from tests.support.checkpoints import hf_config, write_headers
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -17,21 +17,21 @@ from mf_qwen3_bridge.verify import layer_errors as module
 from mf_qwen3_bridge.verify.layer_errors import TOLERANCES, LayerErrors, layer_errors, layers_that_fit, tokens_for
 from mf_qwen3_bridge.verify.picture import draw
 from mf_qwen3_bridge.verify.reference import EMBEDDED, LAYER, LOGITS, MLP, PROJ, QKV, STAGES, Stage, forward
-from tests import golden
-from tests.tiny import SPEC, hf_config, random_tensors, write, write_headers
+from tests.support.checkpoints import SPEC, hf_config, random_tensors, write, write_headers
+from tests.support.golden import CHECKPOINTS, NAMES, golden
 
 
-@pytest.mark.parametrize("name", golden.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_logits_are_those_of_transformers(name: str):
-    model = check(golden.CHECKPOINTS / name)
-    for expected in golden.golden(name):
+    model = check(CHECKPOINTS / name)
+    for expected in golden(name):
         *_, (stage, logits) = forward(model, expected.prompt)
         assert stage == LOGITS and logits.dtype == np.float32
-        assert np.abs(logits - expected.logits).max() < golden.TOLERANCE * np.abs(expected.logits).max()
+        assert np.abs(logits - expected.logits).max() < TOLERANCE * np.abs(expected.logits).max()
 
 
 def test_weights_of_any_dialect(tmp_path: Path):
-    hf = golden.CHECKPOINTS / "moe_bf16"
+    hf = CHECKPOINTS / "moe_bf16"
     expected = list(forward(check(hf), [1, 2, 3]))
     for dialect in (TRAIN, INFER):
         directory = tmp_path / str(dialect.stacked_experts)
@@ -42,7 +42,7 @@ def test_weights_of_any_dialect(tmp_path: Path):
 
 
 def test_the_output_layer_is_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch):
-    model = check(golden.CHECKPOINTS / "untied_fp32")
+    model = check(CHECKPOINTS / "untied_fp32")
     *_, (_, whole) = forward(model, [1, 2])
     monkeypatch.setattr("mf_qwen3_bridge.verify.reference._ROWS_OF_OUTPUT", 7)
     *_, (_, parts) = forward(model, [1, 2])

@@ -22,9 +22,8 @@ from mf_qwen3_bridge.inputs.rank_files import Sharding, open_rank_files
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect
-from tests.tiny import MOE_SPEC, SPEC, hf_config, random_tensors, write
-from tests.unit.test_bad_input import words
-from tests.unit.test_convert import contents
+from tests.support.checkpoints import MOE_SPEC, SPEC, contents, hf_config, random_tensors, write
+from tests.support.damage import unwrapped
 
 EVEN = replace(SPEC, ffn_hidden_size=12)
 FULL = {"max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
@@ -281,7 +280,7 @@ def test_metadata_of_ranks_that_do_not_divide_the_model(tmp_path, capsys):
     layout = {"mf_qwen3_bridge.layout": "qkv=contiguous,gate_up=contiguous,tensor_parallel=3"}
     directory = write(tmp_path / "mf", random_tensors(EVEN, TRAIN), metadata=layout)
     for command in (["verify", directory], ["verify", directory, directory]):
-        assert "tensor parallel of the training run" in words(refusal(capsys, *command))
+        assert "tensor parallel of the training run" in unwrapped(refusal(capsys, *command))
 
 
 @pytest.mark.parametrize("value", [[], {"a": 1}, "x", None])

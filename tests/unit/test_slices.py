@@ -21,7 +21,7 @@ from mf_qwen3_bridge.transfer.copying import Transfer, have_equal_bytes
 from mf_qwen3_bridge.transfer.plan import Target, make_plan, write_slices
 from mf_qwen3_bridge.transfer.safetensors import Reader, Shard, TensorInfo
 from mf_qwen3_bridge.verify.comparison import compare
-from tests.tiny import MOE_SPEC, SPEC, Tensors, random_tensors, write
+from tests.support.checkpoints import MOE_SPEC, SPEC, Tensors, random_tensors, write
 
 DIALECTS = [Dialect(Layout(qkv, gate_up)) for qkv in (True, False) for gate_up in (True, False)]
 

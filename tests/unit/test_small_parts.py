@@ -3,7 +3,7 @@ import pytest
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.transfer.values import fault_of, largest_magnitude
-from tests.tiny import NUMPY
+from tests.support.checkpoints import NUMPY
 
 
 def test_fold_names():

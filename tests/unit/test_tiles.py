@@ -16,7 +16,7 @@ from mf_qwen3_bridge.transfer import tiles as tiles_module
 from mf_qwen3_bridge.transfer.plan import make_plan
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 from mf_qwen3_bridge.transfer.tiles import Copy, reads, tiles, writes
-from tests.tiny import MOE_SPEC, SPEC
+from tests.support.checkpoints import MOE_SPEC, SPEC
 
 DIALECTS = [HF, HF_STACKED, INFER, TRAIN, *(Dialect(Layout(a, b)) for a, b in [(True, False), (False, True)])]
 

@@ -23,7 +23,7 @@ from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.model.rules import INFER, TRAIN
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader
 from mf_qwen3_bridge.verify.statistics import Statistics, measure, outliers, rows, statistics_of
-from tests.tiny import MOE_SPEC, SPEC, Tensors, hf_config, random_tensors, write
+from tests.support.checkpoints import MOE_SPEC, SPEC, Tensors, hf_config, random_tensors, write
 
 DEEP = replace(SPEC, num_layers=6)
 

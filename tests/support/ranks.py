@@ -6,14 +6,19 @@ The strategy files are written with MindSpore's own protobuf classes, and look l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from mindspore.train import node_strategy_pb2
 from mindspore.train._utils import get_parameter_redundancy, remove_param_redundancy
 from safetensors.numpy import save_file
+
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.model.rules import TRAIN
+from mf_qwen3_bridge.model.spec import ModelSpec
 
 SUFFIX = "1000_1"  # epoch 1000, step 1
 
@@ -104,3 +109,60 @@ def make_ranks(
             metadata = {"format": "ms", "remove_redundancy": str(remove_redundancy)}
             save_file({**mine, **(unlisted or {})}, path, metadata)
     return directory / "strategy", directory / "checkpoint"
+
+
+# The model of fixtures/strategies, which MindSpore's compiler wrote.
+COMPILED = ModelSpec(2, 16, 4, 2, 8, 24, 64, False)
+COMPILED_MOE = replace(COMPILED, ffn_hidden_size=0, num_experts=4, moe_ffn_hidden_size=24)
+
+
+def cut(tensors, tensor_parallel=1, expert_parallel=1, stages=1, optimizer_shards=0) -> dict[str, Cut]:
+    """How upstream's ``shard`` methods cut each parameter, and its optimizer state with it."""
+    rows = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_fc1.weight")
+    columns = ("linear_proj.weight", "linear_fc2.weight")
+    cuts = {}
+    for name, tensor in tensors.items():
+        shards = (1,) * tensor.ndim
+        if name.endswith(rows):
+            shards = (tensor_parallel, 1)
+        elif name.endswith(columns):
+            shards = (1, tensor_parallel)
+        elif ".experts." in name:
+            shards = (expert_parallel, 1)
+        is_first = stages == 1 or "embedding" in name or ".layers.0." in name
+        cuts[name] = Cut(shards, optimizer_shards, (0,) if is_first else (1,))
+    return cuts
+
+
+RUNS = {  # spec, devices of a stage, how they cut, redundancy removed
+    "tp2": (COMPILED, 2, {"tensor_parallel": 2}, False),
+    "tp2 dp2": (COMPILED, 4, {"tensor_parallel": 2}, False),
+    "tp2 dp2 removed": (COMPILED, 4, {"tensor_parallel": 2}, True),
+    "tp2 dp2 opt2": (COMPILED, 4, {"tensor_parallel": 2, "optimizer_shards": 2}, False),
+    "tp2 dp4 opt2 removed": (COMPILED, 8, {"tensor_parallel": 2, "optimizer_shards": 2}, True),
+    "dp4 opt4": (COMPILED, 4, {"optimizer_shards": 4}, False),
+    "pp2": (COMPILED, 1, {"stages": 2}, False),
+    "pp2 tp2 dp2 removed": (COMPILED, 4, {"tensor_parallel": 2, "stages": 2}, True),
+    "ep2": (COMPILED_MOE, 2, {"expert_parallel": 2}, False),
+    "tp2 ep2": (COMPILED_MOE, 2, {"tensor_parallel": 2, "expert_parallel": 2}, False),
+    "tp2 ep4 removed": (COMPILED_MOE, 4, {"tensor_parallel": 2, "expert_parallel": 4}, True),
+}
+
+
+def save_as_ranks(directory: Path, checkpoint: Path) -> None:
+    """What eight ranks of a run with tensor parallel 2 and expert parallel 4 leave, redundancy removed."""
+    tensors = {target.name: target.make() for target in check(checkpoint).plan(TRAIN).targets}
+    cuts = {}
+    for name in list(tensors):
+        if ".experts." in name:
+            cuts[name] = Cut((4, 1))
+        elif re.search(r"embedding|output_layer|linear_qkv", name):
+            cuts[name] = Cut((2, 1))
+        elif "linear_proj" in name:
+            cuts[name] = Cut((1, 2))
+        for state in ("adam_m", "adam_v"):
+            tensors[f"{state}.{name}"] = np.ones(tensors[name].shape, np.float32)
+            if name in cuts:
+                cuts[f"{state}.{name}"] = cuts[name]
+    counters = {"global_step": np.array([1000], np.int32)}
+    make_ranks(directory, tensors, cuts, 8, unlisted=counters, remove_redundancy=True, prefix="qwen3_moe")

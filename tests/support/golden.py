@@ -1,4 +1,4 @@
-"""The committed fixtures, and what transformers made of them."""
+"""The committed fixtures, and what transformers computes with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHECKPOINTS = FIXTURES / "checkpoints"
 NAMES = sorted(path.stem for path in (FIXTURES / "golden").glob("*.npz"))
 # Of logits, relative to their scale, in float32.

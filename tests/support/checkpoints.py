@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import HF, Dialect, model_rules
 from mf_qwen3_bridge.model.spec import HF_NAME, ModelSpec
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo, read_bytes
@@ -30,6 +33,7 @@ SPEC = ModelSpec(
 MOE_SPEC = replace(SPEC, ffn_hidden_size=0, num_experts=4, moe_ffn_hidden_size=6)
 NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 Tensors = dict[str, np.ndarray]
+LAYOUTS = [Layout(*flags) for flags in itertools.product([True, False], repeat=2)]
 
 
 def hf_config(spec: ModelSpec = SPEC, **changes: Any) -> dict[str, Any]:
@@ -115,3 +119,16 @@ def write_headers(
             stream.truncate(8 + len(encoded) + end)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory
+
+
+def contents(directory: Path) -> Tensors:
+    """All tensors of a directory, by name."""
+    return {name: read(tensor) for name, tensor in open_source(directory).tensors.items()}
+
+
+def assert_same(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> None:
+    """The same names, dtypes and bits."""
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert left[name].tobytes() == right[name].tobytes(), name
