@@ -121,11 +121,7 @@ _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 
 def parse_size(text: str) -> int:
-    """Parses a size as Hugging Face writes it: ``5GB`` (10^9), ``300MiB`` (2^20), ``5000000``; returns bytes.
-
-    Raises:
-        BridgeError: the text is not a size.
-    """
+    """Parses a size as Hugging Face writes it: ``5GB`` (10^9), ``300MiB`` (2^20), ``5000000``; returns bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
     if not size:

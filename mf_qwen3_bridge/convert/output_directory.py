@@ -63,11 +63,7 @@ class OutputDirectory:
         return sum(file.nbytes for file in self.files.values())
 
     def check(self) -> None:
-        """Checks whether the directory can be made, without making anything.
-
-        Raises:
-            BridgeError: the path is taken, or the disk is too small.
-        """
+        """Refuses a path that is taken or not writable, and a disk that is too small; makes nothing."""
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
             raise BridgeError(f"{self.path} is there already, and is no directory: choose another output")
         if self.path.is_dir() and any(self.path.iterdir()):
@@ -117,11 +113,7 @@ class OutputDirectory:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Makes the unfinished directory, or resumes the one that is there.
-
-        Raises:
-            BridgeError: see :meth:`check`; another process is writing to it; the disk is full.
-        """
+        """Makes the unfinished directory, or resumes the one that is there, unless another process writes to it."""
         self.check()
         _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
@@ -164,13 +156,7 @@ class OutputDirectory:
             pass
 
     def put(self, file: str, start: int, elements: np.ndarray) -> None:
-        """Writes elements to a file unless they are there already. Several threads may call this.
-
-        Args:
-            file: the file's name.
-            start: offset in bytes.
-            elements: a C-contiguous array.
-        """
+        """Writes a C-contiguous array to a file, from byte ``start`` on, unless it is there already; thread-safe."""
         data = elements.reshape(-1).view(np.uint8)
         descriptor = self._descriptor(file)
         if start + data.size <= self._present[file] and _holds(descriptor, start, data):

@@ -121,20 +121,12 @@ class Workers:
             return 0, ""
 
     def wait_for_reports(self) -> list[Any]:
-        """What each of the others has found, when all are done.
-
-        Raises:
-            BridgeError: one of them failed, or sends no heartbeat.
-        """
+        """What each of the others has found, when all are done; BridgeError if one failed or sends no heartbeat."""
         reports = next(reports for reports in self._watch() if len(reports) == len(self._others))
         return [report["found"] for report in reports.values()]
 
     def wait_for_the_end(self) -> None:
-        """Returns when the first worker has given the directory its name.
-
-        Raises:
-            BridgeError: it failed, or sends no heartbeat.
-        """
+        """Returns when the first worker has given the directory its name; raises as :meth:`wait_for_reports`."""
         next(None for _ in self._watch() if not self._state.is_dir())
 
     def _watch(self) -> Iterator[dict[int, Any]]:

@@ -6,7 +6,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from math import prod
 from threading import Condition
@@ -41,10 +41,9 @@ class Buffers:
 
     @contextmanager
     def lend(self, sizes: Sequence[tuple[int, np.dtype]]) -> Iterator[list[np.ndarray]]:
-        """Lends uninitialised arrays, and waits for others to return theirs if no memory is left.
+        """Lends uninitialised arrays of ``sizes`` (elements, dtype); waits for others' return if no memory is left.
 
-        Args:
-            sizes: elements and dtype of each array. All are of one loan, as waiting for a second could deadlock.
+        What a thread needs is one loan, as waiting for a second could deadlock.
         """
         nbytes = [size * dtype.itemsize for size, dtype in sizes]
         *starts, total = accumulate((n + -n % _ALIGNMENT for n in nbytes), initial=0)
@@ -84,7 +83,7 @@ class Made(NamedTuple):
     parts: list[tuple[Copy, np.ndarray, np.ndarray]]
 
 
-class Transfer:
+class Transfer(ExitStack):
     """Carries out copies with several threads. ``with Transfer() as transfer: ...`` ends them and closes the files.
 
     Args:
@@ -92,20 +91,13 @@ class Transfer:
     """
 
     def __init__(self, advance: Callable[[int], object] | None = None) -> None:
+        super().__init__()
         self._advance = advance or (lambda nbytes: None)
-        self._reader = Reader()
+        self._buffers = Buffers()
+        self._reader = self.enter_context(Reader())
         self._num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(self._num_threads)
-        self._buffers = Buffers()
-
-    def __enter__(self) -> Transfer:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        try:
-            self._pool.shutdown(cancel_futures=True)
-        finally:
-            self._reader.__exit__()
+        self.callback(self._pool.shutdown, cancel_futures=True)
 
     def fill(self, target: np.ndarray, copies: Iterable[Copy]) -> dict[TensorInfo, float]:
         """Fills an array with one target tensor, casting to its dtype (round to nearest even).
@@ -153,8 +145,6 @@ class Transfer:
         Yields:
             What ``look`` returned, in the order of the tiles.
 
-        Raises:
-            BridgeError: a file ended early or could not be read.
         """
 
         def work(tile: Tile) -> Result:
@@ -166,12 +156,9 @@ class Transfer:
     def make(
         self, tiles_to_read: Iterable[Tile], look: Callable[[Made], Result], dtypes: Mapping[str, str]
     ) -> Iterator[Result]:
-        """As :meth:`each`, but makes of each tile what it holds of targets, and calls ``look`` with that.
+        """As :meth:`each`, but calls ``look`` with what a tile makes of each target, which it may change.
 
-        Args:
-            tiles_to_read: the tiles.
-            look: the function, which may change the elements.
-            dtypes: target name -> dtype to cast to, as safetensors spells it.
+        ``dtypes`` gives each target's dtype, as safetensors spells it.
         """
 
         def work(tile: Tile) -> list[Result]:
@@ -212,14 +199,9 @@ class Transfer:
     def _loaded(
         self, tile: Tile, more: Sequence[tuple[int, np.dtype]] = ()
     ) -> Iterator[tuple[dict[Copy, np.ndarray], list[np.ndarray]]]:
-        """Reads the sources of a tile, each byte once.
+        """Reads the sources of a tile, each byte once: for each copy its elements, as they are stored.
 
-        Args:
-            tile: the copies.
-            more: elements and dtype of further arrays that are needed.
-
-        Yields:
-            For each copy the elements that it reads, as they are stored; and the further arrays.
+        Lends an array for each of ``more`` (elements, dtype) as well.
         """
         stretches = reads(tile)
         sizes = [(stretch.size, DTYPES[copies[0].source.dtype]) for copies, stretch in stretches]
@@ -285,11 +267,7 @@ def _transpose(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def have_equal_bytes(left: TensorInfo, right: TensorInfo, number: int = 0, count: int = 1) -> bool:
-    """Whether two tensors on disk are of one shape and dtype and hold the same bytes, in part ``number`` of ``count``.
-
-    Raises:
-        BridgeError: a file ended early or could not be read.
-    """
+    """Whether two tensors on disk have one shape and dtype and the same bytes, in part ``number`` of ``count``."""
     if (left.shape, left.dtype) != (right.shape, right.dtype):
         return False
     rows = left.shape[0] if left.shape else 1

@@ -65,11 +65,7 @@ class Target:
         return replace(self, shape=box.shape(self.shape), copies=copies)
 
     def make(self, transfer: Transfer | None = None) -> np.ndarray:
-        """The tensor, its sources read from disk; several share a ``transfer``, which keeps threads and open files.
-
-        Raises:
-            BridgeError: a file ended early or could not be read.
-        """
+        """The tensor, its sources read from disk; several share a ``transfer``, which keeps threads and open files."""
         if transfer is None:
             with Transfer() as transfer:
                 return self.make(transfer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -71,23 +71,16 @@ class Shard(NamedTuple):
     box: Box
 
 
-class Reader:
+class Reader(ExitStack):
     """Reads tensors' bytes. Each file is opened once; several threads may read at a time.
 
     ``with Reader() as reader: ...`` closes the files.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._descriptors: dict[Path, int] = {}
         self._lock = Lock()
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
 
     def read(self, tensor: TensorInfo, start: int, out: memoryview) -> None:
         """Fills ``out`` with the tensor's bytes from ``start`` on.
@@ -116,15 +109,12 @@ class Reader:
         with self._lock:
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(file, os.O_RDONLY)
+                self.callback(os.close, self._descriptors[file])
             return self._descriptors[file]
 
 
 def read_bytes(tensor: TensorInfo) -> bytes:
-    """All of a small tensor's bytes.
-
-    Raises:
-        BridgeError: the file ended early or could not be read.
-    """
+    """All of a small tensor's bytes; raises as :meth:`Reader.read`."""
     content = bytearray(tensor.nbytes)
     with Reader() as reader:
         reader.read(tensor, 0, memoryview(content))

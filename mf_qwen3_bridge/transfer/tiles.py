@@ -140,17 +140,11 @@ def _interleaved(copies: Sequence[Copy]) -> list[Tile]:
 
 @dataclass(frozen=True)
 class Stretch:
-    """The elements of a tensor that some views cover, as runs of neighbouring elements.
+    """The elements of a tensor that some views cover, as runs of neighbouring elements."""
 
-    Attributes:
-        starts: index of each run's first element in the tensor: int64 (runs,).
-        length: elements of each run.
-        views: the views, of an array that holds the runs one after the other.
-    """
-
-    starts: np.ndarray
-    length: int
-    views: tuple[View, ...]
+    starts: np.ndarray  # int64 (runs,): index of each run's first element in the tensor
+    length: int  # elements of each run
+    views: tuple[View, ...]  # the same views, of an array that holds the runs one after the other
 
     @property
     def size(self) -> int:

@@ -69,26 +69,17 @@ def _share(count: Count) -> str:
 
 
 def compare(left: Weights, right: Weights) -> Report:
-    """Compares all weights, bit for bit; a tensor of another dtype is cast to the second's.
-
-    Raises:
-        BridgeError: they are not of one model: a table says what differs.
-    """
+    """Compares all weights, bit for bit; a tensor of another dtype is cast to the second's."""
     tied = left.spec.tie_word_embeddings or right.spec.tie_word_embeddings
-    specs = [replace(side.spec, tie_word_embeddings=tied) for side in (left, right)]
-    if specs[0] != specs[1]:
-        paths = [side.source.path for side in (left, right)]
-        problems = [
-            Problem(
-                name,
-                "\n".join(f"{path}: {getattr(spec, name)}" for path, spec in zip(paths, specs)),
-                "name two of one model",
-            )
-            for name in specs[0].numbers | specs[1].numbers
-            if getattr(specs[0], name) != getattr(specs[1], name)
-        ]
+    left, right = (replace(side, spec=replace(side.spec, tie_word_embeddings=tied)) for side in (left, right))
+    problems = []
+    for name in left.spec.numbers | right.spec.numbers:
+        mine, other = getattr(left.spec, name), getattr(right.spec, name)
+        if mine != other:
+            found = f"{left.source.path}: {mine}\n{right.source.path}: {other}"
+            problems.append(Problem(name, found, "name two of one model"))
+    if problems:
         raise BridgeError("these are not of one model", problems)
-    left, right = (replace(side, spec=spec) for side, spec in zip((left, right), specs))
     plan = left.plan(right.dialect)
     theirs = right.source.tensors
     ignored: set[str] = set()

@@ -1,4 +1,4 @@
-"""How far two computations of one model are apart, stage by stage: where does it begin?"""
+"""Compares what a network computes with the reference, stage by stage, and finds where the error begins."""
 
 from __future__ import annotations
 
@@ -27,11 +27,9 @@ _CGROUP = Path("/sys/fs/cgroup")  # of a container
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """Of each stage the largest error, relative to the largest value that the reference has there.
+    """Of each stage, in order, the largest error relative to the reference's largest value; infinity for NaN.
 
-    Attributes:
-        errors: by stage, in the order in which they are computed; infinity where a network made NaN.
-        tolerance: an error above is no rounding.
+    An error above ``tolerance`` is no rounding.
     """
 
     errors: Mapping[Stage, float]
@@ -131,11 +129,7 @@ def tokens_for(model: CheckedCheckpoint, most: int = NUM_TOKENS) -> list[int]:
 
 
 def layers_that_fit(model: CheckedCheckpoint) -> int:
-    """How many layers fit into half of the memory that is free, in float32, with the embedding and the output layer.
-
-    Raises:
-        BridgeError: not even one does.
-    """
+    """How many layers fit into half of the free memory, in float32, with embedding and output layer; at least one."""
     targets = model.plan(INFER, "F32").targets
     layers = [0] * model.spec.num_layers
     for target in targets:

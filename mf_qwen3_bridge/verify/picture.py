@@ -1,4 +1,4 @@
-"""Errors over layers as a picture, because people look before they read."""
+"""Draws the errors of layers as a picture."""
 
 from __future__ import annotations
 
