@@ -184,7 +184,7 @@ def to_ranks(
 
 
 def truncate(model: CheckedCheckpoint, num_layers: int, output: Path) -> Job:
-    """The first layers of a model, as they are: byte for byte, with a config.json that says so."""
+    """The first layers of a model (BridgeError if it has fewer), byte for byte, with a config.json that declares so."""
     smaller = model.first_layers(num_layers)
     plan = smaller.plan(model.dialect)
     if plan.duplicates:
@@ -204,7 +204,10 @@ def _refuse(problems: Iterable[Problem]) -> None:
 
 
 def unify(source: Source, output: Path) -> Job:
-    """The merged checkpoint of a training run, as ``mindspore.unified_safetensors`` writes it."""
+    """The merged checkpoint of a training run, as ``mindspore.unified_safetensors`` writes it.
+
+    Raises BridgeError if nothing is left to merge, or a tensor has a dtype that safetensors does not know.
+    """
     tensors, unlisted = source.tensors, source.unlisted
     if not tensors:
         raise BridgeError("nothing is left to merge: does every parameter begin with --filter_out_param_prefix?")

@@ -63,7 +63,7 @@ class OutputDirectory:
         return sum(file.nbytes for file in self.files.values())
 
     def check(self) -> None:
-        """Refuses a path that is taken or not writable, and a disk that is too small; makes nothing."""
+        """Raises BridgeError if the path is taken or can't be written to, or the disk is too small; makes nothing."""
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
             raise BridgeError(f"{self.path} is there already, and is no directory: choose another output")
         if self.path.is_dir() and any(self.path.iterdir()):
@@ -113,7 +113,10 @@ class OutputDirectory:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Makes the unfinished directory, or resumes the one that is there, unless another process writes to it."""
+        """Makes the unfinished directory, or resumes the one that is there.
+
+        Raises BridgeError as :meth:`check`, and if another process is writing to it or the disk is full.
+        """
         self.check()
         _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))

@@ -98,7 +98,7 @@ class View:
         return View((*shape, *self.shape[rest:]), (*strides, *self.strides[rest:]), offset)
 
     def of(self, tensor: np.ndarray) -> np.ndarray:
-        """The numpy view of a C-contiguous ``tensor`` that this view describes; it shares the tensor's memory."""
+        """The numpy view of a C-contiguous ``tensor`` that this view describes; ValueError if it leaves the tensor."""
         if not tensor.flags.c_contiguous:
             raise ValueError("a view needs a C-contiguous tensor")
         itemsize = tensor.itemsize

@@ -139,8 +139,8 @@ class Transfer(ExitStack):
 
         Args:
             tiles_to_read: the tiles.
-            look: gets for each copy the elements that it reads, in the source's dtype. It runs in the thread that read
-                the tile. The arrays that it gets are reused afterwards.
+            look: its argument is, for each copy, the elements that it reads, in the source's dtype. It runs in the thread
+                that read the tile, and the arrays are reused afterwards.
 
         Yields:
             What ``look`` returned, in the order of the tiles.
@@ -158,7 +158,7 @@ class Transfer(ExitStack):
     ) -> Iterator[Result]:
         """As :meth:`each`, but calls ``look`` with what a tile makes of each target, which it may change.
 
-        ``dtypes`` gives each target's dtype, as safetensors spells it.
+        ``dtypes`` has each target's dtype, as safetensors spells it.
         """
 
         def work(tile: Tile) -> list[Result]:

@@ -69,7 +69,10 @@ def _share(count: Count) -> str:
 
 
 def compare(left: Weights, right: Weights) -> Report:
-    """Compares all weights, bit for bit; a tensor of another dtype is cast to the second's."""
+    """Compares all weights, bit for bit; a tensor of another dtype is cast to the second's.
+
+    Raises BridgeError, with a table of what differs, if they are not of one model.
+    """
     tied = left.spec.tie_word_embeddings or right.spec.tie_word_embeddings
     left, right = (replace(side, spec=replace(side.spec, tie_word_embeddings=tied)) for side in (left, right))
     problems = []
