@@ -139,8 +139,8 @@ class Transfer(ExitStack):
 
         Args:
             tiles_to_read: the tiles.
-            look: its argument is, for each copy, the elements that it reads, in the source's dtype. It runs in the thread
-                that read the tile, and the arrays are reused afterwards.
+            look: takes the elements that each copy reads, in the source's dtype. It runs in the thread that read the
+                tile, and the arrays are reused afterwards.
 
         Yields:
             What ``look`` returned, in the order of the tiles.
