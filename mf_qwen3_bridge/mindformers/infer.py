@@ -95,11 +95,7 @@ def build_network(model: CheckedCheckpoint, device_target: str = "auto") -> Any:
 
 
 def read_end_tokens(hf_dir: Path) -> list[int]:
-    """The token ids that end a text: generation_config.json's, else config.json's.
-
-    Raises:
-        BridgeError: they are no token ids.
-    """
+    """Reads the token ids that end a text from generation_config.json, else config.json."""
     for name in ("generation_config.json", "config.json"):
         path = hf_dir / name
         eos = read_json(path).get("eos_token_id") if path.is_file() else None
@@ -112,11 +108,7 @@ def read_end_tokens(hf_dir: Path) -> list[int]:
 
 
 def load_tokenizer(tokenizer_path: Path) -> Any:
-    """The checkpoint's own tokenizer, by transformers.
-
-    Raises:
-        BridgeError: there is none, or it can't be loaded.
-    """
+    """Loads the checkpoint's own tokenizer by transformers; BridgeError says why it can't be."""
     from transformers import AutoTokenizer
 
     if not any((tokenizer_path / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
@@ -128,11 +120,7 @@ def load_tokenizer(tokenizer_path: Path) -> Any:
 
 
 def encode(tokenizer: Any, prompt: str, *, chat: bool, enable_thinking: bool = False) -> list[int]:
-    """A prompt's token ids; with ``chat`` as a user's message in the tokenizer's chat template.
-
-    Raises:
-        BridgeError: there is nothing to continue, or no chat template.
-    """
+    """Encodes a prompt; with ``chat`` as a user's message in the tokenizer's chat template."""
     if chat:
         if not tokenizer.chat_template:
             raise BridgeError("the tokenizer has no chat template: use --test_mode generate, or copy its files again")
@@ -149,10 +137,9 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool, enable_thinking: bool = F
 
 
 def check_prompts(model: CheckedCheckpoint, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
-    """Upstream cuts an answer at ``seq_length`` without an error, and fails beyond its tables.
+    """Refuses prompts of another model's tokens, and those that leave no room for an answer.
 
-    Raises:
-        BridgeError: the longest prompt leaves no room for its answer; the tokenizer is not this model's.
+    Upstream cuts an answer at ``seq_length`` without an error, and fails beyond its tables.
     """
     for prompt in prompts:
         check_token_ids(prompt, model.spec.vocab_size)
@@ -166,6 +153,6 @@ def check_prompts(model: CheckedCheckpoint, prompts: Sequence[list[int]], max_ne
 
 
 def generate_text(network: Any, tokenizer: Any, input_ids: list[int], **generation: Any) -> str:
-    """The text that upstream's ``network.generate`` adds to a prompt; ``generation`` are its own arguments."""
+    """Returns what upstream's ``network.generate`` adds to a prompt; ``generation`` are its own arguments."""
     output = network.generate(input_ids=[input_ids], **generation)
     return str(tokenizer.decode(output[0][len(input_ids) :], skip_special_tokens=True))

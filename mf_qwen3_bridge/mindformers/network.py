@@ -30,14 +30,10 @@ from mf_qwen3_bridge.model.parallel import SINGLE, ParallelConfig, Rank
 
 
 class _GenerateMixin:
-    """Sets what upstream reads of the environment while ``generate`` runs, and only then.
-
-    Attributes:
-        draws: the random numbers to sample with; numpy's global generator unless :func:`share_random_draws` was called.
-    """
+    """Sets what upstream reads of the environment while ``generate`` runs, and only then."""
 
     config: Any
-    draws: Callable[[], AbstractContextManager[None]] = nullcontext
+    draws: Callable[[], AbstractContextManager[None]] = nullcontext  # the random numbers to sample with: numpy's global
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         check_token_ids(args[0] if args else kwargs.get("input_ids"), self.config.vocab_size)
@@ -60,10 +56,7 @@ _CLASSES: dict[str, tuple[type, type]] = {
 }
 # Ascend: as in upstream's predict_qwen3.yaml and predict_qwen3_moe.yaml.
 # A CPU is faster in float32, and has no bfloat16 arithmetic of its own.
-_DTYPES = {
-    "Ascend": {"params_dtype": "bfloat16", "compute_dtype": "bfloat16", "rotary_dtype": "bfloat16"},
-    "CPU": {"params_dtype": "float32", "compute_dtype": "float32", "rotary_dtype": "float32"},
-}
+_DTYPE = {"Ascend": "bfloat16", "CPU": "float32"}
 _FLOAT32_DTYPES = {"layernorm_compute_dtype": "float32", "softmax_compute_dtype": "float32"}
 _CONTEXT = {
     "Ascend": {"mode": ms.GRAPH_MODE, "ascend_config": {"precision_mode": "must_keep_origin_dtype"}},
@@ -100,17 +93,17 @@ def build_inference_network(
             f"expert parallel {parallel.expert_parallel} of {parallel.world_size} processes needs several groups of "
             "processes, and CPUs know one: use 1 or all"
         )
-    merged = _FLOAT32_DTYPES | _DTYPES[target] | dict(model_config)
+    dtypes = dict.fromkeys(("params_dtype", "compute_dtype", "rotary_dtype"), _DTYPE[target])
+    merged = _FLOAT32_DTYPES | dtypes | dict(model_config)
     config_class, network_class = _CLASSES[merged["model_type"]]
     with predict_environment(target), _predict_context(target, parallel):
         prepare_device()
         forget_earlier_networks()
-        network = _with_generate(network_class)(
-            config_class(**copy.deepcopy(merged))
-        )  # upstream writes into rope_scaling
-    if parallel.world_size > 1 and rank_of(network) != parallel.rank(get_rank()):
-        raise BridgeError(f"this process is {rank_of(network)} of another run, which has no place in {parallel}")
+        config = config_class(**copy.deepcopy(merged))  # upstream writes into rope_scaling
+        network = _with_generate(network_class)(config)
     if parallel.world_size > 1:
+        if rank_of(network) != parallel.rank(get_rank()):
+            raise BridgeError(f"this process is {rank_of(network)} of another run, which has no place in {parallel}")
         share_random_draws(network)
     return network
 
@@ -128,17 +121,13 @@ def rank_of(network: Any) -> Rank:
     )
 
 
+@inference_device()
 def network_logits(network: InferenceNetwork, token_ids: Sequence[int]) -> np.ndarray:
-    """The logits of all positions of one sequence, float32 (len(token_ids), vocab_size), from one prefill.
+    """Computes the logits of all positions of one sequence, float32 (len(token_ids), vocab_size), in one prefill.
 
     Upstream's own forward gathers the last position's before the output layer. PyNative mode only: a compiled graph
     would not notice ``return_hidden_states``.
     """
-    with inference_device():
-        return _network_logits(network, token_ids)
-
-
-def _network_logits(network: InferenceNetwork, token_ids: Sequence[int]) -> np.ndarray:
     model = network.model
     num_tokens, block_size = len(token_ids), network.config.block_size
     network._set_kv_cache()
@@ -159,7 +148,7 @@ def _network_logits(network: InferenceNetwork, token_ids: Sequence[int]) -> np.n
 
 
 def _device_target(requested: str) -> str:
-    """``auto`` is what MindSpore chose when it was imported, or what the user set since."""
+    """Resolves ``auto``: what MindSpore chose when it was imported, or what the user set since."""
     if requested not in ("auto", "Ascend", "CPU"):
         raise BridgeError(f"device_target {requested!r}: auto, Ascend or CPU")
     chosen = "Ascend" if ms.get_context("device_target") == "Ascend" else "CPU"
@@ -171,12 +160,7 @@ def _device_target(requested: str) -> str:
 def check_token_ids(input_ids: Any, vocab_size: int) -> None:
     """Refuses token ids that a model has no embedding for; upstream fails in an operator, which names no token.
 
-    Args:
-        input_ids: one list of token ids or several, as lists or arrays. What is none of these is left to upstream.
-        vocab_size: of the model.
-
-    Raises:
-        BridgeError: names the largest.
+    ``input_ids`` is one list or array of token ids, or several. What is none of these is left to upstream.
     """
     try:
         array = np.asarray(input_ids)
@@ -212,10 +196,9 @@ def share_random_draws(network: InferenceNetwork) -> None:
 
 @contextmanager
 def _predict_context(target: str, parallel: ParallelConfig) -> Iterator[None]:
-    """MindFormers' context for inference, while a network is built; afterwards an older one has its ``run_mode`` again.
+    """Sets MindFormers' context for inference while a network is built; an older one has its ``run_mode`` afterwards.
 
-    A context that somebody else built (run_mindformer.py, a parallel run) is kept; one that is built here stays,
-    because MindFormers knows one for each process, and its networks go on reading it.
+    One that is built here stays: MindFormers knows one for each process, and its networks go on reading it.
     """
     run_mode = get_context("run_mode") if Context.is_exists() else "predict"
     _enter_predict_mode(target, parallel)
@@ -236,7 +219,8 @@ def _enter_predict_mode(target: str, parallel: ParallelConfig) -> None:
                 "run_mode": "predict",
                 "use_legacy": False,
                 "context": {"device_target": target, **copy.deepcopy(_CONTEXT[target])},
-                **_parallel_context(parallel),
+                "parallel": {},
+                **(_parallel_context(parallel) if parallel.world_size > 1 else {}),
             }
         )
     if target == "CPU":
@@ -249,8 +233,6 @@ def _enter_predict_mode(target: str, parallel: ParallelConfig) -> None:
 
 def _parallel_context(parallel: ParallelConfig) -> dict[str, Any]:
     """Upstream's settings for a run of several processes: each computes with its slices, no graph is divided."""
-    if parallel.world_size == 1:
-        return {"parallel": {}}
     return {
         "use_parallel": True,
         "parallel": {"parallel_mode": "MANUAL_PARALLEL", "enable_alltoall": False, "full_batch": False},

@@ -27,8 +27,7 @@ def predict_environment(device_target: str) -> Iterator[None]:
     """Sets the variables that upstream reads while it builds an inference network, and while that computes.
 
     Mirrors ``jit`` of ``mindformers/models/utils.py`` and ``is_pynative`` of ``mindformers/tools/utils.py`` (1.7 to
-    1.9). Afterwards the environment is as it was: left behind, ``RUN_MODE`` would make MindFormers build inference
-    networks where training networks are asked for.
+    1.9). Left behind, ``RUN_MODE`` would make MindFormers build inference networks where it should train.
     """
     before = {name: os.environ.get(name) for name in ("RUN_MODE", "ENFORCE_EAGER", "CPU_AFFINITY")}
     os.environ["RUN_MODE"] = "predict"
@@ -46,7 +45,7 @@ def predict_environment(device_target: str) -> Iterator[None]:
 
 @contextmanager
 def inference_device() -> Iterator[None]:
-    """The environment and, on a CPU, the stand-ins for an inference network that computes in a process of any kind."""
+    """Lets an inference network compute in a process of any kind: the environment and, on a CPU, the stand-ins."""
     is_installed = bool(inference_ops.STAND_INS.installed)
     with predict_environment(ms.get_context("device_target")):
         inference_ops.STAND_INS.install()
@@ -58,21 +57,17 @@ def inference_device() -> Iterator[None]:
 
 
 def builds_training_networks() -> bool:
-    """Whether MindFormers, in the run that this process is part of, takes the training classes.
+    """Whether MindFormers takes the training classes in this process.
 
     Mirrors ``__new__`` of ``Qwen3ForCausalLM`` (``mindformers/models/qwen3/modeling_qwen3.py``, 1.7 to 1.9), which
-    reads ``RUN_MODE``. Where that is not set, MindFormers' context tells a training run from a process in which
+    reads ``RUN_MODE``. Where that is not set, MindFormers' context distinguishes a training run from a process in which
     :func:`mf_qwen3_bridge.from_pretrained` built a network.
     """
     return Context.is_exists() and (os.environ.get("RUN_MODE") or get_context("run_mode")) != "predict"
 
 
 def prepare_device() -> None:
-    """On a CPU: the stand-ins for what it lacks, and for inference upstream's PyNative mode. Elsewhere nothing.
-
-    Raises:
-        BridgeError: the run is a predict run in graph mode, on a CPU.
-    """
+    """Gives a CPU the stand-ins for what it lacks and, for inference, upstream's PyNative mode."""
     if ms.get_context("device_target") != "CPU":
         return
     if builds_training_networks():
@@ -90,7 +85,7 @@ def prepare_device() -> None:
 def forget_earlier_networks() -> None:
     """Clears what upstream keeps per process although it belongs to one network.
 
-    ``get_rope`` takes two networks whose YaRN factors differ for the same; networks hold on to their own tables.
+    ``get_rope`` takes two networks whose YaRN factors differ for the same; networks keep their own tables.
     MindFormers 1.8.0 collects config errors, and reports those of an earlier network again.
     """
     rope_utils._ROPE_DICT.clear()
