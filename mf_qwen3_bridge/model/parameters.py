@@ -81,11 +81,6 @@ class Parameter:
         """Whether each layer has one."""
         return "{layer}" in self.hf
 
-    def belongs_to(self, spec: ModelSpec) -> bool:
-        """Whether a model has it."""
-        has = {"dense": not spec.is_moe, "moe": spec.is_moe, "untied": not spec.tie_word_embeddings, None: True}
-        return has[self.only]
-
 
 # The two parameters that a tied model shares: (Hugging Face's name, MindFormers').
 EMBEDDING = ("model.embed_tokens.weight", "embedding.word_embeddings.weight")
@@ -116,7 +111,8 @@ PARAMETERS = (
 
 def parameters_of(spec: ModelSpec) -> Iterator[Parameter]:
     """The lines of the table that a model has, in the model's order."""
-    return (parameter for parameter in PARAMETERS if parameter.belongs_to(spec))
+    has = {"dense": not spec.is_moe, "moe": spec.is_moe, "untied": not spec.tie_word_embeddings, None: True}
+    return (parameter for parameter in PARAMETERS if has[parameter.only])
 
 
 def is_hf_name(name: str) -> bool:

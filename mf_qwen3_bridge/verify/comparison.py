@@ -110,28 +110,24 @@ def _compare(plan: Plan, theirs: Mapping[str, TensorInfo], by_source: bool) -> d
     with progress_bar("comparing", plan.source_nbytes) as advance, Transfer(advance) as transfer:
 
         def look(made: Made) -> list[tuple[str, int, int]]:
-            return list(_differences(made, theirs, by_source, transfer))
+            """For each copy of what a tile makes: the tensor's name, elements, and how many differ."""
+            raw = np.dtype(f"u{made.runs[0][1].itemsize}")
+            are_equal = True
+            for start, run in made.runs:
+                for begin in range(0, run.size, _COMPARED_ELEMENTS):
+                    piece = run[begin : begin + _COMPARED_ELEMENTS].view(raw)
+                    there = np.empty_like(piece)
+                    transfer.read(theirs[made.target], start + begin, there)
+                    piece ^= there
+                    are_equal = are_equal and not np.count_nonzero(piece)
+            found = []
+            for copy, elements, place in made.parts:
+                different = 0 if are_equal else int(np.count_nonzero(place.view(raw)))
+                found.append((copy.source.name if by_source else copy.target, elements.size, different))
+            return found
 
         for seen in transfer.make(tiles(plan.copies, to_files=True), look, dtypes):
             for name, elements, different in seen:
                 counts[name].elements += elements
                 counts[name].different += different
     return counts
-
-
-def _differences(
-    made: Made, theirs: Mapping[str, TensorInfo], by_source: bool, transfer: Transfer
-) -> Iterator[tuple[str, int, int]]:
-    """For each copy of what a tile makes: the tensor's name, elements, and how many differ."""
-    raw = np.dtype(f"u{made.runs[0][1].itemsize}")
-    are_equal = True
-    for start, run in made.runs:
-        for begin in range(0, run.size, _COMPARED_ELEMENTS):
-            piece = run[begin : begin + _COMPARED_ELEMENTS].view(raw)
-            there = np.empty_like(piece)
-            transfer.read(theirs[made.target], start + begin, there)
-            piece ^= there
-            are_equal = are_equal and not np.count_nonzero(piece)
-    for copy, elements, place in made.parts:
-        name = copy.source.name if by_source else copy.target
-        yield name, elements.size, 0 if are_equal else int(np.count_nonzero(place.view(raw)))
