@@ -67,21 +67,17 @@ def tiles(copies: Iterable[Copy], to_files: bool = False) -> Iterator[Tile]:
     Yields:
         Tiles of about TILE_BYTES; larger ones where cutting would make runs short.
     """
-
-    def cost(pieces: list[Tile]) -> int:
-        return len(pieces) * _cost(pieces[0], to_files)
-
     for tile in _interleaved(list(copies)):
         nbytes = _nbytes(tile)
         if nbytes <= TILE_BYTES:
             yield tile
             continue
-        best = min(_divisions(tile, nbytes), key=cost, default=[])
+        best = min(_divisions(tile, nbytes), key=lambda pieces: _cost(pieces, to_files), default=[])
         if not best:
             for copy in tile:
                 yield from tiles((copy,), to_files)
             continue
-        is_costly = to_files and cost(best) > _COST_LIMIT * cost([tile])
+        is_costly = to_files and _cost(best, to_files) > _COST_LIMIT * _cost([tile], to_files)
         if is_costly and nbytes <= _LARGEST_TILE_BYTES:
             yield tile
             continue
@@ -94,11 +90,11 @@ def _nbytes(tile: Tile) -> int:
     return sum(stretch.size * copies[0].itemsize for copies, stretch in reads(tile))
 
 
-def _cost(tile: Tile, to_files: bool) -> int:
-    """A tile's cost in bytes: those it reads, plus a fixed number for each run."""
-    sides = [reads(tile), writes(tile)] if to_files else [reads(tile)]
-    runs = sum(len(stretch.starts) for side in sides for _, stretch in side)
-    return _nbytes(tile) + runs * _BYTES_PER_RUN
+def _cost(pieces: list[Tile], to_files: bool) -> int:
+    """The cost in bytes of several tiles like the first: those they read, plus a fixed number for each run."""
+    first = pieces[0]
+    runs = sum(len(stretch.starts) for _, stretch in reads(first) + (writes(first) if to_files else []))
+    return len(pieces) * (_nbytes(first) + runs * _BYTES_PER_RUN)
 
 
 def _divisions(tile: Tile, nbytes: int) -> Iterator[list[Tile]]:
