@@ -72,16 +72,15 @@ def build_inference_network(
 ) -> InferenceNetwork:
     """Builds the network that MindFormers runs for ``run_mode: predict``; its parameters are zeros (norms: ones).
 
-    Several networks may live in one process. Upstream's ``network.generate`` wants prompts of one length, padded on the
-    right with ``pad_token_id``, and ``eos_token_id`` as a list. It takes every ``pad_token_id`` at a prompt's end for
-    padding, so give one that no prompt ends with: -1 will do.
+    Upstream's ``network.generate`` wants prompts of one length, padded on the right with ``pad_token_id``, which no
+    prompt may end with (-1 will do), and ``eos_token_id`` as a list.
 
     Args:
         model_config: a normalised config.json, and anything else that may stand in a YAML's ``model.model_config``:
             ``params_dtype``, ``compute_dtype``, ``seq_length`` (prompt and answer, 4096 by default), ``block_size`` and
             ``num_blocks`` (of the KV cache: together they must hold all tokens of a batch)...
         device_target: ``Ascend``, ``CPU``, or ``auto``: Ascend when there is one.
-        parallel: the sizes of a run of several processes, each of which calls this; msrun started them.
+        parallel: the sizes of a run of several processes that msrun started; each calls this.
 
     Raises:
         BridgeError: there is no such device, or this process already computes on another one, or in another place of

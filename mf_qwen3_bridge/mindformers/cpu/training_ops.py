@@ -42,11 +42,7 @@ class _Operator(nn.Cell):
     def shard(self, *args: Any, **kwargs: Any) -> _Operator:
         return self
 
-    def add_prim_attr(self, name: str, value: Any) -> _Operator:
-        return self
-
-    def recompute(self, *args: Any, **kwargs: Any) -> _Operator:
-        return self
+    add_prim_attr = recompute = shard
 
 
 # ------------------------------------------------------------------------------------- norm, rotary, attention, MLP

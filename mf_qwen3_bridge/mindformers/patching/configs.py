@@ -53,8 +53,7 @@ def normalise_model_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         model_config: a config.json updated with a YAML's ``model.model_config``, whose entries stay as they are but for
-            YaRN and other names of config.json's entries. Without a ``pretrained_model_dir`` no config.json is
-            involved, and all is returned as it is.
+            YaRN and other names of what config.json declares. All stay without a ``pretrained_model_dir``.
 
     Raises:
         BridgeError: MindFormers' Qwen3 does not compute what it describes, or the YAML contradicts it.

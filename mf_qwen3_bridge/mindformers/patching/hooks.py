@@ -66,7 +66,6 @@ def load_weights(
     compares what it found with what it needed.
 
     Args:
-        network: the network.
         weights_path: a directory or file of Hugging Face's weights, or of MindFormers' if metadata or YAML declare
             their layout.
         weights: (name, array) of each tensor, where there is no such path: see :func:`load_arrays`.
