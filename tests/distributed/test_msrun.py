@@ -10,13 +10,13 @@ import pytest
 
 import yaml
 from tests.support.commands import ROOT, msrun
-from tests.support.documents import ENGLISH, commands
+from tests.support.documents import readme_commands
 from tests.support.golden import FIXTURES
 from tests.support.tokenizers import spell, with_tokenizer
 
 # Two processes that wait for each other on two cores take a third of a second for a token.
 PROMPTS, NEW_TOKENS = (0, 2), 16
-MSRUN = [command for command in commands(ENGLISH) if command[0] == "msrun"]
+MSRUN = readme_commands("msrun")
 
 
 def two_processes(*arguments: object) -> list[object]:

@@ -18,26 +18,18 @@ from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import TRAIN
 from tests.support.checkpoints import read
 from tests.support.commands import ROOT, environment, free_port, run_command
-from tests.support.documents import CHINESE, ENGLISH, NUMBER_FLAGS, blocks, commands
+from tests.support.documents import CHINESE, ENGLISH, NUMBER_FLAGS, blocks, commands, readme_commands
 from tests.support.golden import CHECKPOINTS
 from tests.support.ranks import save_as_ranks
 
-# On every release: run_infer.py (test_run_infer, test_msrun), the Python of its examples (test_examples). The other
-# commands never import MindFormers; what they take from MindSpore: test_rank_files, test_conversion.
+# On every release: run_infer.py (test_run_infer, test_msrun), verify --logits (test_verify_logits), the Python of its
+# examples (test_examples). The other commands never import MindFormers; what they take from MindSpore: test_rank_files,
+# test_conversion.
 pytestmark = pytest.mark.newest_only
 MODULES = {
     "python": ["scripts/run_infer.py"],
     "mf-qwen3": ["-m", "mf_qwen3_bridge.cli", "infer"],
 }
-INFER = [c for c in commands(ENGLISH) if c[:2] in (["python", "scripts/run_infer.py"], ["mf-qwen3", "infer"])]
-# In this order: some read what others wrote.
-OFFLINE = [
-    command
-    for command in commands(ENGLISH)
-    if command[0] in MODULES
-    and command[1] in ("convert", "export", "verify", "scripts/convert_weight.py", "scripts/unified_safetensors.py")
-]
-INSIDE_MINDFORMERS = commands((ROOT / "docs" / "mindformers.md").read_text(encoding="utf-8"))
 SMALL = {
     "Qwen3-14B": ROOT / "demo" / "qwen3-demo",
     "Qwen3-8B": CHECKPOINTS / "untied_fp32",
@@ -60,7 +52,7 @@ def directory(tmp_path: Path) -> Path:
     return furnish(tmp_path)
 
 
-@pytest.mark.parametrize("command", INFER, ids=" ".join)
+@pytest.mark.parametrize("command", readme_commands("infer"), ids=" ".join)
 def test_infer(directory: Path, command):
     result = run_command([sys.executable, *MODULES[command[0]], *command[2:]], directory)
     assert result.returncode == 0, result.stderr
@@ -78,7 +70,7 @@ def on_the_small_model(command: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory) -> Path:
-    """Where all offline commands were run, one after the other."""
+    """Where all offline commands were run, in their order: some read what others wrote."""
     directory = furnish(tmp_path_factory.mktemp("offline"))
     document = {
         "run_mode": "finetune",
@@ -88,7 +80,7 @@ def offline(tmp_path_factory) -> Path:
     }
     (directory / "finetune_qwen3_8b.yaml").write_text(yaml.safe_dump(document))
     save_as_ranks(directory / "output", SMALL["Qwen3-30B-A3B"])
-    for command in OFFLINE:
+    for command in readme_commands("offline"):
         words = command[1:] if command[0] == "python" else ["-m", "mf_qwen3_bridge.cli", *command[1:]]
         result = run_command([sys.executable, *on_the_small_model(words)], directory)
         assert result.returncode == 0, (command, result.stderr)
@@ -142,6 +134,7 @@ def test_two_machines(offline: Path):
         subprocess.Popen([changes.get(word, word) for word in command], cwd=offline, env=environment())
         for command in commands(ENGLISH, "sh")
     ]
+    assert len(machines) == 2
     assert [machine.wait(timeout=600) for machine in machines] == [0, 0]
     assert values(offline / "hf_from_two") == values(offline / "hf_complete")
     logs = sorted(path.name for path in offline.glob("msrun_log_*/worker_*.log"))
@@ -161,33 +154,3 @@ def test_python(directory: Path):
     code = "\n".join(blocks(ENGLISH, "python"))
     result = run_command([sys.executable, "-c", code], directory)
     assert result.returncode == 0, result.stderr
-
-
-def test_every_command_is_run_by_some_test():
-    """make, mf-qwen3 check, inspect, truncate, doctor: tests/unit/test_readme.py; msrun: tests/distributed.
-
-    pip made this environment.
-
-    run_mindformer.py: test_docs.py.
-    """
-    others = [c for c in commands(ENGLISH) if c not in INFER + OFFLINE and c not in INSIDE_MINDFORMERS]
-    assert {(c[0], c[1]) for c in others} == {
-        ("make", "demo"),
-        ("make", "test"),
-        ("pip", "install"),
-        ("mf-qwen3", "check"),
-        ("mf-qwen3", "inspect"),
-        ("mf-qwen3", "truncate"),
-        ("mf-qwen3", "doctor"),
-        ("msrun", "--worker_num=8"),
-        ("msrun", "--worker_num=2"),
-    }
-    assert INFER
-    assert {c[1] for c in OFFLINE} == {
-        "convert",
-        "export",
-        "verify",
-        "scripts/convert_weight.py",
-        "scripts/unified_safetensors.py",
-    }
-    assert len(commands(ENGLISH, "sh")) == 2

@@ -175,8 +175,16 @@ def test_commands(tmp_path: Path, document: Path):
         assert result.returncode == 0, shlex.join(command) + result.stdout[-3000:] + result.stderr[-3000:]
 
 
-def test_the_example_of_the_layouts():
-    for code in blocks(LAYOUTS, "python"):
+@pytest.mark.parametrize("mistake", [None, "contiguous", "interleaved"])
+def test_the_example_of_the_layouts(monkeypatch: pytest.MonkeyPatch, mistake: str | None):
+    """As it stands it is right, and of a layout with a mistake it would not be."""
+    (code,) = blocks(LAYOUTS, "python")
+    if mistake is None:
+        exec(code, {})
+        return
+    right = getattr(layouts, mistake)
+    monkeypatch.setattr(layouts, mistake, lambda *arguments: [right(*arguments)[number] for number in (0, 2, 1)])
+    with pytest.raises(AssertionError):
         exec(code, {})
 
 

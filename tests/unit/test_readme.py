@@ -20,7 +20,7 @@ from mf_qwen3_bridge.verify.layer_errors import layer_errors
 from mf_qwen3_bridge.verify.reference import forward
 from tests.support.checkpoints import SPEC, hf_config, random_tensors, write, write_headers
 from tests.support.commands import ROOT, run_command
-from tests.support.documents import CHINESE, ENGLISH, NUMBER_FLAGS, anchor, blocks, commands
+from tests.support.documents import CHINESE, ENGLISH, NUMBER_FLAGS, RUNNERS, anchor, blocks, commands, readme_commands
 
 
 def test_both_have_the_same_code_and_the_same_sections():
@@ -69,22 +69,40 @@ def test_what_verify_prints_of_a_mutant(tmp_path: Path):
         assert re.sub(r"error \d", "error N", shown) == re.sub(r"error \d", "error N", printed)
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in commands(ENGLISH) if c[1] in ("inspect", "truncate", "doctor")], ids=" ".join
-)
+@pytest.mark.parametrize("command", readme_commands("look"), ids=" ".join)
 def test_commands_that_look(tmp_path: Path, command):
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     result = run_command([sys.executable, "-m", "mf_qwen3_bridge.cli", *command[1:]], tmp_path)
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in commands(ENGLISH) if c[0] == "make"], ids=" ".join)
-def test_make_knows_its_targets(command):
+MAKE = {  # the last of what each target does
+    "demo": ".venv/bin/python scripts/run_infer.py --model_dir demo/qwen3-demo "
+    "--use_training_conversion --test_mode both",
+    "test": ".venv/bin/nox",
+}
+
+
+@pytest.mark.parametrize("command", readme_commands("make"), ids=" ".join)
+def test_what_make_runs(command):
+    """The demo's command itself is run by the integration tests, the sessions by ``make test``."""
     result = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == MAKE[command[1]]
 
 
-@pytest.mark.parametrize("command", [c for c in commands(ENGLISH) if c[:2] == ["mf-qwen3", "check"]], ids=" ".join)
+def test_every_command_is_run():
+    """Each group that the table assigns a command to is what some test is parametrized with, or goes through."""
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    for command in commands(ENGLISH):
+        runner = RUNNERS[command[0], command[1]]
+        if runner == "docs/mindformers.md":
+            assert command in commands((ROOT / runner).read_text(encoding="utf-8"))
+        elif not runner.startswith("nobody"):
+            assert f'readme_commands("{runner}")' in tests, command
+
+
+@pytest.mark.parametrize("command", readme_commands("check"), ids=" ".join)
 def test_mf_qwen3_check(command, tmp_path: Path):
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     (tmp_path / "Qwen3-14B").symlink_to(ROOT / "demo" / "qwen3-demo")
