@@ -27,7 +27,7 @@ def lint(session: nox.Session) -> None:
 def unit(session: nox.Session) -> None:
     """Everything that needs no MindSpore, in an environment that has none."""
     session.install("--quiet", "-e", ".[test]")
-    session.run("pytest", "tests/unit", *session.posargs)
+    session.run("pytest", "-n", "2", "tests/unit", *session.posargs)
 
 
 @nox.session(python="3.11")
