@@ -63,11 +63,11 @@ def test_a_config_of_any_age(name: str):
     mf_qwen3_bridge.patch()
     _, model = empty_network(CHECKPOINTS / name)
     for config in (AutoConfig.from_pretrained(str(CHECKPOINTS / name)), by_yaml(CHECKPOINTS / name)):
-        said = vars(config)
-        differ = {k for k, v in model.hf_config.items() if k in said and said[k] != v}
+        declared = vars(config)
+        differ = {k for k, v in model.hf_config.items() if k in declared and declared[k] != v}
         assert differ == set()
-        assert said["rope_theta"] == model.hf_config["rope_theta"]
-        assert "dtype" not in said and "rope_parameters" not in said
+        assert declared["rope_theta"] == model.hf_config["rope_theta"]
+        assert "dtype" not in declared and "rope_parameters" not in declared
 
 
 def test_arguments_and_yaml_go_before_config_json():
@@ -81,9 +81,9 @@ def test_arguments_and_yaml_go_before_config_json():
 def test_a_yaml_may_speak_mindformers_dialect():
     """As the YAMLs that MindFormers ships do."""
     mf_qwen3_bridge.patch()
-    said = {"hidden_act": "swiglu", "rms_norm_eps": "1.e-6", "architectures": "Qwen3ForCausalLM"}
-    config = by_yaml(CHECKPOINTS / "tied_bf16", **said)
-    assert {key: getattr(config, key) for key in said} == said
+    declared = {"hidden_act": "swiglu", "rms_norm_eps": "1.e-6", "architectures": "Qwen3ForCausalLM"}
+    config = by_yaml(CHECKPOINTS / "tied_bf16", **declared)
+    assert {key: getattr(config, key) for key in declared} == declared
     by_yaml(CHECKPOINTS / "untied_fp32", architectures=["InferenceQwen3ForCausalLM"])  # a class of one's own
 
 
@@ -109,8 +109,8 @@ def by_mindformers_names(directory: Path) -> dict[str, object]:
         "moe_intermediate_size": ("moe_ffn_hidden_size",),
         "num_experts_per_tok": ("moe_router_topk",),
     }
-    said = {alias: config[name] for name, aliases in names.items() if name in config for alias in aliases}
-    return said | {"layernorm_epsilon": "1.e-6"}  # YAML takes it for a string
+    declared = {alias: config[name] for name, aliases in names.items() if name in config for alias in aliases}
+    return declared | {"layernorm_epsilon": "1.e-6"}  # YAML takes it for a string
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -128,31 +128,31 @@ def test_a_predict_yaml_may_repeat_config_json_under_mindformers_names(name: str
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_finetune_yaml_may_repeat_config_json_under_mindformers_names(name: str):
     mf_qwen3_bridge.patch()
-    said = by_mindformers_names(CHECKPOINTS / name)
+    declared = by_mindformers_names(CHECKPOINTS / name)
     empty_network(CHECKPOINTS / "untied_fp32")
     set_context(run_mode="finetune")
     try:
-        section = {"pretrained_model_dir": str(CHECKPOINTS / name), "model_config": MindFormerConfig(**said)}
+        section = {"pretrained_model_dir": str(CHECKPOINTS / name), "model_config": MindFormerConfig(**declared)}
         network = NETWORKS[name][1](get_model_config(MindFormerConfig(**section)))
     finally:
         set_context(run_mode="predict")
     converted = network.get_gpt_transformer_config()
     built = {key: getattr(converted, key) for key in ("num_layers", "num_query_groups", "kv_channels", "rotary_base")}
-    assert built == {key: said[key] for key in built}
+    assert built == {key: declared[key] for key in built}
 
 
 def test_a_yaml_that_contradicts_config_json_under_mindformers_names():
     mf_qwen3_bridge.patch()
     directory = CHECKPOINTS / "untied_fp32"
-    said = {"num_layers": 3, "n_layer": 2, "rotary_base": 10000, "add_qkv_bias": True}
+    entries = {"num_layers": 3, "n_layer": 2, "rotary_base": 10000, "add_qkv_bias": True}
     with pytest.raises(BridgeError, match="contradicts") as error:
-        configs.normalise_model_config({"pretrained_model_dir": str(directory)} | said)
+        configs.normalise_model_config({"pretrained_model_dir": str(directory)} | entries)
     assert [problem.subject for problem in error.value.problems] == ["num_layers", "rotary_base", "add_qkv_bias"]
     declared, found = error.value.problems[0].found.splitlines()
     assert declared == f"{directory}/config.json: num_hidden_layers 2"
     assert found == "model.model_config: 3"
     with pytest.raises(BridgeError, match="leave rotary_base out"):
-        by_yaml(directory, **said)
+        by_yaml(directory, **entries)
 
 
 def test_a_yaml_may_change_a_number_under_both_names():

@@ -139,10 +139,10 @@ def test_tokens_are_sorted_by_expert_and_back(dtype: Any) -> None:
     assert (counts.dtype, counts.asnumpy().tolist()) == (ms.int32, [2, 1, 3, 0])
     assert MoeInitRoutingV2()(tokens, experts, 0, 0, 4, 0, 1, True)[2].asnumpy().tolist() == [2, 3, 6, 6]
 
-    said_by_experts = ms.Tensor([[1], [2], [4], [8], [16], [32]], dtype)
+    of_experts = ms.Tensor([[1], [2], [4], [8], [16], [32]], dtype)
     probabilities = ms.Tensor([[0.5, 0.5], [0.25, 0.75], [0, 1]], dtype)
-    said = MoeTokenUnpermute()(said_by_experts, rows, probabilities, False, None)
-    assert (said.dtype, said.astype(ms.float32).asnumpy().tolist()) == (dtype, [[4.5], [13], [32]])
+    output = MoeTokenUnpermute()(of_experts, rows, probabilities, False, None)
+    assert (output.dtype, output.astype(ms.float32).asnumpy().tolist()) == (dtype, [[4.5], [13], [32]])
 
 
 @pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16])
@@ -173,7 +173,9 @@ def test_other_uses_of_the_operators_are_refused() -> None:
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("expert_ranks", "tensor_ranks"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
-def test_what_the_ranks_of_a_moe_layer_say_adds_up(expert_ranks: int, tensor_ranks: int, compute_dtype: str) -> None:
+def test_what_the_ranks_of_a_moe_layer_compute_adds_up(
+    expert_ranks: int, tensor_ranks: int, compute_dtype: str
+) -> None:
     """Upstream's layer on each rank, one after the other, with this rank's slices of the experts."""
     network = build_inference_network(MOE | SMALL_CACHE | {"compute_dtype": compute_dtype})
     whole, config = network.model.decoder.layers[0].mlp, network.model.config
@@ -182,7 +184,7 @@ def test_what_the_ranks_of_a_moe_layer_say_adds_up(expert_ranks: int, tensor_ran
     router, fc1, fc2 = (rng.standard_normal(shape, np.float32) for shape in shapes)
     tokens = rng.integers(-16, 17, (9, MOE["hidden_size"])).astype(np.float32) / 8  # nothing to round in bfloat16
 
-    said = np.zeros_like(tokens)
+    output = np.zeros_like(tokens)
     for expert_rank, tensor_rank in itertools.product(range(expert_ranks), range(tensor_ranks)):
         moe_ep, moe_tp = ProcessGroup(size=expert_ranks, rank=expert_rank), ProcessGroup(size=tensor_ranks)
         groups = ModelCommProcessGroups(moe_ep=moe_ep, moe_tp=moe_tp, tp_dp=ProcessGroup())  # of size 1: no all_reduce
@@ -193,11 +195,11 @@ def test_what_the_ranks_of_a_moe_layer_say_adds_up(expert_ranks: int, tensor_ran
         layer.router.weight_loader(layer.router.weight, router)
         layer.experts.weight1.set_data(ms.Tensor(np.concatenate(slices, axis=2)))
         layer.experts.weight2.set_data(ms.Tensor(down))
-        said += layer(ms.Tensor(tokens, config.compute_dtype)).astype(ms.float32).asnumpy()
+        output += layer(ms.Tensor(tokens, config.compute_dtype)).astype(ms.float32).asnumpy()
 
     expected = moe(tokens, router, fc1, fc2, MOE["num_experts_per_tok"])
     tolerance = {"float32": 1e-6, "bfloat16": 0.02}[compute_dtype]
-    assert np.abs(said - expected).max() < tolerance * np.abs(expected).max()
+    assert np.abs(output - expected).max() < tolerance * np.abs(expected).max()
 
 
 def moe(tokens: np.ndarray, router: np.ndarray, fc1: np.ndarray, fc2: np.ndarray, top: int) -> np.ndarray:

@@ -96,8 +96,8 @@ def on_two(line: str) -> str:
     return re.sub(r"(num=|--ep )8\b", r"\g<1>2", line)
 
 
-def said(directory: Path, line: str) -> str:
-    """Runs a command, which has to succeed: all that it says, msrun's processes included."""
+def output_of(directory: Path, line: str) -> str:
+    """Runs a command, which has to succeed: all that it prints, msrun's processes included."""
     shutil.rmtree(directory / "msrun_log", ignore_errors=True)
     result = run_command(["bash", "-c", on_two(line)], directory)
     logs = [log.read_text(errors="replace") for log in (directory / "msrun_log").glob("worker_*.log")]
@@ -112,7 +112,7 @@ def test_commands_and_what_they_print(directory: Path, number: int):
     if "--src_strategy_dirs" in step.commands[0] and not (directory / "output" / "checkpoint" / "rank_7").exists():
         shutil.rmtree(directory / "output")  # here was the parallel run, which no CPU can do
         save_as_ranks(directory / "output", CHECKPOINTS / "moe_bf16")
-    everything = "\n".join(said(directory, line) for line in step.commands)
+    everything = "\n".join(output_of(directory, line) for line in step.commands)
     for line in step.shown:
         pattern = ".*".join(map(re.escape, line.split("…")))
         assert re.search(f"^{pattern}$", everything, re.MULTILINE), (line, everything[-4000:])

@@ -71,16 +71,16 @@ def test_without_layout_metadata_the_yaml_has_to_declare_the_layout(tmp_path: Pa
     directory = CHECKPOINTS / "untied_fp32"
     write(tmp_path / "theirs", {t.name: t.make() for t in check(directory).plan(TRAIN).targets})
     flags = TRAINING_DEFAULT.training_flags
-    for said in ({}, {"use_interleaved_weight_layout_mlp": True}):
+    for declared in ({}, {"use_interleaved_weight_layout_mlp": True}):
         with pytest.raises(BridgeError, match="nothing declares the layout of QKV and gate/up"):
-            network_by_yaml(directory, **said).load_weights(str(tmp_path / "theirs"))
+            network_by_yaml(directory, **declared).load_weights(str(tmp_path / "theirs"))
     network = network_by_yaml(directory, **flags)
     network.load_weights(str(tmp_path / "theirs"))
     assert logits_error(network, golden("untied_fp32")) < TOLERANCE
 
 
 def test_contiguous_flags_do_not_declare_enough(tmp_path: Path):
-    """In how many blocks it lies depends on the training run's ``model_parallel``, which no inference YAML says."""
+    """The number of blocks depends on the training run's ``model_parallel``, which no inference YAML declares."""
     directory = CHECKPOINTS / "untied_fp32"
     blocks = Dialect(INFERENCE.on(2))
     write(tmp_path / "theirs", {t.name: t.make() for t in check(directory).plan(blocks).targets})

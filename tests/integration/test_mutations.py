@@ -66,7 +66,7 @@ def twice_the_groups(rules: Iterator[Rule]) -> Iterator[Rule]:
     [(swapped(1, 2, "qkv"), HF), (swapped(0, 1, "gate_up"), HF), (twice_the_groups, TRAIN)],
     ids=["k and v swapped", "gate and up swapped", "wrong group count"],
 )
-def test_a_mistake_in_the_rules_is_seen_by_the_other_roads(monkeypatch, tmp_path: Path, change, dialect):
+def test_a_mistake_in_the_rules_is_seen_by_the_other_loaders(monkeypatch, tmp_path: Path, change, dialect):
     directory = CHECKPOINTS / "untied_fp32"
     network = mf_qwen3_bridge.from_pretrained(directory, use_training_conversion=True)
     tensors = {target.name: target.make() for target in check(directory).plan(dialect).targets}
@@ -87,7 +87,7 @@ def test_a_mistake_in_the_rules_is_seen_by_the_other_roads(monkeypatch, tmp_path
     ],
     ids=["not transposed", "experts in reverse", "up before gate"],
 )
-def test_a_mistake_in_the_layout_of_experts_is_seen_by_the_other_roads(monkeypatch, mistake):
+def test_a_mistake_in_the_layout_of_experts_is_seen_by_the_other_loaders(monkeypatch, mistake):
     directory = CHECKPOINTS / "moe_square"
     network = mf_qwen3_bridge.from_pretrained(directory, use_training_conversion=True)
     monkeypatch.setattr(layouts, "by_expert", mistake)
@@ -96,7 +96,7 @@ def test_a_mistake_in_the_layout_of_experts_is_seen_by_the_other_roads(monkeypat
     assert logits_error(mistaken, golden("moe_square")) > 100 * TOLERANCE
 
 
-def test_a_mistake_in_the_layout_is_seen_by_the_other_roads(monkeypatch):
+def test_a_mistake_in_the_layout_is_seen_by_the_other_loaders(monkeypatch):
     directory = CHECKPOINTS / "untied_fp32"
     network = mf_qwen3_bridge.from_pretrained(directory, use_training_conversion=True)
     monkeypatch.setattr(layouts, "contiguous", layouts.interleaved)

@@ -49,8 +49,8 @@ def training_network(directory: Path, layout: Layout, **options: Any) -> Any:
         _enter_predict_mode("CPU", SINGLE)  # a context that is not use_legacy, shared with the other tests
     hf_config = check(directory).hf_config
     config_class, network_class = CLASSES[hf_config["model_type"]]
-    said = {"params_dtype": "float32", "compute_dtype": "float32", "moe_grouped_gemm": True} | layout.training_flags
-    return network_class(config_class(**hf_config | said | options))
+    declared = {"params_dtype": "float32", "compute_dtype": "float32", "moe_grouped_gemm": True} | layout.training_flags
+    return network_class(config_class(**hf_config | declared | options))
 
 
 def expected(directory: Path, layout: Layout, dtype: Any = np.float32) -> dict[str, bytes]:
@@ -142,7 +142,7 @@ def test_parameters_of_another_dtype(params_dtype: str, dtype: str):
 
 
 def test_layout_metadata_of_another_layout(tmp_path: Path):
-    """Upstream would load it as it lies, and compute garbage."""
+    """Upstream would load it as it is stored, and compute garbage."""
     mf_qwen3_bridge.patch()
     model = check(CHECKPOINTS / "untied_fp32")
     run(to_mindformers(model, Dialect(TRAINING_DEFAULT), tmp_path / "mindformers"))
@@ -154,7 +154,7 @@ def test_layout_metadata_of_another_layout(tmp_path: Path):
 
 
 def test_what_has_no_layout_metadata_is_upstreams(tmp_path: Path):
-    """Only its trainer knows how it lies: the run's own flags."""
+    """Only its trainer knows its layout: the run's own flags."""
     mf_qwen3_bridge.patch()
     wanted = {t.name: t.make() for t in check(CHECKPOINTS / "untied_fp32").plan(Dialect(TRAINING_DEFAULT)).targets}
     network = training_network(CHECKPOINTS / "untied_fp32", TRAINING_DEFAULT)
@@ -260,7 +260,7 @@ def test_each_rank_of_a_parallel_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_layout_metadata_in_the_newer_format(tmp_path: Path):
-    """Upstream takes it for its own, and loads it as it lies."""
+    """Upstream takes it for its own, and loads it as it is stored."""
     mf_qwen3_bridge.patch()
     directory = CHECKPOINTS / "untied_fp32"
     run(to_mindformers(check(directory), Dialect(TRAINING_DEFAULT), tmp_path / "mindformers"))

@@ -1,6 +1,6 @@
 """Every rank's part of every parameter, bit for bit what upstream's own ``weight_loader`` functions put there.
 
-One process plays each rank in turn: upstream's ``initialize_model_parallel`` deals the groups for a world of that size
+One process plays each rank in turn: upstream's ``initialize_model_parallel`` makes the groups for a world of that size
 and that rank, and its network is built for them; only what would talk to other processes is left out.
 """
 

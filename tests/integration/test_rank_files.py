@@ -228,7 +228,7 @@ def test_a_stage_that_is_missing_is_not_merged_without(tmp_path: Path):
         check_trained(found, hf)
 
 
-def test_a_merged_contiguous_checkpoint_says_how_many_ranks_saved_it(tmp_path: Path):
+def test_a_merged_contiguous_checkpoint_declares_how_many_ranks_saved_it(tmp_path: Path):
     hf = random_tensors(COMPILED)
     source = write(tmp_path / "hf", hf, hf_config(COMPILED))
     run(to_mindformers(check(source), Dialect(Layout(False, False).on(2)), tmp_path / "whole"))

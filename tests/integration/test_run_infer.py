@@ -30,7 +30,7 @@ def prompts(mode: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("mode", "flag"), [("generate", ["--use_training_conversion"]), ("chat", [])])
-def test_the_demo_says_what_it_was_taught(tmp_path: Path, mode, flag):
+def test_the_demo_prints_what_it_was_taught(tmp_path: Path, mode, flag):
     result = run_infer(tmp_path, "--model_dir", DEMO, "--test_mode", mode, *flag, *prompts(mode))
     assert result.returncode == 0, result.stderr
     assert "24 tensors to 18 parameters" in result.stdout
@@ -47,7 +47,7 @@ def test_the_demo_says_what_it_was_taught(tmp_path: Path, mode, flag):
 def test_in_the_naive_layout_it_says_something_else(tmp_path: Path, layout):
     """What the obvious recipe gives: everything loads, nothing is zero, and the text is garbage."""
     tensors = {target.name: target.make() for target in check(DEMO).plan(Dialect(layout)).targets}
-    weights = write(tmp_path / "naive", tensors, metadata={LAYOUT_KEY: str(INFER.layout)})  # a lie
+    weights = write(tmp_path / "naive", tensors, metadata={LAYOUT_KEY: str(INFER.layout)})  # which is wrong
     result = run_infer(tmp_path, "--model_dir", DEMO, "--load_checkpoint", weights, "--max_new_tokens", "24")
     assert result.returncode == 0, result.stderr
     assert "18 of 18 parameters" in result.stdout
@@ -56,7 +56,7 @@ def test_in_the_naive_layout_it_says_something_else(tmp_path: Path, layout):
 
 
 @pytest.mark.newest_only  # where a tokenizer is looked for is the bridge's choice
-def test_a_tokenizer_that_lies_elsewhere(tmp_path: Path):
+def test_a_tokenizer_in_another_directory(tmp_path: Path):
     model, tokenizer = tmp_path / "model", tmp_path / "tokenizer"
     shutil.copytree(DEMO, model)
     tokenizer.mkdir()

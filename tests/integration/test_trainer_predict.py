@@ -36,9 +36,9 @@ def predict(scratch: Path, config: Path, name: str) -> subprocess.CompletedProce
 
 
 def check_texts(scratch: Path, name: str) -> None:
-    said = ast.literal_eval((scratch / "text_generation_result.txt").read_text())
+    printed = ast.literal_eval((scratch / "text_generation_result.txt").read_text())
     expected = [spell(case.prompt + case.tokens[:NEW_TOKENS]) for case in golden(name)]
-    assert [text for entry in said for text in entry["text_generation_text"]] == expected
+    assert [text for entry in printed for text in entry["text_generation_text"]] == expected
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ CASES = [
 
 
 def job(name: str, of_weights: Layout, of_network: Layout, scratch: Path) -> dict[str, Any]:
-    """What training_worker.py needs: a fixture, and a network that takes its weights to lie so.
+    """What training_worker.py needs: a fixture, and a network that takes its weights to be laid out so.
 
     Where both layouts are one, the network is filled online from the Hugging Face directory. Else the weights are
     converted, and loaded without looking.
@@ -123,7 +123,7 @@ def test_another_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_trainer(directory: Path, scratch: Path, learning_rate: float = 1e-3, **entries: Any) -> tuple[int, str]:
-    """Upstream's trainer, straight from a Hugging Face directory: its exit code, and what it said."""
+    """Upstream's trainer, straight from a Hugging Face directory: its exit code, and what it prints."""
     document = yaml.safe_load((ROOT / "yaml" / "cpu" / "finetune_qwen3.yaml").read_text()) | entries
     document["pretrained_model_dir"] = str(directory)
     document["lr_schedule"]["learning_rate"] = learning_rate
@@ -138,11 +138,11 @@ def run_trainer(directory: Path, scratch: Path, learning_rate: float = 1e-3, **e
 
 def train(name: str, scratch: Path, learning_rate: float) -> tuple[list[float], Path]:
     """The loss of each step, and what it saved, exported."""
-    code, said = run_trainer(CHECKPOINTS / name, scratch, learning_rate)
-    assert code == 0, said[-4000:]
+    code, printed = run_trainer(CHECKPOINTS / name, scratch, learning_rate)
+    assert code == 0, printed[-4000:]
     (saved,) = (scratch / "output" / "checkpoint" / "rank_0").glob("*-1_20.safetensors")
     run(to_hf(check(CHECKPOINTS / name, scratch / "finetune.yaml", saved), scratch / "exported", "fp32"))
-    return [float(loss) for loss in re.findall(r"loss:\[([\d.]+)/", said)], scratch / "exported"
+    return [float(loss) for loss in re.findall(r"loss:\[([\d.]+)/", printed)], scratch / "exported"
 
 
 def batch_loss(directory: Path, rows: list[dict[str, np.ndarray]]) -> float:
@@ -201,9 +201,9 @@ def test_nothing_is_fine_tuned_from_weights_that_are_not_there(tmp_path: Path, d
             shard.unlink()
     if damage == "neither shards nor index":
         (directory / "model.safetensors.index.json").unlink()
-    code, said = run_trainer(directory, tmp_path, **entries)
+    code, printed = run_trainer(directory, tmp_path, **entries)
     assert code != 0
-    assert message in said[-4000:], said[-4000:]
+    assert message in printed[-4000:], printed[-4000:]
     assert not list(tmp_path.rglob("*-1_20.safetensors"))
 
 
@@ -212,5 +212,5 @@ def test_training_from_random_weights_can_be_asked_for(tmp_path: Path) -> None:
     directory.mkdir()
     (directory / "config.json").write_bytes((CHECKPOINTS / DENSE / "config.json").read_bytes())
     on_npu = yaml.safe_load((ROOT / "yaml" / "finetune_qwen3_0_6b.yaml").read_text())
-    code, said = run_trainer(directory, tmp_path, run_mode="train", recompute_config=on_npu["recompute_config"])
-    assert code == 0, said[-4000:]
+    code, printed = run_trainer(directory, tmp_path, run_mode="train", recompute_config=on_npu["recompute_config"])
+    assert code == 0, printed[-4000:]

@@ -126,8 +126,8 @@ PROVOKED: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
 def test_what_is_in_no_python_source_is_provoked(tmp_path: Path, word: str):
     (entry,) = (entry for entry in ENTRIES if not entry.file and word in entry.message)
     assert entry.releases == RELEASES
-    said = provoke(tmp_path, *PROVOKED[word])
-    assert re.sub(r"[{}]", "", entry.message) in re.sub(r"[{}]", "", said), said[-3000:]
+    answer = provoke(tmp_path, *PROVOKED[word])
+    assert re.sub(r"[{}]", "", entry.message) in re.sub(r"[{}]", "", answer), answer[-3000:]
 
 
 def test_nothing_else_has_to_be_provoked():

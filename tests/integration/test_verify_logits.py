@@ -195,19 +195,19 @@ def test_the_command(tmp_path: Path):
 
 
 def test_the_command_names_a_wrong_layout(tmp_path: Path):
-    """Contiguous weights without a stamp are taken to lie as MindFormers trains by default."""
+    """Contiguous weights without layout metadata are assumed to have MindFormers' default layout."""
     hf = CHECKPOINTS / "untied_fp32"
     tensors = {target.name: target.make() for target in check(hf).plan(Dialect(Layout(False, False))).targets}
-    lying = write(tmp_path / "lying", tensors)
+    contiguous = write(tmp_path / "contiguous", tensors)
     picture = str(tmp_path / "p.png")
-    result = CliRunner().invoke(cli, ["verify", str(lying), str(hf), "--logits", "--picture", picture])
+    result = CliRunner().invoke(cli, ["verify", str(contiguous), str(hf), "--logits", "--picture", picture])
     assert isinstance(result.exception, BridgeError)
     assert "begins at layers.0.self_attention.linear_qkv" in str(result.exception)
     assert "the first is laid out contiguous, not interleaved" in str(result.exception)
     assert " !" in result.output
 
 
-def said(*arguments: object) -> str:
+def error_of(*arguments: object) -> str:
     """The error of a command."""
     result = CliRunner().invoke(cli, ["verify", *map(str, arguments), "--logits"])
     assert isinstance(result.exception, BridgeError), result.output
@@ -219,7 +219,7 @@ def test_weights_of_unknown_layout_need_something_to_be_held_against(tmp_path: P
     """Taken for what they are not, and held against themselves, they would look right."""
     hf = CHECKPOINTS / "untied_fp32"
     tensors = {target.name: target.make() for target in check(hf).plan(Dialect(layout)).targets}
-    assert "verify A B --logits" in said(write(tmp_path / "mf", tensors), "--hf_config", hf)
+    assert "verify A B --logits" in error_of(write(tmp_path / "mf", tensors), "--hf_config", hf)
 
 
 def test_each_has_its_own_config(tmp_path: Path):
@@ -229,7 +229,7 @@ def test_each_has_its_own_config(tmp_path: Path):
     config = json.loads((hf / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rope_theta": 2 * config["rope_theta"]}))
     for pair in ((hf, other), (other, hf)):
-        assert "rope_theta" in said(*pair)
+        assert "rope_theta" in error_of(*pair)
 
 
 def test_other_weights_that_few_tokens_do_not_reach(tmp_path: Path):
@@ -241,11 +241,11 @@ def test_other_weights_that_few_tokens_do_not_reach(tmp_path: Path):
     embedding[unused] = embedding[unused[::-1]]
     tensors["model.embed_tokens.weight"] = embedding
     other = write(tmp_path / "other", tensors, json.loads((hf / "config.json").read_text()))
-    assert "from other weights" in said(other, hf, "--picture", tmp_path / "p.png")
+    assert "from other weights" in error_of(other, hf, "--picture", tmp_path / "p.png")
 
 
 def test_what_the_command_needs(tmp_path: Path):
     run(to_mindformers(check(CHECKPOINTS / "untied_fp32"), TRAIN, tmp_path / "mf"))
-    assert "--hf_config" in said(tmp_path / "mf")
-    assert "num_key_value_heads" in said(CHECKPOINTS / "untied_fp32", CHECKPOINTS / "mha")
-    assert "--picture" in said(CHECKPOINTS / "untied_fp32", "--picture", tmp_path / "nowhere" / "p.png")
+    assert "--hf_config" in error_of(tmp_path / "mf")
+    assert "num_key_value_heads" in error_of(CHECKPOINTS / "untied_fp32", CHECKPOINTS / "mha")
+    assert "--picture" in error_of(CHECKPOINTS / "untied_fp32", "--picture", tmp_path / "nowhere" / "p.png")

@@ -5,7 +5,7 @@ list of jobs, each with
 
     hf_dir     the Hugging Face directory
     config     what a YAML says in ``model.model_config``
-    converted  MindFormers weights to load as they lie; null: the network is filled from ``hf_dir``
+    converted  MindFormers weights to load as they are stored; null: the network is filled from ``hf_dir``
     tokens     token IDs, a list of equally long lists
     output     file to write the logits to: float32 (lists, tokens, vocab_size), ``.npy``
 """

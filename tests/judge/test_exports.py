@@ -80,7 +80,7 @@ def test_the_demo_comes_back_whole(tmp_path: Path):
 
 
 def test_a_plan_made_with_the_wrong_layout_is_not_the_model(tmp_path: Path):
-    """The judge can tell: a checkpoint in one layout, exported as if it lay in the other."""
+    """The comparison sees it: a checkpoint in one layout, exported as if it had the other."""
     source = FIXTURES / "checkpoints" / "untied_fp32"
     run("convert", "--model_dir", source, "--output_dir", tmp_path / "mf", "--layout", "infer")
     (part,) = (tmp_path / "mf").glob("*.safetensors")

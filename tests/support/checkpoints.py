@@ -71,7 +71,7 @@ def write(
     shards: int = 1,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """A Hugging Face directory; with several shards the tensors are dealt in turn, and there is an index."""
+    """A Hugging Face directory; with several shards the tensors are distributed in turn, and there is an index."""
     directory.mkdir(parents=True, exist_ok=True)
     if config is not None:
         (directory / "config.json").write_text(json.dumps(config))

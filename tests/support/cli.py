@@ -37,9 +37,9 @@ def num_rows(text: str) -> int:
     return len(re.findall(r"^\+-[-+]+$", text, re.MULTILINE)) - 1
 
 
-def says_of_both(text: str, name: str, said: int, right: int) -> bool:
-    """Whether a table names what the flags or their defaults and what the tensors say of a number, and what to do."""
-    both = rf"arguments(?: and defaults)?: {said} weights: {right} \(\S"
+def names_both(text: str, name: str, given: int, right: int) -> bool:
+    """Whether a table names a number of the flags or their defaults and that of the tensors, and what to do."""
+    both = rf"arguments(?: and defaults)?: {given} weights: {right} \(\S"
     return bool(re.search(both, unwrapped(text))) and f"set {name} to {right} in arguments" in unwrapped(text)
 
 
@@ -48,7 +48,7 @@ def layout_of(directory: Path) -> str | None:
 
 
 def reverse(call_script: Call, tmp_path: Path, kind: str, *arguments: object) -> Result:
-    """With what lies in ``in``, in float32."""
+    """With what is in ``in``, in float32."""
     paths = ("--input_path", tmp_path / "in", "--output_path", tmp_path / "out")
     return call_script("--model", kind, "--reversed", *paths, "--dtype", "fp32", *arguments)
 

@@ -34,7 +34,7 @@ def swap_k_and_v(weight: np.ndarray, spec: ModelSpec) -> np.ndarray:
 
 
 def regroup_queries(weight: np.ndarray, spec: ModelSpec) -> np.ndarray:
-    """The query heads dealt to twice as many groups as there are."""
+    """The query heads assigned to twice as many groups as there are."""
     heads = weight[: spec.query_rows].reshape(2 * spec.num_query_groups, -1, spec.head_dim, weight.shape[1])
     return np.concatenate([heads.swapaxes(0, 1).reshape(spec.query_rows, -1), weight[spec.query_rows :]])
 

@@ -25,7 +25,7 @@ SUFFIX = "1000_1"  # epoch 1000, step 1
 
 @dataclass(frozen=True)
 class Cut:
-    """How one parameter lies on the devices of its pipeline stage.
+    """How one parameter is divided among the devices of its pipeline stage.
 
     ``shards``: into how many parts each axis is cut; at most one axis is cut. The devices next to each other hold the
     parts one after the other, and the whole is repeated until the devices are used up.

@@ -82,7 +82,7 @@ def write_merged(
     return directory
 
 
-def dealt(parts: list[np.ndarray], count: int) -> np.ndarray:
+def in_blocks(parts: list[np.ndarray], count: int) -> np.ndarray:
     """Each part in ``count`` blocks: the first of each, then the second of each."""
     return np.concatenate([block for blocks in zip(*(np.split(part, count) for part in parts)) for block in blocks])
 
@@ -90,14 +90,14 @@ def dealt(parts: list[np.ndarray], count: int) -> np.ndarray:
 def fused(hf: Tensors, spec: ModelSpec = SPEC, qkv: int | None = None, gate_up: int | None = None) -> Tensors:
     """The training parameters of Hugging Face tensors, by hand: numpy, and no rule of the bridge.
 
-    ``qkv``, ``gate_up``: in how many blocks their parts are dealt; interleaved when left out.
+    ``qkv``, ``gate_up``: in how many blocks their parts are stored; interleaved when left out.
     """
     made = {"embedding.word_embeddings.weight": hf["model.embed_tokens.weight"]}
     for layer in range(spec.num_layers):
         old, new = f"model.layers.{layer}", f"decoder.layers.{layer}"
         made |= {
             f"{new}.input_layernorm.weight": hf[f"{old}.input_layernorm.weight"],
-            f"{new}.self_attention.linear_qkv.weight": dealt(
+            f"{new}.self_attention.linear_qkv.weight": in_blocks(
                 [hf[f"{old}.self_attn.{part}_proj.weight"] for part in "qkv"], qkv or spec.num_query_groups
             ),
             f"{new}.self_attention.q_layernorm.weight": hf[f"{old}.self_attn.q_norm.weight"],
@@ -116,7 +116,7 @@ def fused(hf: Tensors, spec: ModelSpec = SPEC, qkv: int | None = None, gate_up: 
         else:
             halves = [hf[f"{old}.mlp.{part}_proj.weight"] for part in ("gate", "up")]
             made |= {
-                f"{new}.mlp.linear_fc1.weight": dealt(halves, gate_up or spec.ffn_hidden_size),
+                f"{new}.mlp.linear_fc1.weight": in_blocks(halves, gate_up or spec.ffn_hidden_size),
                 f"{new}.mlp.linear_fc2.weight": hf[f"{old}.mlp.down_proj.weight"],
             }
     made["decoder.final_layernorm.weight"] = hf["model.norm.weight"]

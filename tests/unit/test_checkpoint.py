@@ -121,7 +121,7 @@ def test_metadata_that_is_null_is_none_at_all(tmp_path: Path):
     [("F4", [3, 2], 3), ("F6_E2M3", [4], 3), ("F6_E3M2", [8], 6), ("F8_E8M0", [5], 5), ("C64", [2], 16)],
 )
 def test_dtypes_that_numpy_has_no_name_for(tmp_path: Path, dtype, shape, nbytes):
-    """They are read by inspect and refused, by name, as weights; what lies behind them is found all the same."""
+    """They are read by inspect and refused, by name, as weights; what is stored behind them is found all the same."""
     header = {
         "a": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]},
         "b": {"dtype": "F32", "shape": [2], "data_offsets": [nbytes, nbytes + 8]},

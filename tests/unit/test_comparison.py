@@ -91,7 +91,7 @@ def transposed(tensors: dict[str, np.ndarray]) -> None:
 
 
 def regrouped(tensors: dict[str, np.ndarray]) -> None:
-    """The query heads dealt to KV groups of which there are twice as many, or half."""
+    """The query heads assigned to KV groups of which there are twice as many, or half."""
     heads = tensors[Q].reshape(SPEC.num_query_groups, -1, SPEC.head_dim, SPEC.hidden_size)
     tensors[Q] = np.ascontiguousarray(heads.swapaxes(0, 1)).reshape(tensors[Q].shape)
 
@@ -137,10 +137,11 @@ def test_mutations_are_found_and_named(tmp_path: Path, mutation: str):
     "wrong", [Layout(False, True), Layout(True, False), Layout(False, False), Layout(False, False, 2)], ids=str
 )
 def test_a_wrong_layout_is_recognised(tmp_path: Path, wrong: Layout):
-    """Files that bear the wrong stamp: as if somebody had undone, or not undone, the interleaving."""
+    """Files with the wrong layout metadata: as if somebody had undone, or not undone, the interleaving."""
     hf = write(tmp_path / "hf", random_tensors(), hf_config())
-    lying = {t.name: t.make() for t in check(hf).plan(Dialect(wrong)).targets}
-    report = compare(open_weights(hf), open_weights(write(tmp_path / "lying", lying)))  # taken to be interleaved
+    contiguous = {t.name: t.make() for t in check(hf).plan(Dialect(wrong)).targets}
+    other = write(tmp_path / "contiguous", contiguous)  # assumed to be interleaved
+    report = compare(open_weights(hf), open_weights(other))
     assert report.counts
     kinds = {name.rsplit(".", 2)[1] for name in report.counts}
     expected = set() if wrong.interleaved_qkv else {"q_proj", "k_proj", "v_proj"}
@@ -226,16 +227,16 @@ def test_a_norm_is_not_taken_for_another_by_its_first_elements(tmp_path: Path):
     assert set(report.counts) == {q} and not report.suggestions
 
 
-def test_the_stamped_side_is_believed(tmp_path: Path):
+def test_the_side_with_layout_metadata_is_trusted(tmp_path: Path):
     hf = write(tmp_path / "hf", random_tensors(), hf_config())
-    run(to_mindformers(check(hf), INFER, tmp_path / "stamped"))
-    lying = {t.name: t.make() for t in check(hf).plan(Dialect(Layout(False, False))).targets}
-    stamped, unstamped = open_weights(tmp_path / "stamped"), open_weights(write(tmp_path / "lying", lying))
-    assert all("second is laid out" in guess for guess in compare(stamped, unstamped).suggestions.values())
-    assert all("first is laid out" in guess for guess in compare(unstamped, stamped).suggestions.values())
+    run(to_mindformers(check(hf), INFER, tmp_path / "declared"))
+    contiguous = {t.name: t.make() for t in check(hf).plan(Dialect(Layout(False, False))).targets}
+    declared, undeclared = open_weights(tmp_path / "declared"), open_weights(write(tmp_path / "contiguous", contiguous))
+    assert all("second is laid out" in guess for guess in compare(declared, undeclared).suggestions.values())
+    assert all("first is laid out" in guess for guess in compare(undeclared, declared).suggestions.values())
 
 
-def test_training_state_is_not_compared_and_that_is_said(tmp_path: Path):
+def test_training_state_is_not_compared_and_that_is_reported(tmp_path: Path):
     hf = write(tmp_path / "hf", random_tensors(), hf_config())
     trained = {target.name: target.make() for target in check(hf).plan(TRAIN).targets}
     state = {"adam_m.decoder.final_layernorm.weight": np.ones(SPEC.hidden_size, np.float32)}

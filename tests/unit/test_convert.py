@@ -153,7 +153,7 @@ def test_an_export_is_complete(tmp_path, trained, hf_dir):
     assert "MindFormers' default" in job.warning
 
 
-def test_what_the_yaml_says_of_rope_is_exported(tmp_path, trained, hf_dir):
+def test_what_the_yaml_declares_of_rope_is_exported(tmp_path, trained, hf_dir):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     (tmp_path / "train.yaml").write_text(
         json.dumps({"run_mode": "finetune", "model": {"model_config": {"rope_scaling": yarn}}})

@@ -1,4 +1,4 @@
-"""The weights that a run began with show in which layout those lie that it saved."""
+"""The weights that a run began with show the layout of those that it saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OF_RANKS = [layout.on(size) for layout in LAYOUTS for size in (1, 2)]
 
 
 def trained(tmp_path: Path, base: Path, layout: Layout) -> Path:
-    """Weights a little way from those in ``base``, without the bridge's stamp."""
+    """Weights a little way from those in ``base``, without layout metadata."""
     run(to_mindformers(check(base), Dialect(layout), tmp_path / "stamped"))
     random = np.random.default_rng(1)
     moved = {

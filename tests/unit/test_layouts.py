@@ -86,7 +86,7 @@ def test_a_view_that_leaves_its_tensor_is_refused():
 
 @pytest.mark.parametrize("qkv", [True, False])
 @pytest.mark.parametrize("gate_up", [True, False])
-def test_the_training_flags_and_the_stamp_name_each_layout(qkv, gate_up):
+def test_the_training_flags_and_the_metadata_name_each_layout(qkv, gate_up):
     layout = Layout(interleaved_qkv=qkv, interleaved_gate_up=gate_up)
     assert Layout.of_training(layout.training_flags) == layout
     assert Layout.parse(str(layout)) == layout

@@ -25,7 +25,7 @@ from mf_qwen3_bridge.model.rules import INFER, TRAIN, Dialect
 from tests.support.checkpoints import MOE_SPEC, SPEC, hf_config, random_tensors, read, write, write_headers
 
 
-def said(*arguments: object) -> str:
+def output_of(*arguments: object) -> str:
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
@@ -48,7 +48,7 @@ def test_parameters_of_qwen3_14b(tmp_path: Path):
 
 
 @pytest.mark.parametrize("target", [TRAIN, INFER, Dialect(Layout(True, False))], ids=str)
-def test_mindformers_files_say_their_layout(tmp_path: Path, target: Dialect):
+def test_mindformers_files_declare_their_layout(tmp_path: Path, target: Dialect):
     model = check(write(tmp_path / "hf", random_tensors(), hf_config()))
     run(to_mindformers(model, target, tmp_path / "mindformers"))
     found = inspect(tmp_path / "mindformers")
@@ -57,7 +57,7 @@ def test_mindformers_files_say_their_layout(tmp_path: Path, target: Dialect):
     assert all(row.parameter == row.name for row in found.tensors)
 
 
-def test_what_bears_no_stamp(tmp_path: Path):
+def test_files_without_layout_metadata(tmp_path: Path):
     state = {"adam_m.decoder.final_layernorm.weight": np.ones(SPEC.hidden_size, np.float32), "epoch_num": np.ones(1)}
     found = inspect(write(tmp_path, random_tensors(dialect=TRAIN) | state))
     assert found.layout is None
@@ -100,13 +100,13 @@ def test_what_is_unusual_is_told(tmp_path: Path):
 def test_the_command(tmp_path: Path):
     directory = write(tmp_path, random_tensors(MOE_SPEC), hf_config(MOE_SPEC))
     found = inspect(directory)
-    assert said("inspect", directory) == "\n".join(lines(found)) + "\n"
-    document = json.loads(said("inspect", directory, "--json"))
+    assert output_of("inspect", directory) == "\n".join(lines(found)) + "\n"
+    document = json.loads(output_of("inspect", directory, "--json"))
     assert document["numbers"] == found.numbers
     assert len(document["tensors"]) == len(found.tensors)
     name = "model.layers.0.mlp.experts.1.up_proj.weight"
-    assert name in said("inspect", directory, "--tensors")
-    (row,) = (line for line in said("inspect", directory, "--rules").splitlines() if line.startswith(name))
+    assert name in output_of("inspect", directory, "--tensors")
+    (row,) = (line for line in output_of("inspect", directory, "--rules").splitlines() if line.startswith(name))
     assert row.endswith("\tdecoder.layers.0.mlp.experts.weight1")
 
 
@@ -117,8 +117,8 @@ def test_an_attn_factor_that_only_vllm_uses_is_told(tmp_path: Path):
     for attn_factor, is_told in ((0.8782488562869419, True), (1, False), (None, False)):
         config = hf_config() | {"rope_scaling": yarn | {"attn_factor": attn_factor}}
         directory = write(tmp_path / "hf", random_tensors(), config)
-        assert (told in said("inspect", directory)) == is_told
-        assert (told in said("check", "--model_dir", directory)) == is_told
+        assert (told in output_of("inspect", directory)) == is_told
+        assert (told in output_of("check", "--model_dir", directory)) == is_told
         parameters = hf_config() | {"rope_parameters": config["rope_scaling"] | {"rope_theta": 1e6}}
         del parameters["rope_scaling"]
         assert (told in "\n".join(check(write(directory, random_tensors(), parameters)).notes)) == is_told
@@ -136,7 +136,7 @@ TIED = replace(SPEC, tie_word_embeddings=True)
 def test_the_first_layers_byte_for_byte(tmp_path: Path, spec):
     config = hf_config(spec) | {"layer_types": ["full_attention"] * spec.num_layers, "unknown": 1}
     source = write(tmp_path / "hf", random_tensors(spec), config)
-    said("truncate", source, "--layers", 1, "--output_dir", tmp_path / "small")
+    output_of("truncate", source, "--layers", 1, "--output_dir", tmp_path / "small")
     before, after = (open_source(path).tensors for path in (source, tmp_path / "small"))
     assert set(after) == {name for name in before if "layers." not in name or "layers.0." in name}
     assert all(read(after[name]).tobytes() == read(before[name]).tobytes() for name in after)
@@ -168,7 +168,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch):
     found = {finding.subject: finding for finding in doctor.examine()}
     assert found["mf-qwen3-bridge"].advice == "" and found["RUN_MODE"].found == "predict"
     assert "MS_SIMULATION_LEVEL" not in found
-    assert "RUN_MODE" in said("doctor")
+    assert "RUN_MODE" in output_of("doctor")
 
 
 @pytest.mark.parametrize(

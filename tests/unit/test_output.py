@@ -154,7 +154,7 @@ def test_killed_in_the_middle_of_fifty_random_writes(dirs, tmp_path):
         shutil.rmtree(out)
 
 
-def test_what_was_damaged_in_between_is_mended(dirs, tmp_path):
+def test_what_was_damaged_in_between_is_written_again(dirs, tmp_path):
     run(job_of(dirs, tmp_path / "whole"))
     out = tmp_path / "out"
 
@@ -384,7 +384,7 @@ def test_a_dead_worker_is_noticed_and_the_rest_is_done(dirs, tmp_path, monkeypat
     assert_same_directory(out, tmp_path / "whole")
 
 
-def test_a_worker_that_fails_says_so_to_the_others(dirs, tmp_path, monkeypatch):
+def test_a_worker_that_fails_tells_the_others(dirs, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_BEAT_SECONDS", 0.05)
     job = job_of(dirs, tmp_path / "out")
 
@@ -425,7 +425,7 @@ def test_what_workers_saw_is_put_together(dirs, tmp_path, monkeypatch):
         ({"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "4", "MS_NODE_ID": "3"}, Worker(3, 4)),
     ],
 )
-def test_the_worker_that_msrun_says(monkeypatch, environment, expected):
+def test_the_worker_that_msrun_declares(monkeypatch, environment, expected):
     for name in ("MS_ROLE", "MS_WORKER_NUM", "MS_NODE_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

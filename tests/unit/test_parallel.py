@@ -171,7 +171,7 @@ def test_nothing_is_read_that_a_rank_does_not_need(tmp_path, read, spec, paralle
 @pytest.mark.parametrize("source", [TRAIN, INFER])
 @pytest.mark.parametrize("spec", [SPEC, MOE_SPEC], ids=["dense", "moe"])
 def test_a_mindformers_checkpoint_is_read_once(tmp_path, monkeypatch, read, source, spec):
-    """Gate and up of an expert lie in one tensor, and where they lie in the network: they are not read apart."""
+    """Gate and up of an expert are in one tensor, in the order of the network: they are not read apart."""
     monkeypatch.setattr(tiles, "_PAGE_BYTES", 1)
     directory = write(tmp_path, random_tensors(spec, dialect=source))
     plan = plan_of(directory, spec, ParallelConfig(), 0, source)
@@ -258,7 +258,7 @@ def test_the_number_of_processes_is_what_msrun_started(monkeypatch, role, expect
 
 
 def test_places_of_eight_ranks():
-    """As ``initialize_model_parallel`` deals them: the ranks of one expert are neighbours."""
+    """As ``initialize_model_parallel`` assigns them: the ranks of one expert are neighbours."""
     ranks = [ParallelConfig(8, 2).rank(number) for number in range(8)]
     assert [rank.tensor_rank for rank in ranks] == [0, 1, 2, 3, 4, 5, 6, 7]
     assert [rank.expert_rank for rank in ranks] == [0, 0, 0, 0, 1, 1, 1, 1]

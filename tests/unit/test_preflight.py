@@ -1,4 +1,4 @@
-"""config.json x YAML x tensors: what does not fit is said once, with what to change."""
+"""config.json x YAML x tensors: what does not fit is reported once, with what to change."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_the_hidden_size_of_another_model(directory: Path):
 )
 @pytest.mark.parametrize("dialect", [HF, INFER, TRAIN])
 def test_each_wrong_number_is_named_alone(tmp_path: Path, field, value, dialect):
-    stamp = {} if dialect.is_hf else {LAYOUT_KEY: str(dialect.layout)}
-    write(tmp_path, random_tensors(dialect=dialect), hf_config(**{field: value}), metadata=stamp)
+    metadata = {} if dialect.is_hf else {LAYOUT_KEY: str(dialect.layout)}
+    write(tmp_path, random_tensors(dialect=dialect), hf_config(**{field: value}), metadata=metadata)
     assert list(problems(tmp_path)) == [field]
 
 
@@ -150,7 +150,7 @@ def test_a_yaml_that_computes_something_else(directory: Path, tmp_path: Path, ru
     assert list(problems(directory, overrides={key: value})) == [named]
 
 
-def test_a_yaml_that_says_the_same_in_other_words(directory: Path, tmp_path: Path):
+def test_a_yaml_that_declares_the_same_in_other_words(directory: Path, tmp_path: Path):
     same = {"layernorm_epsilon": "1e-6", "theta": 1000000.0, "qkv_has_bias": False, "n_layer": "2", "kv_channels": 4}
     same |= {"hidden_act": "swiglu", "position_embedding_type": "rope", "num_experts": 0, "normalization": "RMSNorm"}
     assert check(directory, yaml_file(tmp_path / "p.yaml", **same)).options == {}
@@ -195,7 +195,7 @@ def test_an_alias_of_an_option(directory: Path, tmp_path: Path):
     }
 
 
-def test_what_else_a_yaml_says_is_not_used_and_noted(directory: Path, tmp_path: Path):
+def test_what_else_a_yaml_declares_is_not_used_and_noted(directory: Path, tmp_path: Path):
     model = check(directory, yaml_file(tmp_path / "p.yaml", hiden_size=3, max_position_embeddings=64))
     assert model.options == {}
     assert any("hiden_size, max_position_embeddings" in note for note in model.notes)
@@ -214,12 +214,12 @@ def test_what_else_a_yaml_says_is_not_used_and_noted(directory: Path, tmp_path: 
 )
 @pytest.mark.parametrize("dialect", [HF, Dialect(None, stacked_experts=True), INFER, TRAIN], ids=str)
 def test_each_wrong_number_of_an_moe_is_named_alone(tmp_path: Path, field, value, dialect):
-    stamp = {} if dialect.is_hf else {LAYOUT_KEY: str(dialect.layout)}
+    metadata = {} if dialect.is_hf else {LAYOUT_KEY: str(dialect.layout)}
     tensors = random_tensors(MOE_SPEC, dialect=dialect)
-    write(tmp_path / "right", tensors, hf_config(MOE_SPEC), metadata=stamp)
+    write(tmp_path / "right", tensors, hf_config(MOE_SPEC), metadata=metadata)
     of_experts = dialect if dialect.is_hf else replace(dialect, layout=dialect.layout.of_experts)
     assert check(tmp_path / "right").dialect == of_experts
-    write(tmp_path / "wrong", tensors, hf_config(MOE_SPEC, **{field: value}), metadata=stamp)
+    write(tmp_path / "wrong", tensors, hf_config(MOE_SPEC, **{field: value}), metadata=metadata)
     assert list(problems(tmp_path / "wrong")) == [field]
 
 
@@ -232,7 +232,7 @@ def test_weights_of_the_other_kind(tmp_path: Path):
     assert problems(tmp_path / "b")["model_type"].found == "config.json: qwen3_moe\nweights: no experts (dense Qwen3)"
 
 
-def test_what_a_training_yaml_says_is_not_to_be_changed(tmp_path: Path):
+def test_what_a_training_yaml_declares_is_not_to_be_changed(tmp_path: Path):
     directory = write(tmp_path / "hf", random_tensors(MOE_SPEC), hf_config(MOE_SPEC))
     config = yaml_file(tmp_path / "t.yaml", "finetune", norm_topk_prob=False)
     assert "config.json is not theirs" in problems(directory, config)["norm_topk_prob"].remedy
@@ -314,7 +314,7 @@ def test_max_length(directory: Path, tmp_path: Path):
 
 
 class TestMindFormersWeights:
-    """Nothing in a tensor says how QKV and gate/up lie in it."""
+    """Nothing in a tensor shows how QKV and gate/up are laid out."""
 
     @pytest.fixture
     def weights(self, tmp_path: Path) -> Path:
@@ -326,16 +326,16 @@ class TestMindFormersWeights:
 
     @pytest.mark.parametrize("qkv", [True, False])
     @pytest.mark.parametrize("gate_up", [True, False])
-    def test_the_yaml_says_it(self, directory: Path, weights: Path, tmp_path: Path, qkv, gate_up):
+    def test_the_yaml_declares_it(self, directory: Path, weights: Path, tmp_path: Path, qkv, gate_up):
         layout = Layout(qkv, gate_up)
         model = check(directory, yaml_file(tmp_path / "train.yaml", "finetune", **layout.training_flags), weights)
         assert model.dialect == Dialect(layout)
 
     @pytest.mark.parametrize("layout", [Layout(True, False), Layout(False, True), Layout(False, False)], ids=str)
-    def test_contiguous_flags_of_a_predict_yaml_do_not_say_enough(
+    def test_contiguous_flags_of_a_predict_yaml_do_not_declare_enough(
         self, directory: Path, weights: Path, tmp_path: Path, layout: Layout
     ):
-        """In how many blocks the rows lie depends on the training run's ``model_parallel``."""
+        """The number of blocks depends on the training run's ``model_parallel``."""
         config = yaml_file(tmp_path / "predict.yaml", **layout.training_flags)
         with pytest.raises(BridgeError, match="nothing declares the layout of QKV and gate/up"):
             check(directory, config, weights)
@@ -343,7 +343,7 @@ class TestMindFormersWeights:
     def test_a_yaml_without_the_flags_means_the_defaults(self, directory: Path, weights: Path, tmp_path: Path):
         assert check(directory, yaml_file(tmp_path / "train.yaml", "finetune", offset=0), weights).dialect == TRAIN
 
-    def test_a_predict_yaml_without_the_flags_says_nothing(self, directory: Path, weights: Path, tmp_path: Path):
+    def test_a_predict_yaml_without_the_flags_declares_nothing(self, directory: Path, weights: Path, tmp_path: Path):
         with pytest.raises(BridgeError, match="nothing declares the layout of QKV and gate/up"):
             check(directory, yaml_file(tmp_path / "predict.yaml", params_dtype="float32"), weights)
 
@@ -357,7 +357,7 @@ class TestMindFormersWeights:
         with pytest.raises(BridgeError, match="true or false"):
             check(directory, yaml_file(tmp_path / "t.yaml", "train", use_interleaved_weight_layout_mlp=value), weights)
 
-    def test_null_flags_say_nothing(self, directory: Path, weights: Path, tmp_path: Path):
+    def test_null_flags_declare_nothing(self, directory: Path, weights: Path, tmp_path: Path):
         config = yaml_file(tmp_path / "p.yaml", **dict.fromkeys(TRAIN.layout.training_flags))
         with pytest.raises(BridgeError, match="nothing declares"):
             check(directory, config, weights)
@@ -366,32 +366,32 @@ class TestMindFormersWeights:
     def test_modes_that_run_the_training_network(self, directory: Path, weights: Path, tmp_path: Path, run_mode):
         assert check(directory, yaml_file(tmp_path / "t.yaml", run_mode), weights).dialect == TRAIN
 
-    def test_a_stamp_of_another_program(self, directory: Path, tmp_path: Path):
-        stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_KEY: "qkv=zigzag"})
+    def test_layout_metadata_of_another_program(self, directory: Path, tmp_path: Path):
+        with_metadata = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_KEY: "qkv=zigzag"})
         with pytest.raises(BridgeError, match="zigzag"):
-            check(directory, weights=stamped)
+            check(directory, weights=with_metadata)
 
-    def test_config_json_may_lie_where_the_yaml_says(self, directory: Path, weights: Path, tmp_path: Path):
+    def test_config_json_may_be_where_the_yaml_names_it(self, directory: Path, weights: Path, tmp_path: Path):
         config = tmp_path / "train.yaml"
         document = {"run_mode": "train", "pretrained_model_dir": str(directory), "model": {"model_config": {}}}
         config.write_text(yaml.safe_dump(document))
         model = check(weights, config)
         assert (model.hf_dir, model.source.path, model.dialect) == (directory, weights, TRAIN)
 
-    def test_the_stamp_says_it(self, directory: Path, tmp_path: Path):
-        stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_KEY: str(INFER.layout)})
-        assert check(directory, weights=stamped).dialect.layout == INFER.layout
+    def test_layout_metadata_declares_it(self, directory: Path, tmp_path: Path):
+        with_metadata = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_KEY: str(INFER.layout)})
+        assert check(directory, weights=with_metadata).dialect.layout == INFER.layout
         config = yaml_file(tmp_path / "p.yaml", params_dtype="float32")
-        assert check(directory, config, stamped).dialect.layout == INFER.layout
+        assert check(directory, config, with_metadata).dialect.layout == INFER.layout
 
-    def test_stamp_and_yaml_may_not_contradict_each_other(self, directory: Path, tmp_path: Path):
-        stamped = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_KEY: str(INFER.layout)})
+    def test_layout_metadata_and_yaml_may_not_contradict_each_other(self, directory: Path, tmp_path: Path):
+        with_metadata = write(tmp_path / "s", random_tensors(dialect=INFER), metadata={LAYOUT_KEY: str(INFER.layout)})
         config = yaml_file(tmp_path / "p.yaml", **TRAIN.layout.training_flags)
         with pytest.raises(BridgeError, match="contradict"):
-            check(directory, config, stamped)
+            check(directory, config, with_metadata)
 
     @pytest.mark.parametrize("other", [{LAYOUT_KEY: str(TRAIN.layout)}, {}])
-    def test_a_stamp_that_not_all_files_bear_is_worth_nothing(self, directory: Path, tmp_path: Path, other):
+    def test_layout_metadata_that_not_all_files_have_is_worth_nothing(self, directory: Path, tmp_path: Path, other):
         tensors = random_tensors(dialect=INFER)
         half = {name: tensors.pop(name) for name in list(tensors)[::2]}
         weights = write(tmp_path / "s", tensors, metadata={LAYOUT_KEY: str(INFER.layout)})

@@ -202,7 +202,7 @@ def test_an_optimizers_state_that_is_not_whole_does_not_matter_to_an_export(tmp_
     assert open_rank_files(tmp_path / "ranks", strategies, weights_only=True).tensors.keys() == tensors.keys()
 
 
-def test_the_flag_for_gate_and_up_says_nothing_of_experts(tmp_path):
+def test_the_flag_for_gate_and_up_declares_nothing_of_experts(tmp_path):
     """So a MoE does not depend on the training run's size when its QKV is interleaved."""
     hf = write(tmp_path / "hf", random_tensors(MOE_SPEC), hf_config(MOE_SPEC))
     with_flag = training_yaml(tmp_path, 2, use_interleaved_weight_layout_mlp=False)

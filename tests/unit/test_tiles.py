@@ -90,7 +90,7 @@ def tensor(name, shape):
     return TensorInfo(name, shape, "BF16", Path("x"), 0, 2 * int(np.prod(shape)))
 
 
-def test_what_lies_interleaved_is_read_in_one_go():
+def test_what_is_stored_interleaved_is_read_in_one_go():
     """gate and up, row by row: a tile reads rows of both, and makes a run of each."""
     fused = tensor("fc1", (2 * 4096, 1024))
     parts = interleaved((4096, 4096), (1024,), 4096)
@@ -108,7 +108,7 @@ def test_what_lies_interleaved_is_read_in_one_go():
         ]
 
 
-def test_what_lies_apart_is_not_read_in_one_go():
+def test_what_is_stored_apart_is_not_read_in_one_go():
     fused = tensor("fc1", (2 * 4096, 1024))
     parts = contiguous((4096, 4096), (1024,), 1)
     copies = [Copy(fused, part, name, View.whole((1, 4096, 1024))) for part, name in zip(parts, "gu", strict=True)]
@@ -116,7 +116,7 @@ def test_what_lies_apart_is_not_read_in_one_go():
 
 
 def test_an_expert_is_transposed_as_a_whole():
-    """Cut, its rows would lie in the file in pieces of a few KB."""
+    """Cut, its rows would be stored in pieces of a few KB."""
     spec = replace(MOE_SPEC, num_layers=1, num_experts=2, hidden_size=2048, moe_ffn_hidden_size=768)
     for source, target in ((HF, TRAIN), (TRAIN, HF)):
         _, copies = copies_of(spec, source, target)

@@ -64,7 +64,7 @@ def test_convert_by_the_yamls_flags(tmp_path, call, hf_dir, layout, blocks):
     assert_same(contents(tmp_path / "out"), fused(random_tensors(GROUPS), GROUPS, blocks, blocks))
 
 
-def test_weights_that_lie_apart(tmp_path, call):
+def test_weights_in_another_directory_than_the_config(tmp_path, call):
     hf = write_config(tmp_path / "hf", hf_config())
     weights = write(tmp_path / "weights", random_tensors(seed=3))
     assert convert(call, hf, "--load_checkpoint", weights).code == 0
@@ -108,8 +108,8 @@ def test_training_ranks_of_a_contiguous_run(tmp_path, call, hf_dir):
         qkv = mine["decoder.layers.1.self_attention.linear_qkv.weight"]
         np.testing.assert_array_equal(qkv, np.concatenate([q, k, v]))
         np.testing.assert_array_equal(mine["decoder.layers.1.mlp.linear_fc1.weight"], np.concatenate([gate, up]))
-        stamp = layout_of(tmp_path / "out" / f"rank_{rank}")
-        assert stamp == "qkv=contiguous,gate_up=contiguous,tensor_parallel=2"
+        layout = layout_of(tmp_path / "out" / f"rank_{rank}")
+        assert layout == "qkv=contiguous,gate_up=contiguous,tensor_parallel=2"
 
 
 @pytest.mark.parametrize(("tp", "ep", "ranks"), [(1, 2, 2), (2, 2, 2), (2, 4, 4), (2, 1, 2)])
@@ -307,7 +307,7 @@ def test_a_dry_run_for_ranks(tmp_path, call, large_disk):
     assert names(tmp_path) == {"hf"}
 
 
-def test_a_dry_run_says_that_the_place_is_taken(tmp_path, call, hf_dir):
+def test_a_dry_run_reports_that_the_place_is_taken(tmp_path, call, hf_dir):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
     before = everything(tmp_path)
@@ -318,7 +318,7 @@ def test_a_dry_run_says_that_the_place_is_taken(tmp_path, call, hf_dir):
     assert everything(tmp_path) == before
 
 
-def test_what_is_said_when_all_is_done(tmp_path, call, hf_dir):
+def test_what_is_printed_when_all_is_done(tmp_path, call, hf_dir):
     tensors = random_tensors(GROUPS)
     result = convert(call, hf_dir, "--dtype", "bf16")
     values = sum(array.size for array in tensors.values())
@@ -334,7 +334,7 @@ def test_what_is_said_when_all_is_done(tmp_path, call, hf_dir):
     assert result.err == ""
 
 
-def test_what_is_said_before_anything_is_read(tmp_path, call, hf_dir):
+def test_what_is_printed_before_anything_is_read(tmp_path, call, hf_dir):
     result = convert(call, hf_dir, "--layout", "infer")
     size = f"{(tmp_path / 'out' / 'part0.safetensors').stat().st_size / 1024:.1f}"
     assert result.out.splitlines()[:3] == [

@@ -12,7 +12,7 @@ from mf_qwen3_bridge.cli.files import convert_weight
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.model.rules import HF_STACKED
 from tests.support.checkpoints import MOE_SPEC, SPEC, assert_same, contents, hf_config, random_tensors, write
-from tests.support.cli import everything, flags, layout_of, names, num_rows, reverse, says_of_both
+from tests.support.cli import everything, flags, layout_of, names, names_both, num_rows, reverse
 from tests.support.damage import unwrapped
 from tests.support.trained import (
     COMPUTED,
@@ -146,7 +146,7 @@ def test_a_number_that_was_typed_is_held_against_the_shapes(tmp_path, call_scrip
     wrong = NUMBERS[kind][name] + 1
     result = reverse(call_script, tmp_path, kind, *flags({name: wrong}))
     assert (result.code, num_rows(result.err), result.out) == (2, 1, "")
-    assert says_of_both(result.err, name, wrong, NUMBERS[kind][name])
+    assert names_both(result.err, name, wrong, NUMBERS[kind][name])
     assert everything(tmp_path) == before
 
 
@@ -185,7 +185,7 @@ def test_numbers_that_contradict_the_shapes(tmp_path, call_script, kind, wrong):
     result = reverse(call_script, tmp_path, kind, *flags(NUMBERS[kind] | wrong))
     assert (result.code, num_rows(result.err)) == (2, len(wrong))
     for name, number in wrong.items():
-        assert says_of_both(result.err, name, number, NUMBERS[kind][name])
+        assert names_both(result.err, name, number, NUMBERS[kind][name])
     assert everything(tmp_path) == before
 
 
@@ -200,17 +200,17 @@ def test_a_number_that_contradicts_a_hugging_face_checkpoint(tmp_path, call_scri
 
 @pytest.mark.parametrize("is_reversed", [True, False])
 @pytest.mark.parametrize(
-    ("said", "found"),
+    ("declared", "found"),
     [("qwen3", "has experts (qwen3-moe)"), ("qwen3-moe", "has no experts (qwen3)")],
 )
-def test_a_model_of_the_other_kind(tmp_path, call_script, said, found, is_reversed):
-    spec = MOE_SPEC if said == "qwen3" else SPEC
+def test_a_model_of_the_other_kind(tmp_path, call_script, declared, found, is_reversed):
+    spec = MOE_SPEC if declared == "qwen3" else SPEC
     hf = random_tensors(spec)
     write(tmp_path / "in", fused(hf, spec) if is_reversed else hf, hf_config(spec))
     paths = ("--input_path", tmp_path / "in", "--output_path", tmp_path / "out")
-    result = call_script("--model", said, "--reversed", is_reversed, *paths)
+    result = call_script("--model", declared, "--reversed", is_reversed, *paths)
     assert result.code == 2
-    assert f"--model {said}: {tmp_path / 'in'} {found}" in result.err
+    assert f"--model {declared}: {tmp_path / 'in'} {found}" in result.err
     assert names(tmp_path) == {"in"}
 
 
@@ -345,7 +345,7 @@ def test_the_yamls_pretrained_model_dir(tmp_path, call_script):
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"t": 1}'
 
 
-def test_the_yaml_names_the_config_of_weights_that_lie_alone(tmp_path, call_script):
+def test_the_yaml_names_the_config_of_weights_without_one(tmp_path, call_script):
     write(tmp_path / "in", random_tensors())
     hf = write_config(tmp_path / "hf", hf_config())
     config = training_yaml(tmp_path / "train.yaml", {}, pretrained_model_dir=str(hf))
@@ -408,7 +408,7 @@ def test_ranks_that_are_not_used_lay_out_nothing(tmp_path, call_script):
 
 
 @pytest.mark.parametrize(
-    ("stamp", "layout_flags", "ranks"),
+    ("declared", "layout_flags", "ranks"),
     [
         ("qkv=interleaved,gate_up=interleaved", CONTIGUOUS, 1),
         ("qkv=contiguous,gate_up=contiguous", {}, 1),
@@ -416,21 +416,21 @@ def test_ranks_that_are_not_used_lay_out_nothing(tmp_path, call_script):
         ("qkv=contiguous,gate_up=contiguous,tensor_parallel=2", CONTIGUOUS, 1),
     ],
 )
-def test_a_yaml_that_contradicts_the_files_stamp(tmp_path, call_script, stamp, layout_flags, ranks):
-    write_merged(tmp_path / "in", fused(random_tensors()), metadata={"mf_qwen3_bridge.layout": stamp})
+def test_a_yaml_that_contradicts_the_layout_metadata(tmp_path, call_script, declared, layout_flags, ranks):
+    write_merged(tmp_path / "in", fused(random_tensors()), metadata={"mf_qwen3_bridge.layout": declared})
     config = training_yaml(tmp_path / "train.yaml", COMPUTED | layout_flags, **on_ranks(ranks))
     before = everything(tmp_path)
     result = reverse(call_script, tmp_path, "qwen3", "--config", config)
     assert result.code == 2
     assert "the layouts of QKV and gate/up contradict each other" in result.err
-    assert f"files: {stamp}" in unwrapped(result.err).replace("parall el", "parallel")
+    assert f"files: {declared}" in unwrapped(result.err).replace("parall el", "parallel")
     assert everything(tmp_path) == before
 
 
-def test_a_stamp_is_enough(tmp_path, call_script):
+def test_layout_metadata_is_enough(tmp_path, call_script):
     hf = random_tensors(GROUPS)
-    stamp = {"mf_qwen3_bridge.layout": "qkv=contiguous,gate_up=contiguous,tensor_parallel=2"}
-    write_merged(tmp_path / "in", fused(hf, GROUPS, 2, 2), metadata=stamp)
+    declared = {"mf_qwen3_bridge.layout": "qkv=contiguous,gate_up=contiguous,tensor_parallel=2"}
+    write_merged(tmp_path / "in", fused(hf, GROUPS, 2, 2), metadata=declared)
     numbers = NUMBERS["qwen3"] | {"num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 2}
     assert reverse(call_script, tmp_path, "qwen3", *flags(numbers)).code == 0
     assert_same(contents(tmp_path / "out"), hf)

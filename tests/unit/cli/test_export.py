@@ -125,9 +125,9 @@ def test_a_config_that_is_not_there(tmp_path, call, trained):
         ),
         ({}, {"run_mode": "predict"}, {"use_contiguous_weight_layout_attention": False}, True),
     ],
-    ids=["nothing", "stamp", "training YAML", "predict YAML", "both flags", "one flag"],
+    ids=["nothing", "layout metadata", "training YAML", "predict YAML", "both flags", "one flag"],
 )
-def test_a_layout_that_is_assumed_is_said(tmp_path, call, metadata, document, model_config, is_assumed):
+def test_a_layout_that_is_assumed_is_reported(tmp_path, call, metadata, document, model_config, is_assumed):
     trained = write_merged(tmp_path / "trained", fused(random_tensors()), metadata=metadata)
     config = ()
     if document:

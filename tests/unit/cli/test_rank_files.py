@@ -96,7 +96,7 @@ def test_ranks_make_up_the_whole_tensors(tmp_path, run_of, has_redundancy):
     assert ranks.metadata["format"] == "ms"
 
 
-def test_what_is_said_to_be_without_redundancy_is_whole_again(tmp_path):
+def test_what_is_declared_without_redundancy_is_whole_again(tmp_path):
     ranks = save_ranks(tmp_path / "ranks", fused(random_tensors()), DP2_TP2, has_redundancy=False).open()
     assert ranks.metadata == {"format": "ms"}
 
@@ -222,7 +222,7 @@ def test_a_suffix_is_a_whole_one(tp2, suffix):
 
 
 def test_a_suffix_is_not_the_end_of_another(tp2):
-    """``0_1`` is not ``1000_1``, which lies beside it."""
+    """``0_1`` is not ``1000_1``, which is beside it."""
     tensors = fused(random_tensors(seed=1))
     for rank in range(2):
         save_rank(tp2.directory, rank, of_rank(tensors, rank, 2), "0_1")

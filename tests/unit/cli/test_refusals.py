@@ -110,7 +110,7 @@ def without_index(source: Given) -> None:
     (source.weights / source.shard).unlink()
 
 
-# What is done to the source, and what has to be said of it: what, found where, what to do.
+# What is done to the source, and what has to be reported of it: what, found where, what to do.
 BAD: dict[str, tuple[Callable[[Given], object], tuple[str, ...]]] = {
     "missing shard": (
         lambda source: (source.weights / source.shard).unlink(),
@@ -198,7 +198,7 @@ BAD: dict[str, tuple[Callable[[Given], object], tuple[str, ...]]] = {
 }
 
 
-def said_of(source: Given, template: str) -> str:
+def expected_of(source: Given, template: str) -> str:
     fields = source._asdict() | {"extra": source.tensor.replace(".weight", ".extra.weight")}
     is_hf = source.weights == source.config
     return template.format(**fields, absent="is not a directory" if is_hf else "does not exist")
@@ -206,17 +206,17 @@ def said_of(source: Given, template: str) -> str:
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused(tmp_path, call, command, source, case):
-    break_it, said = BAD[case]
+    break_it, expected = BAD[case]
     break_it(source)
     before = everything(tmp_path)
     click_command, arguments = COMMANDS[command]
     result = call(*arguments, command=click_command)
     assert result.code == 2, result.out
     text = unwrapped(result.err)
-    for template in said:
+    for template in expected:
         if command == "convert_weight" and case == "not there":
             template = template.replace("{absent}", "does not exist")
-        assert said_of(source, template) in text, text
+        assert expected_of(source, template) in text, text
     assert everything(tmp_path) == before
 
 
@@ -295,7 +295,7 @@ def test_a_missing_shard_without_an_index(tmp_path, call, hf_dir):
     assert names(tmp_path) == {"hf"}
 
 
-def test_everything_that_is_wrong_is_said_at_once(tmp_path, call, trained):
+def test_everything_that_is_wrong_is_reported_at_once(tmp_path, call, trained):
     tensors = fused(random_tensors())
     del tensors[FC2]
     tensors["decoder.layers.1.self_attention.linear_proj.weight"] = np.ones((16, 12), np.float32)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from tests.support.checkpoints import MOE_SPEC, assert_same, contents, hf_config, random_tensors, write
-from tests.support.cli import flags, names, says_of_both
+from tests.support.cli import flags, names, names_both
 from tests.support.commands import ROOT
 from tests.support.trained import NUMBERS, fused, write_merged
 
@@ -32,7 +32,7 @@ def test_the_script_refuses_without_a_traceback(tmp_path):
     paths = ("--input_path", tmp_path / "in", "--output_path", tmp_path / "out")
     result = script("convert_weight.py", "--model", "qwen3", "--reversed", *paths, "--num_layers", 28)
     assert (result.returncode, result.stdout) == (2, "")
-    assert says_of_both(result.stderr, "num_layers", 28, 2)
+    assert names_both(result.stderr, "num_layers", 28, 2)
     assert "Traceback" not in result.stderr
     assert names(tmp_path) == {"in"}
 

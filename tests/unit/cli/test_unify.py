@@ -104,16 +104,16 @@ def test_unify_keeps_zeros_and_nan(tmp_path):
     assert names(tmp_path / "out") == {"part0.safetensors", "param_name_map.json"}
 
 
-def test_unify_keeps_the_stamp(tmp_path):
+def test_unify_keeps_the_layout_metadata(tmp_path):
     hf = random_tensors(GROUPS)
     whole = fused(hf, GROUPS, 2, 2)
-    stamp = "qkv=contiguous,gate_up=contiguous,tensor_parallel=2"
+    layout = "qkv=contiguous,gate_up=contiguous,tensor_parallel=2"
     for rank in range(2):
-        metadata = {"mf_qwen3_bridge.layout": stamp}
+        metadata = {"mf_qwen3_bridge.layout": layout}
         save_rank(tmp_path / "ranks", rank, of_rank(whole, rank, 2), **metadata)
     strategy = {name: sharding_of(name, array, (2,)) for name, array in whole.items()}
     run(jobs.unify(open_rank_files(tmp_path / "ranks", [strategy]), tmp_path / "out"))
-    assert layout_of(tmp_path / "out") == stamp
+    assert layout_of(tmp_path / "out") == layout
     assert_same(contents(tmp_path / "out"), whole)
 
 
@@ -136,7 +136,7 @@ def test_both_steps_as_the_documentation_has_them(tmp_path, call, call_script, s
     assert_same(contents(tmp_path / "hf"), random_tensors())
 
 
-@pytest.mark.parametrize("ranks_in_yaml", [{}, on_ranks(2)], ids=["not said", "said"])
+@pytest.mark.parametrize("ranks_in_yaml", [{}, on_ranks(2)], ids=["not declared", "declared"])
 def test_merged_contiguous_ranks(tmp_path, call, call_script, strategies_of, ranks_in_yaml):
     """How many ranks there were is known, whether the YAML says it or not."""
     hf = random_tensors(GROUPS)
