@@ -86,7 +86,9 @@ MAKE = {  # the last of what each target does
 @pytest.mark.parametrize("command", readme_commands("make"), ids=" ".join)
 def test_what_make_runs(command):
     """The demo's command itself is run by the integration tests, the sessions by ``make test``."""
-    result = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, cwd=ROOT, check=False)
+    result = subprocess.run(
+        [*command, "--dry-run", "--no-print-directory"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == MAKE[command[1]]
 
