@@ -105,6 +105,7 @@ def test_logits_are_those_of_transformers_if_the_layout_is_right(
 
 
 def test_install_and_uninstall() -> None:
+    cpu_training_ops.STAND_INS.uninstall()  # another test of this process may have built a training network
     declarations = cpu_training_ops.STAND_INS.declarations
     replaced = {(declared.owner, declared.name): vars(declared.owner)[declared.name] for declared in declarations}
     cpu_training_ops.STAND_INS.install()
@@ -117,6 +118,7 @@ def test_install_and_uninstall() -> None:
 
 
 def test_another_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_training_ops.STAND_INS.uninstall()
     monkeypatch.setattr(ms, "get_context", lambda key: "Ascend")
     cpu_training_ops.STAND_INS.install()
     assert not cpu_training_ops.STAND_INS.installed
