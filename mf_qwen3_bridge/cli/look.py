@@ -170,7 +170,7 @@ def _draw(found: LayerErrors, first: Path, picture: Path | None) -> None:
 @click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
 @click.option("--dry_run", is_flag=True, help="Say what would be done; write nothing.")
 def truncate(model_dir: Path, layers: int, output_dir: Path, dry_run: bool) -> None:
-    """Keep the first layers of a model, byte for byte, to try a whole road with a model of 235B in a minute.
+    """Keep the first layers of a model, byte for byte, to try every step with a model of 235B in a minute.
 
     It computes what those layers compute, which is no text.
     """

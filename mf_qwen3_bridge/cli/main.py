@@ -123,8 +123,8 @@ def infer(
         inference.check_prompts(model, encoded, generation["max_new_tokens"])
         network = inference.build_network(model, device_target)
     plan = load_network(network, model, use_training_conversion=use_training_conversion)
-    road = "MindFormers' training conversion" if use_training_conversion else "the bridge's loader"
-    click.echo(f"converted   {plan.num_source_tensors} tensors to {len(plan.targets)} parameters, by {road}")
+    loader = "MindFormers' training conversion" if use_training_conversion else "the bridge's loader"
+    click.echo(f"converted   {plan.num_source_tensors} tensors to {len(plan.targets)} parameters, by {loader}")
     click.echo(f"loaded      {len(plan.targets)} of {len(network.parameters_dict())} parameters of the network")
     click.echo("values      no parameter is all zero, none holds NaN or infinities")
     for (mode, text), input_ids in zip(questions, encoded):

@@ -25,11 +25,11 @@ OF_RANKS = [layout.on(size) for layout in LAYOUTS for size in (1, 2)]
 
 def trained(tmp_path: Path, base: Path, layout: Layout) -> Path:
     """Weights a little way from those in ``base``, without layout metadata."""
-    run(to_mindformers(check(base), Dialect(layout), tmp_path / "stamped"))
+    run(to_mindformers(check(base), Dialect(layout), tmp_path / "declared"))
     random = np.random.default_rng(1)
     moved = {
         name: (tensor + 0.3 * random.standard_normal(tensor.shape)).astype(np.float32)
-        for name, tensor in contents(tmp_path / "stamped").items()
+        for name, tensor in contents(tmp_path / "declared").items()
     }
     return write(tmp_path / "trained", moved)
 
@@ -62,9 +62,9 @@ def test_heads_that_were_trained_unlike_each_other(tmp_path: Path, groups: int):
     """The first one stayed as it was, the others moved: each arrangement is judged by the same rows."""
     spec = replace(LARGER, num_query_groups=groups)
     base = write(tmp_path / "base", random_tensors(spec), hf_config(spec))
-    run(to_mindformers(check(base), TRAIN, tmp_path / "stamped"))
+    run(to_mindformers(check(base), TRAIN, tmp_path / "declared"))
     random = np.random.default_rng(1)
-    moved = contents(tmp_path / "stamped")
+    moved = contents(tmp_path / "declared")
     for name in (name for name in moved if name.endswith("linear_qkv.weight")):
         rows = len(moved[name]) // groups
         moved[name] = moved[name].copy()
