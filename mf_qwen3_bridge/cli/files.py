@@ -92,7 +92,7 @@ _export_options = _options(
 )
 
 
-@_command()
+@_command(short_help="Convert Hugging Face to MindFormers, training or inference.")
 @click.option("--model_dir", type=DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory.")
 @click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
 @click.option("--load_checkpoint", type=DIRECTORY, metavar="DIR", help="Weights, when not in --model_dir.")
@@ -155,7 +155,7 @@ def _contradicted_sizes(
             yield Problem(flag, f"{value}\n{yaml.origin}: {key} {size}", "leave out one of them")
 
 
-@_command()
+@_command(short_help="Convert a training checkpoint to Hugging Face.")
 @click.option("--input_path", type=DIRECTORY, metavar="DIR", help="Merged training checkpoint.")
 @_rank_options
 @click.option("--output_path", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
@@ -186,7 +186,7 @@ def export(
     _export(open_source(path, src_strategy_dirs, file_suffix, weights_only=True), output_path, options)
 
 
-@_command()
+@_command(short_help="Merge what a training run's ranks saved.")
 @_options(*(option(required=True) for option in (_strategies, _rank_dirs)))
 @click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Holds the result's directory.")
 @_file_suffix

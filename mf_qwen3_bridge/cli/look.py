@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mf_qwen3_bridge.verify.layer_errors import LayerErrors
 
 
-@click.command()
+@click.command(short_help="Describe a checkpoint by its headers.")
 @click.argument("path", type=DIRECTORY, metavar="DIR")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--rules", is_flag=True, help="List every tensor, and the MindFormers parameter that it is part of.")
@@ -42,7 +42,7 @@ def inspect(path: Path, tensors: bool, rules: bool, as_json: bool) -> None:
             click.echo("\t".join(str(getattr(row, column)) for column in columns))
 
 
-@click.command()
+@click.command(short_help="Check weights: sound, equal, computing the same.")
 @click.argument("first", type=DIRECTORY, metavar="A")
 @click.argument("second", type=DIRECTORY, metavar="[B]", required=False)
 @click.option("--config", type=DIRECTORY, metavar="YAML", help="Of the training run of MindFormers weights.")
@@ -164,7 +164,7 @@ def _draw(found: LayerErrors, first: Path, picture: Path | None) -> None:
         click.echo(f"picture     {picture}")
 
 
-@click.command()
+@click.command(short_help="Keep the first layers of a model.")
 @click.argument("model_dir", type=DIRECTORY, metavar="DIR")
 @click.option("--layers", type=click.IntRange(1), required=True, metavar="N", help="How many to keep.")
 @click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
@@ -180,7 +180,7 @@ def truncate(model_dir: Path, layers: int, output_dir: Path, dry_run: bool) -> N
     make(jobs.truncate(preflight.check(model_dir), layers, output_dir), dry_run)
 
 
-@click.command()
+@click.command(short_help="Describe the machine, for a bug report.")
 def doctor() -> None:
     """Say what this machine has of what MindFormers needs; made to be pasted into a bug report."""
     from mf_qwen3_bridge.cli.doctor import examine

@@ -44,7 +44,7 @@ for _command in (convert, export, unify, inspect, verify, truncate, doctor):
     cli.add_command(_command)
 
 
-@cli.command()
+@cli.command(short_help="Check config.json, YAML and tensors against each other.")
 @_model_options
 def check(model_dir: Path, config: Path | None, load_checkpoint: Path | None, tp: int | None, ep: int | None) -> None:
     """Check config.json, the YAML and the tensors' names, shapes and dtypes against each other (headers only).
@@ -58,7 +58,7 @@ def check(model_dir: Path, config: Path | None, load_checkpoint: Path | None, tp
         click.echo(line)
 
 
-@cli.command()
+@cli.command(short_help="Run a checkpoint in MindFormers' inference model.")
 @_model_options
 @click.option("--use_training_conversion", is_flag=True, help="Convert with MindFormers' own training class.")
 @click.option("--tokenizer_path", type=DIRECTORY, metavar="DIR", help="Tokenizer directory  [default: --model_dir].")
@@ -132,7 +132,7 @@ def infer(
         click.echo(f"\n{mode:<11} {text}\n         -> {answer}")
 
 
-@cli.command("register-path")
+@cli.command("register-path", short_help="Print the folder for run_mindformer.py's --register_path.")
 def register_path() -> None:
     """Print the folder for --register_path of run_mindformer.py (or REGISTER_PATH).
 
@@ -141,7 +141,10 @@ def register_path() -> None:
     click.echo(_REGISTER_PATH)
 
 
-@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@cli.command(
+    short_help="Run one of MindFormers' scripts with the bridge's hooks.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
 @click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def launch(script: Path, arguments: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mf_qwen3_bridge.cli.main import cli
 from tests.support.checkpoints import hf_config, random_tensors, write
 from tests.support.commands import ROOT
 
@@ -79,3 +80,10 @@ def test_without_mindformers_infer_says_how_to_get_it(tmp_path: Path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 2, result.stderr
     assert "pip install" in result.stderr
+
+
+def test_each_command_has_a_whole_line_of_help():
+    result = mf_qwen3("--help")
+    lines = result.stdout.partition("Commands:\n")[2].splitlines()
+    assert {line.split()[0] for line in lines} == set(cli.commands)
+    assert not [line for line in lines if line.endswith("...")]
