@@ -123,6 +123,11 @@ def run_options(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[P
     return options, problems
 
 
+def declared_flags(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The layout flags that a ``model.model_config`` or a caller declares, with their values."""
+    return {flag: model_config[flag] for flag in LAYOUT_FLAGS if model_config.get(flag) is not None}
+
+
 @dataclass(frozen=True)
 class MindFormersConfig:
     """What a MindFormers YAML declares about a checkpoint.
@@ -154,7 +159,7 @@ class MindFormersConfig:
         Raises:
             BridgeError: a flag is neither true nor false.
         """
-        flags = {flag: self.model_config[flag] for flag in LAYOUT_FLAGS if self.model_config.get(flag) is not None}
+        flags = declared_flags(self.model_config)
         if wrong := [
             Problem(flag, repr(value), "true or false") for flag, value in flags.items() if type(value) is not bool
         ]:
@@ -212,7 +217,7 @@ class MindFormersConfig:
         """How an inference run is spread over processes, as far as the YAML declares it, and what is wrong with it.
 
         Returns:
-            Fields of a :class:`~mf_qwen3_bridge.parallel.ParallelConfig`. A training run's are not inference's.
+            Fields of a :class:`~mf_qwen3_bridge.model.parallel.ParallelConfig`. A training run's are not inference's.
         """
         sizes: dict[str, int] = {}
         problems: list[Problem] = []

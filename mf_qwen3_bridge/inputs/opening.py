@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.errors import BridgeError, Problem, folded_problems
 from mf_qwen3_bridge.inputs.documents import directory_meant
 from mf_qwen3_bridge.inputs.rank_files import open_rank_files
 from mf_qwen3_bridge.inputs.source import HF_INDEX, HYPER_PARAMETERS, MINDFORMERS_INDEX, UNFINISHED_SUFFIX, Source
@@ -82,7 +82,7 @@ def _open_files(path: Path, files: Iterable[Path]) -> Source:
     tensors: dict[str, TensorInfo] = {}
     all_metadata: list[dict[str, str]] = []
     problems = []
-    twice: dict[str, list[str]] = defaultdict(list)
+    twice: dict[tuple[str, str], list[str]] = defaultdict(list)
     for file in files:
         try:
             found, file_metadata = read_header(file)
@@ -90,11 +90,11 @@ def _open_files(path: Path, files: Iterable[Path]) -> Source:
             problems += error.problems
             continue
         for name in tensors.keys() & found.keys():
-            twice[f"both in {tensors[name].file.name} and {file.name}"].append(name)
+            found_in = f"both in {tensors[name].file.name} and {file.name}"
+            twice[found_in, "remove the file that is stale"].append(name)
         all_metadata.append(file_metadata)
         tensors |= found
-    for where, names in twice.items():
-        problems += [Problem(name, where, "remove the file that is stale") for name in fold_names(names)]
+    problems += folded_problems(twice)
     if problems:
         raise BridgeError(f"{path} is not a whole checkpoint", problems)
     declared = {key: sorted({entry.get(key, "") for entry in all_metadata}) for entry in all_metadata for key in entry}
@@ -130,17 +130,16 @@ def _open_indexed(directory: Path, index: Path) -> Source:
 
 def _misplaced(source: Source, weight_map: Mapping[str, str], index: str, opened: set[str]) -> Iterator[Problem]:
     """Tensors that are not where an index has them; a row for each pair of files."""
-    names: dict[str, list[str]] = defaultdict(list)
+    remedy = "copy index and files again, from one source"
+    names: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, where in weight_map.items():
         tensor = source.tensors.get(name)
         if where in opened and (tensor is None or tensor.file.name != where):
             found = f"in {tensor.file.name}" if tensor else "in no file of the index"
-            names[f"{index} has it in {where}; it is {found}"].append(name)
+            names[f"{index} has it in {where}; it is {found}", remedy].append(name)
     for name in source.tensors.keys() - weight_map.keys():
-        names[f"in {source.tensors[name].file.name}, but not in {index}"].append(name)
-    for found in sorted(names):
-        for folded in fold_names(names[found]):
-            yield Problem(folded, found, "copy index and files again, from one source")
+        names[f"in {source.tensors[name].file.name}, but not in {index}", remedy].append(name)
+    return folded_problems(dict(sorted(names.items())))
 
 
 def _is_file(file: Path) -> bool:

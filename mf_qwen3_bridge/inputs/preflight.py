@@ -18,6 +18,7 @@ from mf_qwen3_bridge.inputs.mindformers_config import (
     OPTIONS,
     PARALLEL_SIZES,
     MindFormersConfig,
+    declared_flags,
     read_mindformers_config,
     run_options,
 )
@@ -241,11 +242,11 @@ def _layout_of_arguments(
     """
     known_size = source.tensor_parallel or model_parallel
     configured = yaml.layout_of_weights(source.has_experts, known_size)
-    flags = {flag: arguments[flag] for flag in LAYOUT_FLAGS if arguments.get(flag) is not None}
+    flags = declared_flags(arguments)
     if not flags:
         return configured
-    declared = {flag: yaml.model_config[flag] for flag in LAYOUT_FLAGS if yaml.model_config.get(flag) is not None}
-    layout = Layout.of_training(declared | flags, known_size or yaml.training_tensor_parallel)
+    flags = declared_flags(yaml.model_config) | flags
+    layout = Layout.of_training(flags, known_size or yaml.training_tensor_parallel)
     layout = layout.of_experts if source.has_experts else layout
     if configured and layout != configured:
         found = f"arguments: {layout}\n{yaml.origin}: {configured}"

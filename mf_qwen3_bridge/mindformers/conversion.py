@@ -18,7 +18,7 @@ from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausal
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.parallel_core.utils.model_mixin import TrainModelMixin
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.errors import BridgeError, folded_problems
 from mf_qwen3_bridge.mindformers.network import rank_of
 from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT, Layout, View
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
@@ -120,12 +120,10 @@ def convert_map_dict(
     """
     spec = _read_spec(owner, model_config)
     files = _unstack_experts(spec, source_dict, lambda file, view: file)
-    missing = fold_names(name for rule in model_rules(spec) for name in rule.tensors if name not in files)
-    if missing:
-        remedy = "use the index that came with the checkpoint"
-        raise BridgeError(
-            "the name map is not of this model", [Problem(name, "not in the map", remedy) for name in missing]
-        )
+    missing = [name for rule in model_rules(spec) for name in rule.tensors if name not in files]
+    remedy = "use the index that came with the checkpoint"
+    if problems := list(folded_problems({("not in the map", remedy): missing})):
+        raise BridgeError("the name map is not of this model", problems)
     return TrainingConversion(spec, INFERENCE).convert_map_dict(files)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -11,7 +11,7 @@ from weakref import WeakSet
 import mindspore as ms
 import numpy as np
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.errors import BridgeError, Problem, folded_problems
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.mindformers import conversion
@@ -123,8 +123,12 @@ def check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None
     shapes = {target.name: target.shape for target in plan.targets}
     remedy = "the network was built from another config"
     problems = [
-        *_rows(parameters.keys() - shapes.keys(), "in the network, not in the checkpoint", remedy),
-        *_rows(shapes.keys() - parameters.keys(), "in the checkpoint, not in the network", remedy),
+        *folded_problems(
+            {
+                ("in the network, not in the checkpoint", remedy): parameters.keys() - shapes.keys(),
+                ("in the checkpoint, not in the network", remedy): shapes.keys() - parameters.keys(),
+            }
+        ),
         *(
             Problem(name, f"shape {shape} in the checkpoint, {parameters[name].shape} in the network", remedy)
             for name, shape in shapes.items()
@@ -143,16 +147,12 @@ def check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None
 def _check_loaded(unloaded: Sequence[str], unused: Sequence[str]) -> None:
     """Raises for what the two lists name that ``load_param_into_net`` returns."""
     remedy = "the weights are not of this network; Hugging Face weights have to be converted first"
-    problems = [
-        *_rows(unloaded, "parameter of the network, not in the weights", remedy),
-        *_rows(unused, "weight, not in the network", remedy),
-    ]
-    if problems:
+    names_of = {
+        ("parameter of the network, not in the weights", remedy): unloaded,
+        ("weight, not in the network", remedy): unused,
+    }
+    if problems := list(folded_problems(names_of)):
         raise BridgeError("load_param_into_net did not load everything", problems)
-
-
-def _rows(names: Iterable[str], found: str, remedy: str) -> list[Problem]:
-    return [Problem(name, found, remedy) for name in fold_names(names)]
 
 
 def load_checkpoint(

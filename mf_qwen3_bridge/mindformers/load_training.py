@@ -11,7 +11,7 @@ from typing import Any
 import mindspore as ms
 from mindspore.communication import get_rank
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.errors import BridgeError, folded_problems
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.inputs.rank_files import Sharding
 from mf_qwen3_bridge.inputs.strategies import read_strategy
@@ -64,9 +64,8 @@ def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path
 def _check_listed(strategy: Path, listed: Container[str], weights: Iterable[str]) -> None:
     """Checks that a strategy file lists all of these weights; one that an earlier run left need not."""
     remedy = "empty the strategy folder, and set strategy_ckpt_config.only_trainable_params to False"
-    missing = fold_names(name for name in weights if name not in listed)
-    if missing:
-        problems = [Problem(name, "in the network, not in the file", remedy) for name in missing]
+    missing = [name for name in weights if name not in listed]
+    if problems := list(folded_problems({("in the network, not in the file", remedy): missing})):
         raise BridgeError(f"{strategy} is not of this run", problems)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.errors import BridgeError, Problem, folded_problems
 from mf_qwen3_bridge.inputs.layout_detection import describe, likeness_of_layouts, read_sampled_rows
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.mindformers.infer import build_network
@@ -157,7 +157,7 @@ def wrong_parameters(network: InferenceNetwork, model: CheckedCheckpoint) -> Ite
     """Yields the parameters of a network that do not hold what loading gives them, and what they look like, folded."""
     parameters = network.parameters_dict()
     rules = {rule.parameter: rule for rule in model.rules}
-    alike: dict[str, list[str]] = defaultdict(list)
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     with Transfer() as transfer:
         for target in model.plan(INFER).targets:
             parameter = parameters[target.name]
@@ -167,10 +167,8 @@ def wrong_parameters(network: InferenceNetwork, model: CheckedCheckpoint) -> Ite
             expected = np.empty(target.shape, found.dtype)
             transfer.fill(expected, target.copies)
             if not np.array_equal(found, expected):
-                alike[_appearance(found, rules[target.name], model)].append(target.name)
-    for appearance, names in alike.items():
-        for name in fold_names(names):
-            yield Problem(name, appearance, _LOAD)
+                alike[_appearance(found, rules[target.name], model), _LOAD].append(target.name)
+    yield from folded_problems(alike)
 
 
 def _appearance(found: np.ndarray, rule: Rule, model: CheckedCheckpoint) -> str:

@@ -38,8 +38,8 @@ def num_rows(text: str) -> int:
 
 
 def names_both(text: str, name: str, given: int, right: int) -> bool:
-    """Whether a table names a number of the flags or their defaults and that of the tensors, and what to do."""
-    both = rf"arguments(?: and defaults)?: {given} weights: {right} \(\S"
+    """Whether a table names a number of the flags and that of the tensors, and what to do."""
+    both = rf"arguments: {given} weights: {right} \(\S"
     return bool(re.search(both, unwrapped(text))) and f"set {name} to {right} in arguments" in unwrapped(text)
 
 
