@@ -242,14 +242,16 @@ def _layout_of_arguments(
     """
     known_size = source.tensor_parallel or model_parallel
     configured = yaml.layout_of_weights(source.has_experts, known_size)
-    flags = declared_flags(arguments)
+    flags, declared = declared_flags(arguments), declared_flags(yaml.model_config)
     if not flags:
         return configured
-    flags = declared_flags(yaml.model_config) | flags
-    layout = Layout.of_training(flags, known_size or yaml.training_tensor_parallel)
-    layout = layout.of_experts if source.has_experts else layout
-    if configured and layout != configured:
-        found = f"arguments: {layout}\n{yaml.origin}: {configured}"
+    size = known_size or yaml.training_tensor_parallel
+    layout, other = Layout.of_training(declared | flags, size), Layout.of_training(flags | declared, size)
+    if source.has_experts:
+        layout, other = layout.of_experts, other.of_experts
+    other = configured or other  # a predict YAML may declare one flag only, or not the size of the training run
+    if layout != other:
+        found = f"arguments: {layout}\n{yaml.origin}: {other}"
         raise BridgeError("arguments and YAML contradict each other", [Problem("layout", found, "leave out one")])
     return layout
 

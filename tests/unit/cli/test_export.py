@@ -153,6 +153,21 @@ def test_flags_declare_the_layout_where_there_is_no_yaml(tmp_path, call, blocks)
     assert "arguments and YAML contradict each other" in result.err
 
 
+@pytest.mark.parametrize(
+    "model_config",
+    [{"use_contiguous_weight_layout_attention": True}, CONTIGUOUS],
+    ids=["one flag", "both flags, ranks unknown"],
+)
+def test_a_flag_that_a_predict_yaml_contradicts(tmp_path, call, trained, model_config):
+    """Such a YAML does not declare the whole layout; of the flag that it has, it may not be overruled silently."""
+    config = training_yaml(tmp_path / "some.yaml", model_config, run_mode="predict")
+    result = export(call, trained, "--use_contiguous_weight_layout_attention", "false", "--config", config)
+    assert result.code == 2
+    assert "arguments and YAML contradict each other" in result.err
+    assert names(tmp_path) == {"some.yaml", "trained"}
+    assert export(call, trained, "--use_contiguous_weight_layout_attention", "true", "--config", config).code == 0
+
+
 def test_the_weights_that_a_run_began_with_show_the_layout(tmp_path, call):
     hf = random_tensors(GROUPS)
     write(tmp_path / "hf", hf, hf_config(GROUPS))
