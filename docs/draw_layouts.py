@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import numpy as np
+from svg import EDGE, INK, LETTER_WIDTH, document, words
 
 from mf_qwen3_bridge.model import training_ranks
 from mf_qwen3_bridge.model.layouts import Layout
@@ -50,8 +50,6 @@ _LETTERS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_pr
 _LETTERS |= {"down_proj": "d"}
 _COLOURS = {"q": "#9ec9f5", "k": "#f7b977", "v": "#a5d99b", "o": "#d0d4da"}
 _COLOURS |= {"g": "#d9b8f0", "u": "#f2a7b5", "d": "#e6d36f"}
-# Readable on white and on black.
-_GREY = "#7d8590"
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ def text(shown: Iterable[Figure]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-_HEIGHT, _GAP, _LETTER_WIDTH = 26, 10, 8
+_HEIGHT, _GAP = 26, 10
 
 
 def svg(shown: Sequence[Figure]) -> str:
@@ -231,16 +229,11 @@ def svg(shown: Sequence[Figure]) -> str:
     strips = [figure for figure in shown if isinstance(figure, Strip)]
     drawn = _strips(strips) if strips else _matrices([figure for figure in shown if isinstance(figure, Matrix)])
     elements, width, height = drawn
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'role="img" font-family="monospace" font-size="13">\n<title>{escape(text(shown))}</title>\n'
-        + "".join(f"{element}\n" for element in elements)
-        + "</svg>\n"
-    )
+    return document(width, height, text(shown), elements)
 
 
 def _strips(strips: Sequence[Strip]) -> tuple[list[str], int, int]:
-    box, left = 34, _LETTER_WIDTH * max(len(strip.title) for strip in strips) + _GAP
+    box, left = 34, LETTER_WIDTH * max(len(strip.title) for strip in strips) + _GAP
     elements = []
     for number, strip in enumerate(strips):
         y = _GAP + number * (_HEIGHT + _GAP)
@@ -270,20 +263,20 @@ def _matrices(matrices: Sequence[Matrix]) -> tuple[list[str], int, int]:
                     below += _HEIGHT
                 below += _GAP
             bottom = max(bottom, below)
-            x += max(box * matrix.cells.shape[-1], _LETTER_WIDTH * len(matrix.title)) + 2 * _GAP
+            x += max(box * matrix.cells.shape[-1], LETTER_WIDTH * len(matrix.title)) + 2 * _GAP
         y, width = bottom, max(width, x)
     return elements, width, y
 
 
-def _label(x: int, y: int, words: str) -> str:
-    return f'<text x="{x}" y="{y + 17}" fill="{_GREY}">{escape(words)}</text>'
+def _label(x: int, y: int, title: str) -> str:
+    return words(x, y + 17, title)
 
 
 def _box(x: int, y: int, width: int, label: str, colour: str, is_faint: bool = False) -> str:
     dashes = ' stroke-dasharray="3 2"' if is_faint else ""
     return (
-        f'<rect x="{x}.5" y="{y}.5" width="{width}" height="{_HEIGHT}" fill="{colour}" stroke="#57606a"{dashes}/>'
-        f'<text x="{x + width // 2}" y="{y + 18}" text-anchor="middle" fill="#1f2328">{escape(label)}</text>'
+        f'<rect x="{x}.5" y="{y}.5" width="{width}" height="{_HEIGHT}" fill="{colour}" stroke="{EDGE}"{dashes}/>'
+        + words(x + width // 2, y + 18, label, INK, "middle")
     )
 
 

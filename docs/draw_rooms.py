@@ -12,15 +12,14 @@ import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from xml.sax.saxutils import escape
+
+from svg import LETTER_WIDTH, LINE, arrow, box, document, words
 
 DOCS = Path(__file__).resolve().parent
 PACKAGE = "mf_qwen3_bridge"
 PICTURE = "rooms.svg"
 
-# Readable on white and on black.
-_GREY = "#7d8590"
-_LETTER_WIDTH, _LINE, _HEIGHT, _GAP = 8, 18, 64, 48
+_HEIGHT, _GAP = 64, 48
 _LEFT, _WIDTH = 150, 740
 
 
@@ -123,61 +122,34 @@ def svg() -> str:
     elements += [element for lines, room in OUTSIDE for element in _from_outside(lines, rooms[room])]
     width, height = _LEFT + _WIDTH + 1, max(room.top for room in ROOMS) + _HEIGHT + _GAP // 4
     title = "The rooms of the package, each above those that it imports from; on the arrows what flows between them"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'role="img" font-family="monospace" font-size="13">\n<title>{escape(title)}</title>\n'
-        f'<defs><marker id="head" markerWidth="9" markerHeight="8" refX="8" refY="4" orient="auto">'
-        f'<path d="M0,0 L9,4 L0,8 z" fill="{_GREY}"/></marker></defs>\n'
-        + "".join(f"{element}\n" for element in elements)
-        + "</svg>\n"
-    )
+    return document(width, height, title, elements, has_arrows=True)
 
 
-def _box(room: Room) -> Iterator[str]:
-    yield (
-        f'<rect x="{_LEFT + room.left}.5" y="{room.top}.5" width="{room.width - 1}" height="{_HEIGHT}" rx="4" '
-        f'fill="{room.colour}" stroke="#57606a"/>'
-    )
-    first = room.top + (_HEIGHT - _LINE * len(room.lines)) // 2 + 4
-    yield _text(room.middle, first, f"{room.name}", "#1f2328", "middle", is_bold=True)
-    for number, line in enumerate(room.lines, 1):
-        yield _text(room.middle, first + number * _LINE, line, "#1f2328", "middle")
+def _box(room: Room) -> list[str]:
+    return box(_LEFT + room.left, room.top, room.width, _HEIGHT, [room.name, *room.lines], room.colour)
 
 
 def _arrow(source: Room, target: Room, names: Sequence[str]) -> Iterator[str]:
     """Upwards, or to the right within a row."""
     if source.row == target.row:
         start, end, y = _LEFT + source.left + source.width, _LEFT + target.left, source.top + _HEIGHT // 2
-        yield _line(start + 2, y, end - 2, y)
-        for name, place in zip(names, (y - 8, y + _LINE)):
-            yield _text((start + end) // 2, place, name, _GREY, "middle")
+        yield arrow((start + 2, y), (end - 2, y))
+        for name, place in zip(names, (y - 8, y + LINE)):
+            yield words((start + end) // 2, place, name, anchor="middle")
         return
     x = source.middle if source.width < target.width else target.middle
-    words = ", ".join(names)
-    is_inside = x + len(words) * _LETTER_WIDTH < _LEFT + _WIDTH
-    yield _line(x, source.top - 2, x, target.top + _HEIGHT + 3)
-    yield _text(
-        x + 10 if is_inside else x - 10, source.top - _GAP // 2 + 4, words, _GREY, "start" if is_inside else "end"
-    )
+    beside = ", ".join(names)
+    is_inside = x + len(beside) * LETTER_WIDTH < _LEFT + _WIDTH
+    yield arrow((x, source.top - 2), (x, target.top + _HEIGHT + 3))
+    side, anchor = (10, "start") if is_inside else (-10, "end")
+    yield words(x + side, source.top - _GAP // 2 + 4, beside, anchor=anchor)
 
 
 def _from_outside(lines: Sequence[str], room: Room) -> Iterator[str]:
     y = room.top + _HEIGHT // 2
-    letters = max(map(len, lines))
     for number, line in enumerate(lines):
-        yield _text(0, y + 4 + number * _LINE - (len(lines) - 1) * _LINE // 2, line, _GREY, "start")
-    yield _line(letters * _LETTER_WIDTH + 4, y, _LEFT - 2, y)
-
-
-def _line(x1: int, y1: int, x2: int, y2: int) -> str:
-    return (
-        f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{_GREY}" stroke-width="1.5" marker-end="url(#head)"/>'
-    )
-
-
-def _text(x: int, y: int, words: str, colour: str, anchor: str, is_bold: bool = False) -> str:
-    weight = ' font-weight="bold"' if is_bold else ""
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(words)}</text>'
+        yield words(0, y + 4 + number * LINE - (len(lines) - 1) * LINE // 2, line)
+    yield arrow((max(map(len, lines)) * LETTER_WIDTH + 4, y), (_LEFT - 2, y))
 
 
 def main() -> None:

@@ -10,17 +10,17 @@ import pytest
 
 import yaml
 from tests.support.commands import ROOT, msrun
-from tests.support.documents import readme_commands
+from tests.support.documents import manual_commands
 from tests.support.golden import FIXTURES
 from tests.support.tokenizers import spell, with_tokenizer
 
 # Two processes that wait for each other on two cores take a third of a second for a token.
 PROMPTS, NEW_TOKENS = (0, 2), 16
-MSRUN = readme_commands("msrun")
+MSRUN = manual_commands("msrun")
 
 
 def two_processes(*arguments: object) -> list[object]:
-    """The command of the README for this machine."""
+    """The command of docs/running.md for this machine."""
     (command,) = (command for command in MSRUN if "--worker_num=2" in command)
     script = command.index("scripts/run_infer.py")
     return [*command[:script], ROOT / "scripts" / "run_infer.py", *arguments]

@@ -1,4 +1,4 @@
-"""Every command of the README that needs MindFormers, or files of its ranks, on small checkpoints under its names."""
+"""Every command of the manual that needs MindFormers, or files of its ranks, on small checkpoints under its names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import TRAIN
 from tests.support.checkpoints import read
 from tests.support.commands import ROOT, environment, free_port, run_command
-from tests.support.documents import CHINESE, ENGLISH, NUMBER_FLAGS, blocks, commands, readme_commands
+from tests.support.documents import ENGLISH, NUMBER_FLAGS, blocks, manual_commands
 from tests.support.golden import CHECKPOINTS
 from tests.support.ranks import save_as_ranks
 
@@ -52,7 +52,7 @@ def directory(tmp_path: Path) -> Path:
     return furnish(tmp_path)
 
 
-@pytest.mark.parametrize("command", readme_commands("infer"), ids=" ".join)
+@pytest.mark.parametrize("command", manual_commands("infer"), ids=" ".join)
 def test_infer(directory: Path, command):
     result = run_command([sys.executable, *MODULES[command[0]], *command[2:]], directory)
     assert result.returncode == 0, result.stderr
@@ -80,7 +80,7 @@ def offline(tmp_path_factory) -> Path:
     }
     (directory / "finetune_qwen3_8b.yaml").write_text(yaml.safe_dump(document))
     save_as_ranks(directory / "output", SMALL["Qwen3-30B-A3B"])
-    for command in readme_commands("offline"):
+    for command in manual_commands("offline"):
         words = command[1:] if command[0] == "python" else ["-m", "mf_qwen3_bridge.cli", *command[1:]]
         result = run_command([sys.executable, *on_the_small_model(words)], directory)
         assert result.returncode == 0, (command, result.stderr)
@@ -132,7 +132,7 @@ def test_two_machines(offline: Path):
     }
     machines = [
         subprocess.Popen([changes.get(word, word) for word in command], cwd=offline, env=environment())
-        for command in commands(ENGLISH, "sh")
+        for command in manual_commands(language="sh")
     ]
     assert len(machines) == 2
     assert [machine.wait(timeout=600) for machine in machines] == [0, 0]
@@ -147,10 +147,11 @@ def test_make_demo_prints_what_the_readme_shows(directory: Path):
     (arguments,) = re.findall(r"^\t\$\(VENV\)/bin/python (scripts/run_infer\.py .*)$", makefile, re.MULTILINE)
     result = run_command([sys.executable, *arguments.split()], directory)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == blocks(ENGLISH, "text")[0] == blocks(CHINESE, "text")[0]
+    assert result.stdout == blocks(ENGLISH["README"], "text")[0]
 
 
-def test_python(directory: Path):
-    code = "\n".join(blocks(ENGLISH, "python"))
+@pytest.mark.parametrize("page", ["README", "docs/running"])
+def test_python(directory: Path, page: str):
+    code = "\n".join(blocks(ENGLISH[page], "python"))
     result = run_command([sys.executable, "-c", code], directory)
     assert result.returncode == 0, result.stderr

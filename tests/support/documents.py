@@ -18,7 +18,11 @@ NUMBER_FLAGS = {
 }
 
 
-ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md"))
+# What a user reads, in English and in Chinese. The commands of one page go on with what those of the page before made.
+MANUAL = ("README", "docs/running", "docs/converting", "docs/exporting", "docs/verifying")
+ENGLISH, CHINESE = (
+    {name: (ROOT / f"{name}{language}.md").read_text(encoding="utf-8") for name in MANUAL} for language in ("", "_CN")
+)
 
 
 def blocks(readme: str, language: str) -> list[str]:
@@ -36,7 +40,7 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-# Which tests run the README's commands, by their first two words.
+# Which tests run the manual's commands, by their first two words.
 RUNNERS = {
     ("make", "demo"): "make",
     ("make", "test"): "make",
@@ -58,6 +62,12 @@ RUNNERS = {
 }
 
 
-def readme_commands(runner: str) -> list[list[str]]:
-    """The README's commands that one group of tests runs, in order. KeyError: there is one that no test runs."""
-    return [command for command in commands(ENGLISH) if RUNNERS[command[0], command[1]] == runner]
+def manual_commands(runner: str | None = None, language: str = "bash") -> list[list[str]]:
+    """The manual's commands that one group of tests runs (or all), in order, each once.
+
+    Raises:
+        KeyError: there is one that no test runs.
+    """
+    of_all_pages = [command for page in ENGLISH.values() for command in commands(page, language)]
+    each_once = [command for number, command in enumerate(of_all_pages) if command not in of_all_pages[:number]]
+    return [command for command in each_once if runner in (None, RUNNERS[command[0], command[1]])]

@@ -33,7 +33,8 @@ def script(name: str):
     return module
 
 
-DRAW, ROOMS_DRAWN = script("draw_layouts"), script("draw_rooms")
+sys.path.append(str(DOCS))  # where a script in docs/ finds what it shares with others
+DRAW, ROOMS_DRAWN, OVERVIEW = (script(f"draw_{name}") for name in ("layouts", "rooms", "overview"))
 FIGURES = DRAW.figures()
 
 
@@ -115,7 +116,7 @@ def test_sessions_that_are_named_are_there():
 def test_the_pictures_are_what_the_rules_say():
     committed = {file.name: file.read_text(encoding="utf-8") for file in (DOCS / "pictures").glob("*.svg")}
     drawn = {f"{name}.svg": DRAW.svg(figure) for name, figure in FIGURES.items()}
-    assert committed == drawn | {ROOMS_DRAWN.PICTURE: ROOMS_DRAWN.svg()}
+    assert committed == drawn | {script.PICTURE: script.svg() for script in (ROOMS_DRAWN, OVERVIEW)}
 
 
 def test_the_picture_of_the_rooms_has_all_of_them_in_the_order_of_their_imports():
@@ -158,8 +159,8 @@ def checkout(directory: Path) -> Path:
     for name in ("demo", "mf_qwen3_bridge", "scripts", "tests", "noxfile.py", "pyproject.toml"):
         (directory / name).symlink_to(ROOT / name)
     (directory / "docs").mkdir()
-    for name in ("draw_layouts.py", "draw_rooms.py"):
-        (directory / "docs" / name).write_bytes((DOCS / name).read_bytes())
+    for file in DOCS.glob("*.py"):
+        (directory / "docs" / file.name).write_bytes(file.read_bytes())
     return directory
 
 
