@@ -1,25 +1,34 @@
-# The two commands that set everything up. Needs Python 3.11 and the package index; no NPU.
-#   make demo    run the demo checkpoint in MindFormers' inference model on the CPU
-#   make test    lint, unit tests, and the integration tests with MindFormers 1.7.0, 1.8.0 and 1.9.0
+# The commands that set everything up. Needs Python 3.11 and the package index; no NPU.
+#   make demo       run the demo checkpoint in MindFormers' inference model on the CPU
+#   make test       lint, unit tests, and all tests with the newest MindFormers; transformers and torch as reference
+#   make test-all   make test, and what can differ with the older MindFormers releases
+#   make format     what ruff changes by itself
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-MINDFORMERS ?= 1.9.0
+NEWEST := 1.9.0
+MINDFORMERS ?= $(NEWEST)
 VENV := .venv
-INSTALLED := $(VENV)/.installed-$(MINDFORMERS)
 
-.PHONY: help demo test
+.PHONY: help demo test test-all format
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(INSTALLED): pyproject.toml
-	@echo "setting up $(VENV) with MindFormers $(MINDFORMERS): about 3 GB, a few minutes"
+# One environment, with one release of MindFormers at a time.
+$(VENV)/.installed-%: pyproject.toml
+	@echo "setting up $(VENV) with MindFormers $*: about 3 GB, a few minutes"
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" "mindformers==$(MINDFORMERS)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" "mindformers==$*"
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-demo: $(INSTALLED)
+demo: $(VENV)/.installed-$(MINDFORMERS)
 	$(VENV)/bin/python scripts/run_infer.py --model_dir demo/qwen3-demo --use_training_conversion --test_mode both
 
-test: $(INSTALLED)
-	$(VENV)/bin/nox
+test: $(VENV)/.installed-$(NEWEST)
+	$(VENV)/bin/nox --session lint unit newest judge
+
+test-all: test
+	$(VENV)/bin/nox --session older
+
+format: $(VENV)/.installed-$(NEWEST)
+	$(VENV)/bin/nox --session format

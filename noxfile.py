@@ -1,17 +1,22 @@
-"""The test sessions; ``make test`` runs them all. ``nox -s "integration(mindformers='1.7.0')"`` runs one."""
+"""The test sessions. The Makefile says which; ``nox -s "older(mindformers='1.7.0')"`` runs one."""
+
+import os
+import sys
+from pathlib import Path
 
 import nox
 
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 
-# Each release, and the tests that its session leaves out. Documents, their commands and the benchmarks run on the
+# Each older release, and the tests that its session leaves out. Documents, their commands and the benchmarks run on the
 # newest one: beside each `newest_only` stands which test shows the same on every release. 1.8.0 pins the MindSpore of
 # 1.7.0.
-MINDFORMERS = {"1.7.0": "newest_only", "1.8.0": "newest_only or mindspore_only", "1.9.0": ""}
+OLDER = {"1.7.0": "newest_only", "1.8.0": "newest_only or mindspore_only"}
 # MindFormers and transformers pin each other; torch is the build with which the golden results were made.
 TORCH = "torch==2.13.0"
 TRANSFORMERS = "transformers==4.57.1"
+INTEGRATION = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "tests/integration", "tests/distributed")
 
 
 @nox.session(python="3.11")
@@ -24,24 +29,36 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11")
+def format(session: nox.Session) -> None:
+    """What ruff changes by itself."""
+    session.install("--quiet", "-e", ".[lint]")
+    session.run("ruff", "check", "--fix", ".")
+    session.run("ruff", "format", ".")
+
+
+@nox.session(python="3.11")
 def unit(session: nox.Session) -> None:
     """Everything that needs no MindSpore, in an environment that has none."""
     session.install("--quiet", "-e", ".[test]")
     session.run("pytest", "-n", "2", "tests/unit", *session.posargs)
 
 
+@nox.session(venv_backend="none")
+def newest(session: nox.Session) -> None:
+    """The real classes of the newest MindFormers release, in the environment of ``make demo``, which has it."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    session.run(sys.executable, "-m", "pip", "check", external=True)
+    session.run(sys.executable, *INTEGRATION, *session.posargs, env={"PATH": path}, external=True)
+
+
 @nox.session(python="3.11")
-@nox.parametrize("mindformers", list(MINDFORMERS))
-def integration(session: nox.Session, mindformers: str) -> None:
-    """The real classes of one MindFormers release, on the MindSpore it pins."""
+@nox.parametrize("mindformers", list(OLDER))
+def older(session: nox.Session, mindformers: str) -> None:
+    """The real classes of an older MindFormers release, on the MindSpore it pins."""
     session.install("--quiet", f"mindformers=={mindformers}")
     session.install("--quiet", "-e", ".[test]")  # afterwards, as on a server: it must not move anything
     session.run("pip", "check")
-    left_out = ("-m", f"not ({MINDFORMERS[mindformers]})") if MINDFORMERS[mindformers] else ()
-    session.run(
-        *("pytest", "-n", "2", "--dist", "loadfile", *left_out),
-        *("tests/integration", "tests/distributed", *session.posargs),
-    )
+    session.run("python", *INTEGRATION, "-m", f"not ({OLDER[mindformers]})", *session.posargs)
 
 
 @nox.session(python="3.11")

@@ -44,6 +44,7 @@ def anchor(heading: str) -> str:
 RUNNERS = {
     ("make", "demo"): "make",
     ("make", "test"): "make",
+    ("make", "test-all"): "make",
     ("pip", "install"): "nobody: it made this environment",
     ("python", "scripts/run_infer.py"): "infer",
     ("mf-qwen3", "infer"): "infer",
