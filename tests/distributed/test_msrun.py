@@ -72,7 +72,7 @@ def test_what_does_not_divide_is_told_before_anything_starts(tmp_path: Path):
         assert "mindspore" not in log.lower()
 
 
-def test_the_commands_of_the_readme(tmp_path: Path):
+def test_the_commands_of_the_documents(tmp_path: Path):
     """Those for 8 NPUs run here with 2 processes: the one for a dense model is the one for this machine then.
 
     Sampling must not part the processes: they would go on with different tokens in one model.
@@ -83,7 +83,7 @@ def test_the_commands_of_the_readme(tmp_path: Path):
     (run / "demo").symlink_to(ROOT / "demo")
     (run / "Qwen3-30B-A3B").symlink_to(with_tokenizer("moe_bf16", tmp_path))
     on_two = [[re.sub(r"(?<=num=)8$|^8$", "2", word) for word in command] for command in MSRUN]
-    dense, moe, here = on_two
+    moe, dense, here = on_two
     assert [word.replace("Qwen3-32B", "demo/qwen3-demo") for word in dense] == here
     code, logs = msrun(run, here)
     assert code == 0, logs

@@ -12,9 +12,8 @@ import pytest
 import mf_qwen3_bridge
 from tests.support.golden import CHECKPOINTS
 
-# An operator at a time: a process that generates otherwise waits, for each token, for threads that have hardly anything
-# to do.
-ms.set_context(pynative_synchronize=True)
+# As the bridge does where it builds a network; not all tests begin with that.
+ms.runtime.launch_blocking()
 
 
 @pytest.fixture(scope="module")
