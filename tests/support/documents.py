@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from pathlib import Path
 
 from tests.support.commands import ROOT
 
@@ -35,9 +37,39 @@ def commands(readme: str, language: str = "bash") -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, True))]
 
 
+def without_code_blocks(document: Path) -> str:
+    text = document.read_text(encoding="utf-8")
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def prose(document: Path) -> str:
+    """A document without its code."""
+    return re.sub(r"`[^`\n]*`", "", without_code_blocks(document))
+
+
+def headings(document: Path) -> list[tuple[str, str]]:
+    """(number signs, text) of each."""
+    return re.findall(r"^(#+) (.*)$", without_code_blocks(document), re.MULTILINE)
+
+
 def anchor(heading: str) -> str:
     """The link target that GitHub makes of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def anchors(document: Path) -> Iterator[str]:
+    """The link targets of all headings; the second of one name gets a number."""
+    seen: dict[str, int] = {}
+    for _, heading in headings(document):
+        name = anchor(heading)
+        number = seen[name] = seen.get(name, -1) + 1
+        yield f"{name}-{number}" if number else name
+
+
+def links(document: Path) -> list[str]:
+    """Links to files of the repository and to headings."""
+    found = re.findall(r"\]\((.*?)\)", prose(document))
+    return [link for link in found if not link.startswith(("http://", "https://"))]
 
 
 # Which tests run the manual's commands, by their first two words.

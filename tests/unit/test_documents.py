@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 
 from mf_qwen3_bridge.model import layouts
 from tests.support.commands import ROOT, environment, run_command
-from tests.support.documents import anchor, blocks, commands
+from tests.support.documents import anchors, blocks, commands, links
 
 DOCS = ROOT / "docs"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "demo").glob("*.md")])
@@ -38,27 +37,9 @@ DRAW, ROOMS_DRAWN, OVERVIEW = (script(f"draw_{name}") for name in ("layouts", "r
 FIGURES = DRAW.figures()
 
 
-def prose(document: Path) -> str:
-    """A document without its code."""
-    text = document.read_text(encoding="utf-8")
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL))
-
-
-def anchors(document: Path) -> Iterator[str]:
-    """GitHub's link targets; the second of one name gets a number."""
-    seen: dict[str, int] = {}
-    text = re.sub(r"^ *```.*?^ *```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
-        name = anchor(heading)
-        number = seen[name] = seen.get(name, -1) + 1
-        yield f"{name}-{number}" if number else name
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_links_lead_somewhere(document: Path):
-    for link in re.findall(r"\]\((.*?)\)", prose(document)):
-        if link.startswith(("http://", "https://")):
-            continue
+    for link in links(document):
         path, _, name = link.partition("#")
         target = (document.parent / path).resolve() if path else document
         assert target.exists(), link
@@ -71,12 +52,8 @@ def test_no_document_is_hard_to_find():
     found, new = set(), {ROOT / "README.md"}
     while new:
         found |= new
-        links = {
-            (document.parent / link.partition("#")[0]).resolve()
-            for document in new
-            for link in re.findall(r"\]\((.*?)\)", prose(document))
-        }
-        new = {link for link in links if link.suffix == ".md"} - found
+        linked = {(document.parent / link.partition("#")[0]).resolve() for document in new for link in links(document)}
+        new = {page for page in linked if page.suffix == ".md"} - found
     assert found >= set(DOCUMENTS)
 
 
