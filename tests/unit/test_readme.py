@@ -1,4 +1,4 @@
-"""What the pages of the manual show is what the commands print. (That the Chinese ones say the same: test_translations.)"""
+"""What the pages of the manual show is what the commands print. (The Chinese pages: test_translations.)"""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from mf_qwen3_bridge.verify.reference import forward
 from tests.support.checkpoints import SPEC, hf_config, random_tensors, write, write_headers
 from tests.support.commands import ROOT, run_command
 from tests.support.documents import ENGLISH, NUMBER_FLAGS, RUNNERS, blocks, commands, manual_commands
-
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_CN.md"])
