@@ -160,7 +160,7 @@ class Summary:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         yield (
             f"written     {self.num_tensors} tensors, {size_text(self.nbytes)} in {self.seconds:.1f} s, "
-            f"{self.nbytes / self.seconds / 1e9:.2f} GB/s, peak memory {size_text(peak)}"
+            f"{size_text(self.nbytes / self.seconds)}/s, peak memory {size_text(peak)}"
         )
         yield from (f"note        {note}" for note in self.notes)
 

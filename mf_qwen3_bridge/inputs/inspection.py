@@ -21,6 +21,7 @@ from mf_qwen3_bridge.model.released import RELEASED
 from mf_qwen3_bridge.model.rules import Dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.plan import match_tensors
+from mf_qwen3_bridge.transfer.progress import size_text
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
 
@@ -203,7 +204,7 @@ def lines(inspection: Inspection) -> Iterator[str]:
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in inspection.dtypes.items())
     where = f"{inspection.files} {'file' if inspection.files == 1 else 'files'}"
     where += f" of {inspection.ranks} ranks" if inspection.ranks else ""
-    yield f"tensors     {len(inspection.tensors)} ({dtypes}), {inspection.nbytes / 1e9:.2f} GB in {where}"
+    yield f"tensors     {len(inspection.tensors)} ({dtypes}), {size_text(inspection.nbytes)} in {where}"
     yield f"parameters  {inspection.parameters:,}" + (" on all ranks, copies included" if inspection.ranks else "")
     if inspection.state:
         more = f" and {len(inspection.state) - 4} more" if len(inspection.state) > 4 else ""

@@ -28,6 +28,7 @@ from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import INFER, Dialect
 from mf_qwen3_bridge.model.spec import MINDFORMERS_NAMES, ModelSpec
+from mf_qwen3_bridge.transfer.progress import size_text
 
 # Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 1.9).
 _DEFAULT_SIZES = {"seq_length": 4096, "num_blocks": 1024, "block_size": 32}
@@ -364,7 +365,7 @@ def summary(model: CheckedCheckpoint) -> Iterator[str]:
         f"{mlp}, vocab_size {spec.vocab_size}, {tied} embeddings"
     )
     yield (
-        f"checkpoint  {model.dialect}, {len(source.tensors)} tensors, {source.nbytes / 2**20:.1f} MiB "
+        f"checkpoint  {model.dialect}, {len(source.tensors)} tensors, {size_text(source.nbytes)} "
         f"({dtypes}) in {files} {'file' if files == 1 else 'files'}"
     )
     count = len(source.tensors) - len(model.ignored)
@@ -373,7 +374,7 @@ def summary(model: CheckedCheckpoint) -> Iterator[str]:
         share = model.plan(INFER, rank=model.parallel.rank(0)).source_nbytes
         yield (
             f"parallel    {model.parallel.world_size} processes (tensor parallel {model.parallel.tensor_parallel}, "
-            f"expert parallel {model.parallel.expert_parallel}), each holds {share / 2**20:.1f} MiB"
+            f"expert parallel {model.parallel.expert_parallel}), each holds {size_text(share)}"
         )
     yield from (f"note        {note}" for note in model.notes)
     if model.ignored:

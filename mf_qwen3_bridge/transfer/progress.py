@@ -11,13 +11,15 @@ from tqdm import tqdm
 @contextmanager
 def progress_bar(label: str, nbytes: int) -> Iterator[Callable[[int], object]]:
     """Shows a bar on stderr over ``nbytes`` bytes; yields the function to call with each number of bytes done."""
-    with tqdm(total=nbytes, desc=label, unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False) as bar:
+    bar = tqdm(total=nbytes, desc=label, unit="iB", unit_scale=True, unit_divisor=1024, disable=None, leave=False)
+    with bar:
         yield bar.update
 
 
 def size_text(nbytes: float) -> str:
-    """Formats a number of bytes: ``1.11 GiB``, ``45.0 MiB``, ``3.2 KiB``."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.{2 if unit == 'GiB' else 1}f} {unit}"
-    return f"{nbytes / 1024:.1f} KiB"
+    """Formats a number of bytes: ``1.11 GiB``, ``45.0 MiB``, ``0.6 MiB``, ``3.2 KiB``."""
+    if nbytes >= 1 << 30:
+        return f"{nbytes / 2**30:.2f} GiB"
+    if nbytes >= 2**20 / 10:
+        return f"{nbytes / 2**20:.1f} MiB"
+    return f"{nbytes / 2**10:.1f} KiB"

@@ -15,6 +15,7 @@ from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check_trained
 from mf_qwen3_bridge.model.parameters import layer_of
 from mf_qwen3_bridge.model.rules import INFER
+from mf_qwen3_bridge.transfer.progress import size_text
 from mf_qwen3_bridge.verify.reference import EMBEDDED, LOGITS, STAGES, Stage, forward
 
 # What a network may be off that computes in this dtype, relative to the largest value of a stage. A misplaced row makes
@@ -141,8 +142,8 @@ def layers_that_fit(model: CheckedCheckpoint) -> int:
     count = min(len(layers), int(budget // max(layers)))
     if count < 1:
         raise BridgeError(
-            f"one layer of {model.source.path} takes {(fixed + max(layers)) / 2**30:.1f} GiB with the embedding, "
-            f"in float32, and {available / 2**30:.1f} GiB are free: --layers 1 tries it all the same"
+            f"one layer of {model.source.path} takes {size_text(fixed + max(layers))} with the embedding, "
+            f"in float32, and {size_text(available)} are free: --layers 1 tries it all the same"
         )
     return count
 
