@@ -34,6 +34,11 @@ NUMBERS = (
 LAYOUT_OPTIONS = ("use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp")
 
 
+def examples(*commands: str) -> str:
+    """Formats commands as the end of a help text, an ``epilog`` whose lines click leaves as they are."""
+    return "\n".join(("\b", "Examples:", *(f"  {command}" for command in commands)))
+
+
 _command = partial(click.command, context_settings={"help_option_names": ["-h", "--help"]})
 
 
@@ -92,7 +97,14 @@ _export_options = _options(
 )
 
 
-@_command(short_help="Convert Hugging Face to MindFormers, training or inference.")
+@_command(
+    short_help="Convert Hugging Face to MindFormers, training or inference.",
+    epilog=examples(
+        "mf-qwen3 convert --model_dir Qwen3-8B --output_dir converted",
+        "mf-qwen3 convert --model_dir Qwen3-8B --layout infer --output_dir converted",
+        "mf-qwen3 convert --model_dir Qwen3-30B-A3B --tp 2 --ep 8 --output_dir ranks",
+    ),
+)
 @click.option("--model_dir", type=DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory.")
 @click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
 @click.option("--load_checkpoint", type=DIRECTORY, metavar="DIR", help="Weights, when not in --model_dir.")
@@ -155,7 +167,15 @@ def _contradicted_sizes(
             yield Problem(flag, f"{value}\n{yaml.origin}: {key} {size}", "leave out one of them")
 
 
-@_command(short_help="Convert a training checkpoint to Hugging Face.")
+@_command(
+    short_help="Convert a training checkpoint to Hugging Face.",
+    epilog=examples(
+        "mf-qwen3 export --input_path merged --hf_config Qwen3-8B --output_path tuned",
+        "mf-qwen3 export --mindspore_ckpt_dir output/checkpoint \\\n"
+        "      --src_strategy_dirs output/strategy --file_suffix 1000_1 \\\n"
+        "      --hf_config Qwen3-8B --output_path tuned",
+    ),
+)
 @click.option("--input_path", type=DIRECTORY, metavar="DIR", help="Merged training checkpoint.")
 @_rank_options
 @click.option("--output_path", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
@@ -186,7 +206,14 @@ def export(
     _export(open_source(path, src_strategy_dirs, file_suffix, weights_only=True), output_path, options)
 
 
-@_command(short_help="Merge what a training run's ranks saved.")
+@_command(
+    short_help="Merge what a training run's ranks saved.",
+    epilog=examples(
+        "mf-qwen3 unify --mindspore_ckpt_dir output/checkpoint \\\n"
+        "      --src_strategy_dirs output/strategy --file_suffix 1000_1 \\\n"
+        "      --filter_out_param_prefix adam_ --output_dir unified"
+    ),
+)
 @_options(*(option(required=True) for option in (_strategies, _rank_dirs)))
 @click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Holds the result's directory.")
 @_file_suffix
@@ -218,7 +245,13 @@ def unify(
     make(jobs.unify(ranks, output), dry_run)
 
 
-@_command()
+@_command(
+    epilog=examples(
+        "python scripts/convert_weight.py --model qwen3 \\\n      --input_path Qwen3-8B --output_path converted",
+        "python scripts/convert_weight.py --model qwen3 --reversed \\\n"
+        "      --input_path merged --output_path tuned --hf_config Qwen3-8B",
+    )
+)
 @click.option("--model", "kind", type=click.Choice(["qwen3-moe", "qwen3"]), required=True)
 @click.option("--input_path", type=DIRECTORY, metavar="DIR", required=True, help="The checkpoint to convert.")
 @click.option("--output_path", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")

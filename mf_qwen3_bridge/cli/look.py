@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mf_qwen3_bridge.cli.files import DIRECTORY, make
+from mf_qwen3_bridge.cli.files import DIRECTORY, examples, make
 from mf_qwen3_bridge.errors import BridgeError, fold_names, table
 
 if TYPE_CHECKING:
     from mf_qwen3_bridge.verify.layer_errors import LayerErrors
 
 
-@click.command(short_help="Describe a checkpoint by its headers.")
+@click.command(
+    short_help="Describe a checkpoint by its headers.",
+    epilog=examples("mf-qwen3 inspect Qwen3-8B", "mf-qwen3 inspect output/checkpoint --rules"),
+)
 @click.argument("path", type=DIRECTORY, metavar="DIR")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--rules", is_flag=True, help="List every tensor, and the MindFormers parameter that it is part of.")
@@ -42,7 +45,14 @@ def inspect(path: Path, tensors: bool, rules: bool, as_json: bool) -> None:
             click.echo("\t".join(str(getattr(row, column)) for column in columns))
 
 
-@click.command(short_help="Check weights: sound, equal, computing the same.")
+@click.command(
+    short_help="Check weights: sound, equal, computing the same.",
+    epilog=examples(
+        "mf-qwen3 verify Qwen3-8B",
+        "mf-qwen3 verify Qwen3-8B converted",
+        "mf-qwen3 verify Qwen3-8B --logits --layers 2",
+    ),
+)
 @click.argument("first", type=DIRECTORY, metavar="A")
 @click.argument("second", type=DIRECTORY, metavar="[B]", required=False)
 @click.option("--config", type=DIRECTORY, metavar="YAML", help="Of the training run of MindFormers weights.")
@@ -164,7 +174,10 @@ def _draw(found: LayerErrors, first: Path, picture: Path | None) -> None:
         click.echo(f"picture     {picture}")
 
 
-@click.command(short_help="Keep the first layers of a model.")
+@click.command(
+    short_help="Keep the first layers of a model.",
+    epilog=examples("mf-qwen3 truncate Qwen3-235B-A22B --layers 1 --output_dir one-layer"),
+)
 @click.argument("model_dir", type=DIRECTORY, metavar="DIR")
 @click.option("--layers", type=click.IntRange(1), required=True, metavar="N", help="How many to keep.")
 @click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
@@ -180,7 +193,7 @@ def truncate(model_dir: Path, layers: int, output_dir: Path, dry_run: bool) -> N
     make(jobs.truncate(preflight.check(model_dir), layers, output_dir), dry_run)
 
 
-@click.command(short_help="Describe the machine, for a bug report.")
+@click.command(short_help="Describe the machine, for a bug report.", epilog=examples("mf-qwen3 doctor"))
 def doctor() -> None:
     """Say what this machine has of what MindFormers needs; made to be pasted into a bug report."""
     from mf_qwen3_bridge.cli.doctor import examine

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from mf_qwen3_bridge import __version__
-from mf_qwen3_bridge.cli.files import DIRECTORY, convert, export, unify
+from mf_qwen3_bridge.cli.files import DIRECTORY, convert, examples, export, unify
 from mf_qwen3_bridge.cli.look import doctor, inspect, truncate, verify
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers.quiet import silence_upstream
@@ -44,7 +44,13 @@ for _command in (convert, export, unify, inspect, verify, truncate, doctor):
     cli.add_command(_command)
 
 
-@cli.command(short_help="Check config.json, YAML and tensors against each other.")
+@cli.command(
+    short_help="Check config.json, YAML and tensors against each other.",
+    epilog=examples(
+        "mf-qwen3 check --model_dir Qwen3-8B",
+        "mf-qwen3 check --model_dir Qwen3-8B --config finetune_qwen3_8b.yaml",
+    ),
+)
 @_model_options
 def check(model_dir: Path, config: Path | None, load_checkpoint: Path | None, tp: int | None, ep: int | None) -> None:
     """Check config.json, the YAML and the tensors' names, shapes and dtypes against each other (headers only).
@@ -58,7 +64,13 @@ def check(model_dir: Path, config: Path | None, load_checkpoint: Path | None, tp
         click.echo(line)
 
 
-@cli.command(short_help="Run a checkpoint in MindFormers' inference model.")
+@cli.command(
+    short_help="Run a checkpoint in MindFormers' inference model.",
+    epilog=examples(
+        "mf-qwen3 infer --model_dir Qwen3-8B --test_mode both",
+        "mf-qwen3 infer --model_dir Qwen3-8B --prompt 'Hello' --max_new_tokens 8",
+    ),
+)
 @_model_options
 @click.option("--use_training_conversion", is_flag=True, help="Convert with MindFormers' own training class.")
 @click.option("--tokenizer_path", type=DIRECTORY, metavar="DIR", help="Tokenizer directory  [default: --model_dir].")
@@ -132,7 +144,11 @@ def infer(
         click.echo(f"\n{mode:<11} {text}\n         -> {answer}")
 
 
-@cli.command("register-path", short_help="Print the folder for run_mindformer.py's --register_path.")
+@cli.command(
+    "register-path",
+    short_help="Print the folder for run_mindformer.py's --register_path.",
+    epilog=examples("export REGISTER_PATH=$(mf-qwen3 register-path)"),
+)
 def register_path() -> None:
     """Print the folder for --register_path of run_mindformer.py (or REGISTER_PATH).
 
@@ -144,14 +160,12 @@ def register_path() -> None:
 @cli.command(
     short_help="Run one of MindFormers' scripts with the bridge's hooks.",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog=examples("mf-qwen3 launch run_mindformer.py --config predict_qwen3.yaml"),
 )
 @click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def launch(script: Path, arguments: tuple[str, ...]) -> None:
-    """Run one of MindFormers' scripts with the bridge in place, its YAML as it is.
-
-    mf-qwen3 launch run_mindformer.py --config predict_qwen3.yaml ...
-    """
+    """Run one of MindFormers' scripts with the bridge in place, its YAML as it is."""
     from mf_qwen3_bridge.mindformers.patching.patch import patch
 
     patch()
