@@ -1,10 +1,11 @@
-"""Builds the wheel and the sdist."""
+"""Builds the wheel and the sdist, and installs the wheel away from the checkout."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,3 +48,43 @@ def build(directory: Path) -> Built:
     assert result.returncode == 0, output
     (wheel,), (sdist,) = ((directory / "dist").glob(pattern) for pattern in ("*.whl", "*.tar.gz"))
     return Built(wheel, sdist, output)
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An environment with the wheel. What the wheel depends on is found in this interpreter's environment."""
+
+    directory: Path
+
+    def run(self, cwd: Path, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Runs a program of the environment, in a directory."""
+        words = [str(self.directory / "bin" / program), *map(str, arguments)]
+        return subprocess.run(
+            words, cwd=cwd, env=without_the_checkout(), capture_output=True, text=True, check=False, timeout=600
+        )
+
+    def output_of(self, cwd: Path, program: str, *arguments: object) -> str:
+        """Runs it; it has to succeed. What it prints on stdout."""
+        result = self.run(cwd, program, *arguments)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        return result.stdout
+
+    def imported_from(self, cwd: Path) -> Path:
+        """Where the environment's Python finds the package."""
+        code = "import mf_qwen3_bridge, numpy; print(mf_qwen3_bridge.__file__)"
+        return Path(self.output_of(cwd, "python", "-c", code).strip())
+
+
+def install(wheel: Path, directory: Path) -> Installed:
+    """Makes an environment that has the wheel and nothing else, then lets it see what else is installed here.
+
+    A path in a .pth file is searched after the environment's own packages, and no .pth file in it is read: an editable
+    installation of this checkout stays out of sight.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", directory / "bin" / "python"]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    (packages,) = directory.glob("lib/python*/site-packages")
+    here = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
+    (packages / "dependencies.pth").write_text("\n".join(sorted(here)) + "\n")
+    return Installed(directory)
