@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mf_qwen3_bridge.inputs.inspection import inspect, lines
+from mf_qwen3_bridge.inputs.preflight import check, summary
 from mf_qwen3_bridge.transfer.progress import progress_bar, size_text
 from tests.support.commands import ROOT
 
@@ -29,6 +31,12 @@ from tests.support.commands import ROOT
 )
 def test_a_size_has_a_unit_that_fits(nbytes: float, text: str):
     assert size_text(nbytes) == text
+
+
+def test_both_commands_that_look_print_the_same_size():
+    demo = ROOT / "demo" / "qwen3-demo"
+    assert "24 tensors, 0.6 MiB (BF16) in 3 files" in "\n".join(summary(check(demo)))
+    assert "24 (24 BF16), 0.6 MiB in 3 files" in "\n".join(lines(inspect(demo)))
 
 
 def units_in(file: Path) -> list[str]:
