@@ -83,7 +83,8 @@ def install(wheel: Path, directory: Path) -> Installed:
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
     pip = [sys.executable, "-m", "pip", "--python", directory / "bin" / "python"]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    command = [*pip, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(command, check=True, env=without_the_checkout())  # whose egg-info would count as installed
     (packages,) = directory.glob("lib/python*/site-packages")
     here = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
     (packages / "dependencies.pth").write_text("\n".join(sorted(here)) + "\n")
