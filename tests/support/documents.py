@@ -103,4 +103,4 @@ def manual_commands(runner: str | None = None, language: str = "bash") -> list[l
     """
     of_all_pages = [command for page in ENGLISH.values() for command in commands(page, language)]
     each_once = [command for number, command in enumerate(of_all_pages) if command not in of_all_pages[:number]]
-    return [command for command in each_once if runner in (None, RUNNERS[command[0], command[1]])]
+    return [command for command in each_once if runner is None or RUNNERS[command[0], command[1]] == runner]
