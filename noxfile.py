@@ -16,7 +16,9 @@ OLDER = {"1.7.0": "newest_only", "1.8.0": "newest_only or mindspore_only"}
 # MindFormers and transformers pin each other; torch is the build with which the golden results were made.
 TORCH = "torch==2.13.0"
 TRANSFORMERS = "transformers==4.57.1"
-INTEGRATION = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "tests/integration", "tests/distributed")
+# A module is run by one process, as many load a network once; tests/conftest.py says which modules go first.
+INTEGRATION = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+INTEGRATION += ("tests/integration", "tests/distributed")
 
 
 @nox.session(python="3.11")

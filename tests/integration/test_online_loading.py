@@ -49,7 +49,8 @@ def training_network(directory: Path, layout: Layout, **options: Any) -> Any:
         _enter_predict_mode("CPU", SINGLE)  # a context that is not use_legacy, shared with the other tests
     hf_config = check(directory).hf_config
     config_class, network_class = CLASSES[hf_config["model_type"]]
-    declared = {"params_dtype": "float32", "compute_dtype": "float32", "moe_grouped_gemm": True} | layout.training_flags
+    declared = {"params_dtype": "float32", "compute_dtype": "float32", "moe_grouped_gemm": True}
+    declared |= {"seq_length": 64} | layout.training_flags  # the mask of 4096 tokens, 64 MiB, stays in the process
     return network_class(config_class(**hf_config | declared | options))
 
 

@@ -169,6 +169,7 @@ def test_rank_directories_merge_to_the_whole(tmp_path: Path, never_sleeps, spec,
         unified_safetensors_dir=str(tmp_path / "whole"),
         dst_safetensors_dir=str(tmp_path / "sliced"),
         format="safetensors",
+        max_process_num=1,
     )
     for rank in range(devices):
         (sliced,) = (tmp_path / "sliced" / f"rank_{rank}").iterdir()
