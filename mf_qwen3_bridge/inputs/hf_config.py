@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,37 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
+def _is_number(value: Any, at_least: float = 0) -> bool:
+    return type(value) in (int, float) and at_least <= value <= 1e15
+
+
+def _is_flag(value: Any) -> bool:
+    return value in (True, False)
+
+
+def _are_tokens(value: Any) -> bool:
+    return all(type(token) is int for token in (value if isinstance(value, list) else [value]))
+
+
+# Which values of a key are accepted, beside null, and what to do about others.
+_ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "attention_bias": (not_, "MindFormers' Qwen3, as every released one, has no bias in the attention output (o_proj)"),
+    "hidden_act": (lambda value: value == "silu", "Qwen3 uses silu"),
+    "partial_rotary_factor": (lambda value: value == 1, "Qwen3 rotates whole heads"),
+    "rms_norm_eps": (_is_number, "a number, such as 1e-06"),
+    "initializer_range": (_is_number, "a number, such as 0.02"),
+    "tie_word_embeddings": (_is_flag, "true or false"),
+    "shared_expert_intermediate_size": (not_, "Qwen3 has no shared experts; the checkpoint is of another architecture"),
+    "num_experts_per_tok": (
+        lambda value: value != 1,
+        "MindFormers uses at least two experts for a token; Qwen3 uses 8",
+    ),
+    "norm_topk_prob": (_is_flag, "true or false"),
+    **dict.fromkeys(("torch_dtype", "dtype"), (lambda value: isinstance(value, str), "a name, such as bfloat16")),
+    **dict.fromkeys(_TOKENS, (_are_tokens, "a token's number, or a list of them")),
+}
+
+
 def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The normalised config.json of a Hugging Face directory.
 
@@ -56,26 +88,16 @@ def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) 
     return normalise(read_json(path) | dict(overrides or {}), str(path))
 
 
-def config_notes(model_dir: Path, overrides: Mapping[str, Any] | None = None) -> Iterator[str]:
-    """Settings of a config.json that MindFormers ignores, and other programs may not.
-
-    Args:
-        model_dir: the directory; without a config.json there are no notes.
-        overrides: as for :func:`read_hf_config`.
-
-    Raises:
-        BridgeError: as :func:`read_hf_config`.
-    """
-    path = model_dir / "config.json"
-    if not path.is_file():
-        return
-    raw = read_json(path) | dict(overrides or {})
-    yarn = normalise(raw, str(path))["rope_scaling"]
+def config_notes(
+    model_dir: Path, hf_config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> Iterator[str]:
+    """Settings of a directory's config.json, normalised ``hf_config``, that MindFormers ignores and others may not."""
+    raw = read_json(model_dir / "config.json") | dict(overrides or {})
     given = (raw.get("rope_scaling") or raw.get("rope_parameters") or {}).get("attn_factor")
-    if yarn and given not in (None, 1):
+    if hf_config["rope_scaling"] and given not in (None, 1):
         yield (
             f"rope_scaling's attn_factor {given} is not used: MindFormers and transformers compute "
-            f"{_attention_factor(yarn):.4f}; vLLM multiplies by it"
+            f"{_attention_factor(hf_config['rope_scaling']):.4f}; vLLM multiplies by it"
         )
 
 
@@ -108,8 +130,7 @@ def normalise(raw: Mapping[str, Any], origin: str = "config.json") -> dict[str, 
     if raw.get("num_experts") is None and "num_local_experts" in raw:
         raw = {**raw, "num_experts": raw["num_local_experts"]}
     problems = [Problem(*row) for row in (*_refusals(raw), *_bad_numbers(raw))]
-    rope_theta, rope_scaling, rope_problems = _rope(raw)
-    problems += rope_problems
+    rope_theta, rope_scaling = _rope(raw, problems)
     if problems:
         raise BridgeError(f"{origin} can't be used", problems)
     config = {key: raw[key] if raw.get(key) is not None else default for key, default in _keys(raw).items()}
@@ -144,57 +165,29 @@ def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     architectures, model_type = raw.get("architectures") or [], raw.get("model_type")
     known = _ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if known is None or architectures not in ([], [known]):
-        yield (
-            "architecture",
-            f"model_type {model_type!r}, architectures {architectures!r}",
-            "Qwen3 and Qwen3-MoE are loaded: " + ", ".join(f"{kind} ({name})" for kind, name in _ARCHITECTURES.items()),
-        )
-    if model_type == "qwen3_moe":
-        yield from _moe_refusals(raw)
+        remedy = ", ".join(f"{kind} ({name})" for kind, name in _ARCHITECTURES.items())
+        found = f"model_type {model_type!r}, architectures {architectures!r}"
+        yield "architecture", found, f"Qwen3 and Qwen3-MoE are loaded: {remedy}"
+    step, dense_layers = raw.get("decoder_sparse_step"), raw.get("mlp_only_layers")
+    if model_type == "qwen3_moe" and (step not in (None, 1) or dense_layers):
+        remedy = "MindFormers' Qwen3-MoE has experts in every layer, as all released Qwen3-MoE models have"
+        found = f"decoder_sparse_step {step!r}, mlp_only_layers {dense_layers!r}"
+        yield "dense layers among sparse ones", found, remedy
+    if model_type == "qwen3_moe" and raw.get("num_local_experts") not in (None, raw.get("num_experts")):
+        found = f"{raw.get('num_experts')!r}, and num_local_experts {raw['num_local_experts']!r}"
+        yield "num_experts", found, "two names of one thing: remove the wrong one"
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         yield "quantization_config", f"quant_method {method!r}", "use the unquantised (bf16) checkpoint of this model"
-    if raw.get("attention_bias"):
-        yield (
-            "attention_bias",
-            "true",
-            "MindFormers' Qwen3 has no bias in the attention output (o_proj); no released Qwen3 has attention_bias",
-        )
+    for key, (is_accepted, remedy) in _ACCEPTED.items():
+        if raw.get(key) is not None and not is_accepted(raw[key]):
+            yield key, repr(raw[key]), remedy
     layer_types = raw.get("layer_types")
     layer_types = layer_types if isinstance(layer_types, list) else [layer_types] if layer_types else []
     if raw.get("use_sliding_window") or layer_types != ["full_attention"] * len(layer_types):
-        yield (
-            "sliding window",
-            f"use_sliding_window {raw.get('use_sliding_window')}, layer_types {layer_types}",
-            "MindFormers' Qwen3 attends to everything; a checkpoint that was trained with a window can't be run",
-        )
-    if raw.get("hidden_act", "silu") != "silu":
-        yield "hidden_act", repr(raw["hidden_act"]), "Qwen3 uses silu"
-    if raw.get("partial_rotary_factor") not in (None, 1, 1.0):
-        yield "partial_rotary_factor", repr(raw["partial_rotary_factor"]), "Qwen3 rotates whole heads"
-
-
-def _moe_refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    step, dense_layers = raw.get("decoder_sparse_step"), raw.get("mlp_only_layers")
-    if step not in (None, 1) or dense_layers:
-        yield (
-            "dense layers among sparse ones",
-            f"decoder_sparse_step {step!r}, mlp_only_layers {dense_layers!r}",
-            "MindFormers' Qwen3-MoE has experts in every layer, as all released Qwen3-MoE models have",
-        )
-    if raw.get("shared_expert_intermediate_size"):
-        yield (
-            "shared_expert_intermediate_size",
-            repr(raw["shared_expert_intermediate_size"]),
-            "Qwen3-MoE has no shared experts; the checkpoint is of another architecture",
-        )
-    if raw.get("num_local_experts") not in (None, raw.get("num_experts")):
-        found = f"{raw.get('num_experts')!r}, and num_local_experts {raw['num_local_experts']!r}"
-        yield "num_experts", found, "two names of one thing: remove the wrong one"
-    if raw.get("num_experts_per_tok") == 1:
-        yield "num_experts_per_tok", "1", "MindFormers routes each token to at least two experts; Qwen3-MoE uses 8"
-    if raw.get("norm_topk_prob") not in (None, True, False):
-        yield "norm_topk_prob", repr(raw["norm_topk_prob"]), "true or false"
+        remedy = "MindFormers' Qwen3 attends to everything; a checkpoint that was trained with a window can't be run"
+        found = f"use_sliding_window {raw.get('use_sliding_window')}, layer_types {layer_types}"
+        yield "sliding window", found, remedy
 
 
 def _bad_numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -207,58 +200,34 @@ def _bad_numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         if type(value) is not int or not _is_number(value, at_least=1):
             wrong = True
             yield key, "missing" if value is None else repr(value), "a positive whole number; see the model's card"
-    eps = raw.get("rms_norm_eps")
-    if eps is not None and not _is_number(eps, at_least=0):
-        yield "rms_norm_eps", repr(eps), "a number, such as 1e-06"
-    if not _is_number(raw.get("initializer_range") or 0, at_least=0):
-        yield "initializer_range", repr(raw["initializer_range"]), "a number, such as 0.02"
-    for key in ("torch_dtype", "dtype"):
-        if not isinstance(raw.get(key) or "", str):
-            yield key, repr(raw[key]), "a name, such as bfloat16"
-    for key in _TOKENS:
-        tokens = raw.get(key)
-        if any(type(token) is not int for token in (tokens if isinstance(tokens, list) else [tokens or 0])):
-            yield key, repr(tokens), "a token's number, or a list of them"
-    tie = raw.get("tie_word_embeddings")
-    if tie not in (None, True, False):
-        yield "tie_word_embeddings", repr(tie), "true or false"
     if wrong:
         return
     heads, groups = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
     if heads % groups:
-        yield (
-            "num_key_value_heads",
-            f"{groups}, with num_attention_heads {heads}",
-            "num_attention_heads must be a multiple of it",
-        )
-    if raw.get("head_dim", keys["head_dim"]) % 2:
-        yield "head_dim", str(raw.get("head_dim", keys["head_dim"])), "must be even (rotary embedding)"
+        found = f"{groups}, with num_attention_heads {heads}"
+        yield "num_key_value_heads", found, "num_attention_heads must be a multiple of it"
+    if (head_dim := raw.get("head_dim", keys["head_dim"])) % 2:
+        yield "head_dim", str(head_dim), "must be even (rotary embedding)"
     if "num_experts" in keys and raw["num_experts_per_tok"] > raw["num_experts"]:
         found = f"{raw['num_experts_per_tok']}, with num_experts {raw['num_experts']}"
         yield "num_experts_per_tok", found, "see the model's card"
 
 
-def _is_number(value: Any, at_least: float) -> bool:
-    return type(value) in (int, float) and at_least <= value <= 1e15
-
-
-def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, list[Problem]]:
-    """(rope_theta, rope_scaling, problems) of a config.json in either form.
+def _rope(raw: Mapping[str, Any], problems: list[Problem]) -> tuple[float, dict[str, Any] | None]:
+    """(rope_theta, rope_scaling) of a config.json in either form; adds to ``problems`` what is wrong with them.
 
     transformers 5 writes ``rope_parameters`` = {rope_type, rope_theta, ...}; before it was ``rope_theta`` and
     ``rope_scaling`` = {rope_type or type, ...}.
     """
-    problems = [
-        Problem(key, repr(raw[key]), "an object, or null")
-        for key in ("rope_parameters", "rope_scaling")
-        if not isinstance(raw.get(key) or {}, dict)
-    ]
-    if problems:
-        return 0.0, None, problems
-    parameters: dict[str, Any] = raw.get("rope_parameters") or {}
+    parameters, scaling = (raw.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(value, dict):
+            problems.append(Problem(key, repr(value), "an object, or null"))
+            return 0.0, None
     if any(isinstance(value, dict) for value in parameters.values()):
-        return 0.0, None, [Problem("rope_parameters", "one set per layer type", "Qwen3 has one for all layers")]
-    scaling: dict[str, Any] = raw.get("rope_scaling") or parameters
+        problems.append(Problem("rope_parameters", "one set per layer type", "Qwen3 has one for all layers"))
+        return 0.0, None
+    scaling = scaling or parameters
     thetas = [config["rope_theta"] for config in (parameters, scaling, raw) if "rope_theta" in config] or [10000.0]
     kinds = {scaling[key] for key in ("rope_type", "type") if isinstance(scaling.get(key), str)}
     if not kinds and scaling.keys() <= {"rope_theta"}:
@@ -270,20 +239,17 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, list[Pr
     if not kinds <= {"default", "yarn"} or len(kinds) != 1:
         found = " and ".join(map(repr, sorted(kinds))) or f"none in {dict(scaling)}"
         problems.append(Problem("RoPE type", found, "MindFormers' Qwen3 computes 'default' and 'yarn'; name one"))
-    elif kinds == {"yarn"}:
-        yarn, yarn_problems = _yarn(scaling, raw.get("max_position_embeddings", _KEYS["max_position_embeddings"]))
-        return thetas[0], yarn, problems + yarn_problems
-    return thetas[0], None, problems
+    positions = raw.get("max_position_embeddings", _KEYS["max_position_embeddings"])
+    return thetas[0], _yarn(scaling, positions, problems) if kinds == {"yarn"} else None
 
 
-def _yarn(scaling: Mapping[str, Any], max_position_embeddings: int) -> tuple[dict[str, Any] | None, list[Problem]]:
+def _yarn(scaling: Mapping[str, Any], max_position_embeddings: int, problems: list[Problem]) -> dict[str, Any]:
     """YaRN's numbers in full; the defaults mirror transformers' ``_compute_yarn_parameters`` (4.57).
 
     MindFormers knows no ``attention_factor``: it computes it from factor and mscale, as transformers does when a
     config leaves it out.
     """
-    yarn: dict[str, Any] = {
-        "rope_type": "yarn",
+    numbers = {
         "factor": scaling.get("factor"),
         "original_max_position_embeddings": scaling.get("original_max_position_embeddings") or max_position_embeddings,
         "beta_fast": scaling.get("beta_fast") or 32,
@@ -291,25 +257,23 @@ def _yarn(scaling: Mapping[str, Any], max_position_embeddings: int) -> tuple[dic
         "mscale": scaling.get("mscale") or 0.0,
         "mscale_all_dim": scaling.get("mscale_all_dim") or 0.0,
     }
+    yarn: dict[str, Any] = {"rope_type": "yarn", **numbers}
     at_least = {"factor": 1, "original_max_position_embeddings": 1}
-    problems = [
-        Problem(f"YaRN's {key}", repr(value), f"a number of at least {at_least.get(key, 0)}")
-        for key, value in yarn.items()
-        if key != "rope_type" and not _is_number(value, at_least.get(key, 0))
-    ]
-    if problems:
-        return None, problems
+    wrong = [key for key, number in numbers.items() if not _is_number(number, at_least.get(key, 0))]
+    for key in wrong:
+        problems.append(Problem(f"YaRN's {key}", repr(yarn[key]), f"a number of at least {at_least.get(key, 0)}"))
+    if wrong:
+        return yarn
     if not (yarn["mscale"] and yarn["mscale_all_dim"]):
         yarn |= {"mscale": 1.0, "mscale_all_dim": 0.0}
     computed = _attention_factor(yarn)
     given = scaling.get("attention_factor")
-    if given is not None and not (_is_number(given, 0) and math.isclose(given, computed, rel_tol=1e-6)):
-        problems.append(
-            Problem("YaRN's attention_factor", repr(given), f"MindFormers computes {computed:.6f}; remove the key")
-        )
+    if given is not None and not (_is_number(given) and math.isclose(given, computed, rel_tol=1e-6)):
+        remedy = f"MindFormers computes {computed:.6f}; remove the key"
+        problems.append(Problem("YaRN's attention_factor", repr(given), remedy))
     if not scaling.get("truncate", True):
         problems.append(Problem("YaRN's truncate", "false", "MindFormers always truncates the correction range"))
-    return yarn, problems
+    return yarn
 
 
 def _attention_factor(yarn: Mapping[str, Any]) -> float:

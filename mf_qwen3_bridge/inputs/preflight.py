@@ -214,7 +214,7 @@ def _check(
         )
     if run_problems:
         raise BridgeError(f"{source.path} can't be run like this", run_problems)
-    notes = list(config_notes(hf_dir, _additions(yaml, arguments)) if hf_dir else ())
+    notes = list(config_notes(hf_dir, hf_config, _additions(yaml, arguments)) if hf_dir else ())
     notes += notes_on(source, hf_dir or source.directory, yaml)
     if absent and yaml.model_config:
         notes.append(f"{yaml.origin} does not declare {', '.join(absent)}")
