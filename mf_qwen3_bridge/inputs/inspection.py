@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,11 +13,12 @@ from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_json
 from mf_qwen3_bridge.inputs.identify import dialect_of, numbers_of, spec_of
 from mf_qwen3_bridge.inputs.opening import open_source, stale_files
+from mf_qwen3_bridge.inputs.rank_files import rank_directories, some
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT
 from mf_qwen3_bridge.model.parameters import OUTPUT, is_training_state
 from mf_qwen3_bridge.model.released import RELEASED
-from mf_qwen3_bridge.model.rules import Dialect, model_rules
+from mf_qwen3_bridge.model.rules import model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.plan import match_tensors
 from mf_qwen3_bridge.transfer.progress import size_text
@@ -27,15 +27,7 @@ from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
 @dataclass(frozen=True)
 class TensorRow:
-    """A line of ``inspect --tensors``.
-
-    Attributes:
-        name: the tensor's.
-        dtype: as safetensors spells it.
-        shape: its shape.
-        file: the file that stores it, below the directory.
-        parameter: the MindFormers parameter that it is, or is part of; None if no rule claims it.
-    """
+    """A line of ``inspect --tensors``; ``parameter`` is the one that it is part of, None if no rule claims it."""
 
     name: str
     dtype: str
@@ -49,20 +41,13 @@ class Inspection:
     """A checkpoint as its headers show it.
 
     Attributes:
-        path: the directory or file.
         names: whose names the tensors have, ``Hugging Face`` or ``MindFormers``.
         layout: of QKV and gate/up, if the files declare it; None for Hugging Face's tensors.
         ranks: number of ``rank_N`` directories; 0 if the tensors are whole.
         model: ``Qwen3``, ``Qwen3-MoE``, or a released size.
-        numbers: of the model, as far as the shapes show them.
-        tied: whether the output layer is the embedding.
+        tied: whether the output layer is the embedding; None if ranks saved it.
         parameters: number of elements of all weights; those of several ranks are counted for each.
-        nbytes: bytes of all tensors.
-        dtypes: number of tensors of each dtype.
-        files: number of files.
         state: what is of a training run and no weight, folded.
-        unusual: all that one should know.
-        tensors: all of them.
     """
 
     path: str
@@ -87,63 +72,49 @@ def inspect(path: Path) -> Inspection:
     Raises:
         BridgeError: files are missing or damaged, or hold no Qwen3's tensors.
     """
-    ranks = _rank_directories(path)
-    source = _of_ranks(path, ranks) if ranks else open_source(path)
+    ranks = rank_directories(path)
+    source = _of_ranks(path, list(ranks.values())) if ranks else open_source(path)
     dialect = dialect_of(source, default=TRAINING_DEFAULT)
-    layout = None if dialect.is_hf or not source.declared_layout else str(source.declared_layout)
-    found = numbers_of(source.tensors, dialect)
-    numbers: dict[str, Any] = {} if ranks else {field: number for field, (number, _) in found.items()}
-    tied = None if ranks else dialect.name(OUTPUT) not in source.tensors
     model = "Qwen3-MoE" if source.has_experts else "Qwen3"
+    numbers: dict[str, Any] = {}
     claims: dict[str, str] = {}
     unusual: list[str] = []
     if not ranks:
         try:
             spec = spec_of(source.tensors, dialect)
         except KeyError as missing:
+            numbers = {field: number for field, (number, _) in numbers_of(source.tensors, dialect).items()}
             unusual.append(f"the shapes do not show {missing.args[0]}: a tensor of the first layer is missing, or odd")
         else:
             numbers = spec.numbers
-            model = next((name for name, size in RELEASED.items() if _same_but_tying(size, spec)), model)
+            untied = replace(spec, tie_word_embeddings=False)
+            sizes = {replace(size, tie_word_embeddings=False): name for name, size in RELEASED.items()}
+            model = sizes.get(untied, model)
             claims = {place.tensor: rule.parameter for rule in model_rules(spec) for place in rule.places(dialect)}
-            unusual += _problems(source, spec, dialect)
+            unusual += map(_line, match_tensors(model_rules(spec), source.tensors, dialect).problems)
         unusual += _config_notes(path, numbers)
+    unusual += (f"{file.name} is not part of it" for file in stale_files(source))
     bare = {name: name.partition(" (")[0] for name in source.tensors}  # without the rank
     weights = claims or set(bare.values())
     state = {name for name in source.tensors if name not in claims and is_training_state(bare[name], weights)}
-    base = path if path.is_dir() else path.parent
-    files = {file: str(file.relative_to(base)) for file in {t.file for t in source.tensors.values()}}
+    files = {file: str(file.relative_to(source.directory)) for file in source.files}
     rows = (TensorRow(name, t.dtype, t.shape, files[t.file], claims.get(name)) for name, t in source.tensors.items())
     return Inspection(
         path=str(path),
         names="Hugging Face" if dialect.is_hf else "MindFormers",
-        layout=layout,
+        layout=None if dialect.is_hf or not source.declared_layout else str(source.declared_layout),
         ranks=len(ranks),
         model=model,
         numbers=numbers,
-        tied=tied,
+        tied=None if ranks else dialect.name(OUTPUT) not in source.tensors,
         parameters=sum(prod(t.shape) for t in source.tensors.values() if t.name not in state),
         nbytes=source.nbytes,
         dtypes=dict(sorted(Counter(t.dtype for t in source.tensors.values()).items())),
         files=len(files),
         state=tuple(fold_names(state)),
-        unusual=(
-            *unusual,
-            *(f"{file.name} is not part of it" for file in (() if ranks else stale_files(source))),
-        ),
+        unusual=tuple(unusual),
         tensors=tuple(rows),
     )
-
-
-def _same_but_tying(size: ModelSpec, spec: ModelSpec) -> bool:
-    return replace(size, tie_word_embeddings=spec.tie_word_embeddings) == spec
-
-
-def _rank_directories(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return []
-    found = [entry for entry in path.iterdir() if re.fullmatch(r"rank_\d+", entry.name)]
-    return sorted(found, key=lambda entry: int(entry.name[5:]))
 
 
 def _of_ranks(path: Path, ranks: list[Path]) -> Source:
@@ -158,17 +129,8 @@ def _of_ranks(path: Path, ranks: list[Path]) -> Source:
     return Source(path, tensors, metadata)
 
 
-def _problems(source: Source, spec: ModelSpec, dialect: Dialect) -> Iterator[str]:
-    """What keeps it from being a whole model."""
-    try:
-        found = match_tensors(model_rules(spec), source.tensors, dialect).problems
-        yield from (f"{problem.subject}: {_one_line(problem)}" for problem in found)
-    except ValueError as error:
-        yield str(error)
-
-
-def _one_line(problem: Problem) -> str:
-    return "; ".join(problem.found.splitlines())
+def _line(problem: Problem) -> str:
+    return f"{problem.subject}: {'; '.join(problem.found.splitlines())}"
 
 
 def _config_notes(path: Path, numbers: dict[str, Any]) -> Iterator[str]:
@@ -178,11 +140,9 @@ def _config_notes(path: Path, numbers: dict[str, Any]) -> Iterator[str]:
     try:
         config = normalise(read_json(file), str(file))
     except BridgeError as error:
-        for problem in error.problems or [Problem("config.json", str(error), "")]:
-            yield f"{problem.subject}: {_one_line(problem)}"
+        yield from map(_line, error.problems or [Problem("config.json", str(error), "")])
         return
-    spec = ModelSpec.from_model_config(config)
-    for field, number in spec.numbers.items():
+    for field, number in ModelSpec.from_model_config(config).numbers.items():
         if numbers.get(field, number) != number:
             yield f"{field}: config.json {number}, tensors {numbers[field]}"
     if config["rope_scaling"]:
@@ -207,6 +167,5 @@ def lines(inspection: Inspection) -> Iterator[str]:
     yield f"tensors     {len(inspection.tensors)} ({dtypes}), {size_text(inspection.nbytes)} in {where}"
     yield f"parameters  {inspection.parameters:,}" + (" on all ranks, copies included" if inspection.ranks else "")
     if inspection.state:
-        more = f" and {len(inspection.state) - 4} more" if len(inspection.state) > 4 else ""
-        yield f"state       of a training run: {', '.join(inspection.state[:4])}{more}"
+        yield f"state       of a training run: {some(inspection.state)}"
     yield from (f"unusual     {note}" for note in inspection.unusual)

@@ -173,10 +173,11 @@ def _fold(problems: Iterable[Problem]) -> list[Problem]:
     rows: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         rows.setdefault((problem.found, problem.remedy), []).append(problem.subject)
-    return [Problem(_some(fold_names(names)), *row) for row, names in rows.items()]
+    return [Problem(some(fold_names(names)), *row) for row, names in rows.items()]
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -185,17 +186,25 @@ def _tensor_parallel(strategies: Strategies) -> int:
     return shardings[0].parts()[0] if shardings else 1
 
 
+def rank_directories(path: Path) -> dict[int, Path]:
+    """The ``rank_N`` directories in a directory, by their numbers, in order."""
+    found = {int(entry.name[5:]): entry for entry in path.glob("rank_*") if re.fullmatch(r"rank_\d+", entry.name)}
+    return dict(sorted(found.items()))
+
+
 def _files_of(directory: Path, num_ranks: int, file_suffix: str | None) -> dict[int, Path]:
     """Rank -> its file."""
-    if not directory.is_dir():
-        raise BridgeError(f"{directory} does not exist: give the folder that holds rank_0, rank_1, ...")
-    ranks = {int(path.name[5:]): path for path in directory.iterdir() if re.fullmatch(r"rank_\d+", path.name)}
+    ranks = rank_directories(directory)
+    if not ranks:
+        what = "holds no" if directory.is_dir() else "does not exist and holds no"
+        raise BridgeError(f"{directory} {what} rank_0, rank_1, ...: give the folder that does")
     problems = [
         Problem(f"rank_{rank}", "not in the strategy files' run", "remove it, or give the strategy files of this run")
-        for rank in sorted(ranks.keys() - range(num_ranks))
+        for rank in ranks
+        if rank >= num_ranks
     ]
     files = {}
-    for rank, path in sorted(ranks.items()):
+    for rank, path in ranks.items():
         candidates = sorted(path.glob("*.safetensors"))
         if file_suffix:
             wanted = re.compile(rf"(.*[-_])?{re.escape(file_suffix)}\.safetensors")
@@ -208,8 +217,6 @@ def _files_of(directory: Path, num_ranks: int, file_suffix: str | None) -> dict[
         else:
             what = f"no file *{file_suffix}.safetensors" if file_suffix else "no *.safetensors"
             problems.append(Problem(path.name, what, "copy it, or choose another --file_suffix"))
-    if not ranks:
-        raise BridgeError(f"{directory} holds no rank_0, rank_1, ...: give the folder that does")
     if problems:
         raise BridgeError(f"{directory} is not one run's checkpoint", _fold(problems))
     return files
