@@ -67,23 +67,17 @@ class Sharding:
         Raises:
             ValueError: the shape is not divisible, or divided along another axis than the first two.
         """
-        places = self.place(device)
-        if len(places) != len(shape) or any(length % parts for length, (_, parts) in zip(shape, places)):
-            raise ValueError(f"shape {tuple(shape)} can't be cut into {[parts for _, parts in places]}")
-        bounds = [
-            (part * (length // parts), (part + 1) * (length // parts)) for length, (part, parts) in zip(shape, places)
-        ]
-        return _box(bounds, [parts for _, parts in places])
+        place = self.place(device)
+        if len(place) != len(shape) or any(length % parts for length, (_, parts) in zip(shape, place)):
+            raise ValueError(f"shape {tuple(shape)} can't be cut into {[parts for _, parts in place]}")
+        return _box([length // parts for length, (_, parts) in zip(shape, place)], place)
 
 
-def _box(bounds: Sequence[tuple[int, int]], parts: Sequence[int]) -> Box:
-    """The block with these bounds along each axis.
-
-    Raises:
-        ValueError: it is divided along another axis than the first two; no parameter of Qwen3 is.
-    """
-    if any(number > 1 for number in parts[2:]) or (len(parts) > 2 and parts[1] > 1):
-        raise ValueError(f"{len(parts)} axes, cut along another than the first: no parameter of Qwen3 is")
+def _box(shape: Sequence[int], place: tuple[tuple[int, int], ...]) -> Box:
+    """The block of this shape that is at ``place``; ValueError if another axis is divided than a Box has."""
+    if any(parts > 1 for _, parts in (place if len(place) > 2 else ())[1:]):
+        raise ValueError(f"{len(place)} axes, cut along another than the first: no parameter of Qwen3 is")
+    bounds = [(part * length, (part + 1) * length) for length, (part, _) in zip(shape, place)]
     return Box(bounds[0] if bounds else (0, 1), bounds[1] if len(bounds) == 2 else None)
 
 
@@ -104,12 +98,7 @@ def open_rank_files(
     Args:
         directory: holds ``rank_0/``, ``rank_1/``, ...
         strategies: the shardings of each pipeline stage.
-        file_suffix: ``EPOCH_STEP`` of the files to read; optional if each rank has one file.
-        weights_only: whether to leave out the optimizer's state.
-        without_prefix: leaves out tensors whose names have this prefix.
-
-    Returns:
-        The files as one checkpoint of whole tensors.
+        file_suffix, weights_only, without_prefix: as for ``open_source``.
 
     Raises:
         BridgeError: ranks, files or blocks are missing, or blocks do not fit together. Lists all of them.
@@ -152,11 +141,8 @@ def open_rank_files(
         for name, sharding in stage.items():
             if name in whole or is_left_out(name) or (name not in found and is_training_state(name, listed)):
                 continue  # a tied embedding is in two stages; an optimizer's state may have been left out
-            mine = {
-                rank - number * num_devices: tensor
-                for rank, tensor in found.get(name, {}).items()
-                if rank // num_devices == number
-            }
+            ranks = found.get(name, {})
+            mine = {rank % num_devices: ranks[rank] for rank in ranks if rank // num_devices == number}
             try:
                 whole[name] = _assemble(sharding, mine)
             except ValueError as error:
@@ -165,7 +151,8 @@ def open_rank_files(
         raise BridgeError(f"{directory} does not hold what the strategy files declare", _fold(problems))
     shared = set.intersection(*(set(entry.items()) for entry in metadata)) - {("remove_redundancy", "True")}
     unlisted = {name: ranks[0] for name, ranks in found.items() if name not in listed and 0 in ranks}
-    return Source(directory, whole, dict(shared), {}, _tensor_parallel(strategies), unlisted, tuple(left_out))
+    of_qkv = (sharding.parts()[0] for stage in strategies for name, sharding in stage.items() if is_fused_qkv(name))
+    return Source(directory, whole, dict(shared), {}, next(of_qkv, 1), unlisted, tuple(left_out))
 
 
 def _fold(problems: Iterable[Problem]) -> list[Problem]:
@@ -179,11 +166,6 @@ def _fold(problems: Iterable[Problem]) -> list[Problem]:
 def some(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _tensor_parallel(strategies: Strategies) -> int:
-    shardings = [s for stage in strategies for name, s in stage.items() if is_fused_qkv(name)]
-    return shardings[0].parts()[0] if shardings else 1
 
 
 def rank_directories(path: Path) -> dict[int, Path]:
@@ -223,12 +205,8 @@ def _files_of(directory: Path, num_ranks: int, file_suffix: str | None) -> dict[
 
 
 @cache
-def _devices_of_places(sharding: Sharding) -> dict[tuple[tuple[int, int], ...], list[int]]:
-    """Block of a parameter -> the devices of the stage that hold it."""
-    devices: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for device in range(sharding.num_devices):
-        devices.setdefault(sharding.place(device), []).append(device)
-    return devices
+def _places(sharding: Sharding) -> list[tuple[tuple[int, int], ...]]:
+    return [sharding.place(device) for device in range(sharding.num_devices)]
 
 
 def _assemble(sharding: Sharding, tensors: Mapping[int, TensorInfo]) -> TensorInfo:
@@ -244,15 +222,12 @@ def _assemble(sharding: Sharding, tensors: Mapping[int, TensorInfo]) -> TensorIn
         raise ValueError("not of one shape and dtype in all ranks' files")
     if len(sharding.tensor_map) != len(some.shape):
         raise ValueError(f"shape {some.shape}, {len(sharding.tensor_map)} axes in the strategy files")
-    devices_of = _devices_of_places(sharding)
-    keepers = {place: next(filter(tensors.__contains__, devices), None) for place, devices in devices_of.items()}
-    places = {place: tensors[device] for place, device in keepers.items() if device is not None}
-    if missing := len(keepers) - len(places):
-        raise ValueError(f"{missing} of its {len(keepers)} blocks are in no rank's file")
-    shape = tuple(length * parts for length, (_, parts) in zip(some.shape, next(iter(places))))
-    shards = []
-    for place, tensor in sorted(places.items()):
-        bounds = [(part * length, (part + 1) * length) for length, (part, _) in zip(some.shape, place)]
-        shards.append(Shard(tensor, _box(bounds, [parts for _, parts in place])))
-    nbytes = some.nbytes * len(places)
-    return TensorInfo(some.name, shape, some.dtype, some.file, some.start, nbytes, tuple(shards))
+    places = _places(sharding)
+    blocks: dict[tuple[tuple[int, int], ...], TensorInfo] = {}
+    for device, tensor in tensors.items():
+        blocks.setdefault(places[device], tensor)
+    if missing := len(set(places)) - len(blocks):
+        raise ValueError(f"{missing} of its {len(set(places))} blocks are in no rank's file")
+    shape = tuple(length * parts for length, (_, parts) in zip(some.shape, places[0]))
+    shards = tuple(Shard(tensor, _box(some.shape, place)) for place, tensor in sorted(blocks.items()))
+    return TensorInfo(some.name, shape, some.dtype, some.file, some.start, some.nbytes * len(blocks), shards)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import runpy
 from functools import cache
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,23 @@ def read_strategy(file: Path) -> tuple[int, dict[str, Sharding]]:
     Raises:
         BridgeError: the file is missing or damaged.
     """
-    _messages()
+    strategy = _messages()["ParallelStrategyMap"]()
     try:
-        return _read(file)
+        strategy.ParseFromString(file.read_bytes())
+        shardings = {item.param_name: _sharding(item.parallel_layouts) for item in strategy.parallel_layout_item}
+        if not shardings:
+            raise ValueError("it lists no parameter")
+        # current_stage is a counter, not the stage.
+        return int(strategy.parallel_strategy_item[0].parallel_strategys.stage), shardings
     except Exception as error:
-        raise BridgeError(f"{file} is no strategy file: {error}") from error
+        problem = Problem(file.name, f"no strategy file ({error})", "remove it, or copy it again")
+        raise BridgeError(f"{file} is no strategy file", [problem]) from error
+
+
+def _sharding(layout: Any) -> Sharding:
+    if len(layout.tensor_map) != 1:
+        raise ValueError("an axis that is cut by several axes of the devices; MindFormers' Qwen3 has none")
+    return Sharding(tuple(layout.dev_matrix[0].dim), tuple(layout.tensor_map[0].dim), layout.opt_weight_shard_size)
 
 
 def read_strategies(directory: Path) -> Strategies:
@@ -33,20 +46,17 @@ def read_strategies(directory: Path) -> Strategies:
     Raises:
         BridgeError: files are missing, damaged or contradict each other, or a stage has none.
     """
-    if not directory.is_dir():
-        raise BridgeError(f"{directory} does not exist: give the run's strategy folder")
     files = sorted(directory.glob("*.ckpt"))
     if not files:
-        raise BridgeError(f"{directory} holds no ckpt_strategy_rank_N.ckpt: give the run's strategy folder")
-    _messages()
+        what = "holds no ckpt_strategy_rank_N.ckpt" if directory.is_dir() else "does not exist"
+        raise BridgeError(f"{directory} {what}: give the run's strategy folder")
     stages: dict[int, tuple[Path, dict[str, Sharding]]] = {}
     problems = []
     for file in files:
         try:
-            stage, shardings = _read(file)
-        except Exception as error:
-            found = f"no strategy file ({error})"
-            problems.append(Problem(file.name, found, "remove it, or copy it again"))
+            stage, shardings = read_strategy(file)
+        except BridgeError as error:
+            problems += error.problems
             continue
         first, theirs = stages.setdefault(stage, (file, shardings))
         if theirs != shardings:
@@ -60,7 +70,7 @@ def read_strategies(directory: Path) -> Strategies:
 
 
 @cache
-def _messages() -> Any:
+def _messages() -> dict[str, Any]:
     """MindSpore's own definition of the files, loaded without importing MindSpore, which takes seconds and 400 MB.
 
     Raises:
@@ -70,25 +80,4 @@ def _messages() -> Any:
     if mindspore is None or not mindspore.submodule_search_locations:
         raise ModuleNotFoundError("No module named 'mindspore'", name="mindspore")
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")  # as MindSpore does for its own
-    file = Path(mindspore.submodule_search_locations[0]) / "train" / "node_strategy_pb2.py"
-    spec = spec_from_file_location("mf_qwen3_bridge._node_strategy_pb2", file)
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _read(file: Path) -> tuple[int, dict[str, Sharding]]:
-    strategy = _messages().ParallelStrategyMap()
-    strategy.ParseFromString(file.read_bytes())
-    shardings = {item.param_name: _sharding(item.parallel_layouts) for item in strategy.parallel_layout_item}
-    if not shardings:
-        raise ValueError("it lists no parameter")
-    # current_stage is a counter, not the stage.
-    return int(strategy.parallel_strategy_item[0].parallel_strategys.stage), shardings
-
-
-def _sharding(layout: Any) -> Sharding:
-    if len(layout.tensor_map) != 1:
-        raise ValueError("an axis that is cut by several axes of the devices; MindFormers' Qwen3 has none")
-    return Sharding(tuple(layout.dev_matrix[0].dim), tuple(layout.tensor_map[0].dim), layout.opt_weight_shard_size)
+    return runpy.run_path(f"{mindspore.submodule_search_locations[0]}/train/node_strategy_pb2.py")
