@@ -132,15 +132,15 @@ def convert(
     """
     from mf_qwen3_bridge.convert import jobs
     from mf_qwen3_bridge.inputs import preflight
-    from mf_qwen3_bridge.inputs.mindformers_config import MindFormersConfig, read_mindformers_config
+    from mf_qwen3_bridge.inputs.mindformers_config import read_mindformers_config
     from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT
     from mf_qwen3_bridge.model.parallel import ParallelConfig
     from mf_qwen3_bridge.model.rules import INFER, Dialect
 
-    yaml = read_mindformers_config(config) if config else MindFormersConfig()
+    yaml = read_mindformers_config(config)
     model = preflight.check(model_dir, yaml, load_checkpoint)
     is_for_training = layout == "train"
-    sizes = yaml.training_sizes() if is_for_training else yaml.parallel_sizes()[0]
+    sizes = yaml.parallel_sizes(is_for_training)
     problems = list(_contradicted_sizes(yaml, sizes, tp, ep))
     problems += yaml.slice_problems() if (tp or ep) and is_for_training else ()
     if problems:

@@ -40,21 +40,13 @@ class Weights:
         """The model's table."""
         return tuple(model_rules(self.spec))
 
-    @cached_property
-    def _plans(self) -> dict[tuple[Dialect, str | None], Plan]:
-        return {}
-
     def plan(self, target: Dialect, dtype: str | None = None, rank: Rank = WHOLE) -> Plan:
         """The plan that makes ``target`` of the weights, or the part of it that one rank holds.
 
         Raises:
             BridgeError: tensors are missing, left over, of a wrong shape or dtype; a table lists everything.
         """
-        if rank != WHOLE:  # not kept: a plan for each of many ranks takes more memory than all buffers
-            return make_plan(self.rules, self.source.tensors, self.dialect, target, dtype, rank)
-        if (target, dtype) not in self._plans:
-            self._plans[target, dtype] = make_plan(self.rules, self.source.tensors, self.dialect, target, dtype)
-        return self._plans[target, dtype]
+        return make_plan(self.rules, self.source.tensors, self.dialect, target, dtype, rank)
 
     def plan_of(self, rule: Rule) -> Plan:
         """The plan that reads what one rule needs, as it is."""
@@ -88,8 +80,7 @@ def open_weights(path: Path, config: Path | None = None) -> Weights:
         BridgeError: files are missing or damaged, or their tensors make no whole Qwen3.
     """
     source = open_source(path)
-    yaml = read_mindformers_config(config) if config and not source.declared_layout else MindFormersConfig()
-    return recognise(source, yaml)
+    return recognise(source, read_mindformers_config(None if source.declared_layout else config))
 
 
 def recognise(source: Source, yaml: MindFormersConfig) -> Weights:

@@ -58,17 +58,11 @@ _OF_EXPERTS = {"num_experts_per_tok", "norm_topk_prob", *(name for name in COMPU
 # 2. Additions to config.json: YaRN is asked for so.
 ADDITIONS = frozenset({"rope_scaling"})
 # 3. Options of the run: how the same function is computed, not which. Only these reach the network.
-DTYPE_OPTIONS = {
-    "params_dtype": "params_dtype",
-    "param_init_type": "params_dtype",
-    "compute_dtype": "compute_dtype",
-    "layernorm_compute_dtype": "layernorm_compute_dtype",
-    "softmax_compute_dtype": "softmax_compute_dtype",
-    "rotary_dtype": "rotary_dtype",
+DTYPE_OPTIONS = {"param_init_type": "params_dtype"} | {
+    f"{name}_dtype": f"{name}_dtype" for name in ("params", "compute", "layernorm_compute", "softmax_compute", "rotary")
 }
 SIZE_OPTIONS = frozenset({"seq_length", "block_size", "num_blocks"})
-FLAG_OPTIONS = frozenset({"qkv_concat"})
-OPTIONS = DTYPE_OPTIONS.keys() | SIZE_OPTIONS | FLAG_OPTIONS
+OPTIONS = DTYPE_OPTIONS.keys() | SIZE_OPTIONS | {"qkv_concat"}
 # 4. Everything else: not used.
 
 # Of an inference YAML's parallel_config: the sizes of a ParallelConfig, and what the bridge can't divide by.
@@ -115,10 +109,10 @@ def run_options(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[P
             elif options.setdefault(DTYPE_OPTIONS[key], value) != value:
                 problems.append(Problem(key, f"{value}, and {options[DTYPE_OPTIONS[key]]} elsewhere", "remove one"))
         elif key in SIZE_OPTIONS:
-            if type(value) is not int or value <= 0:
+            if not _is_size(value):
                 problems.append(Problem(key, repr(value), "a positive whole number"))
             options[key] = value
-        elif key in FLAG_OPTIONS:
+        elif key == "qkv_concat":
             options[key] = bool(value)
     return options, problems
 
@@ -152,22 +146,6 @@ class MindFormersConfig:
         found = self.document.get(name)
         return found if isinstance(found, dict) else {}
 
-    @property
-    def training_layout(self) -> Layout | None:
-        """The layout of what a training run with this YAML saves; None if it declares none.
-
-        Raises:
-            BridgeError: a flag is neither true nor false.
-        """
-        flags = declared_flags(self.model_config)
-        if wrong := [
-            Problem(flag, repr(value), "true or false") for flag, value in flags.items() if type(value) is not bool
-        ]:
-            raise BridgeError(f"{self.origin} can't be used", wrong)
-        if not self.is_for_training and len(flags) < len(LAYOUT_FLAGS):
-            return None
-        return Layout.of_training(flags, self.training_tensor_parallel)
-
     def layout_of_weights(self, has_experts: bool, saved_by: int | None) -> Layout | None:
         """The layout of weights that ``saved_by`` tensor parallel ranks saved; None if the YAML does not declare it.
 
@@ -176,14 +154,22 @@ class MindFormersConfig:
             saved_by: the number of ranks, if it is known apart from the YAML.
 
         Raises:
-            BridgeError: the layout depends on the number, and the YAML declares another one.
+            BridgeError: a flag is neither true nor false; the layout depends on the number, and the YAML declares
+                another one.
         """
-        layout = self.training_layout
-        if layout and not self.is_for_training and saved_by is None and layout != layout.on(2):
+        flags = declared_flags(self.model_config)
+        if wrong := [
+            Problem(flag, repr(value), "true or false") for flag, value in flags.items() if type(value) is not bool
+        ]:
+            raise BridgeError(f"{self.origin} can't be used", wrong)
+        if not self.is_for_training and len(flags) < len(LAYOUT_FLAGS):
+            return None
+        layout = Layout.of_training(flags, self.training_tensor_parallel)
+        if not self.is_for_training and saved_by is None and layout != layout.on(2):
             return None  # an inference YAML does not declare the size of the training run
-        if layout and has_experts:
+        if has_experts:
             layout = layout.of_experts
-        if layout is None or saved_by is None or layout == layout.on(saved_by):
+        if saved_by is None or layout == layout.on(saved_by):
             return layout
         if self.document.get("use_parallel"):
             found = f"{self.origin}: {layout.tensor_parallel}\nwhat the ranks saved: {saved_by}"
@@ -201,41 +187,33 @@ class MindFormersConfig:
         if parallel.get("enable_parallel_optimizer"):
             yield Problem("parallel.enable_parallel_optimizer", "True", remedy)
 
-    def training_sizes(self) -> dict[str, int]:
-        """How a training run with this YAML is spread: fields of a ``ParallelConfig``; empty if it is not."""
-        config = self.section("parallel_config")
-        if not self.is_for_training or not self.document.get("use_parallel"):
+    def parallel_sizes(self, training: bool) -> dict[str, int]:
+        """How a training run with this YAML, or an inference run, is spread, as far as it declares it.
+
+        Returns:
+            Fields of a :class:`~mf_qwen3_bridge.model.parallel.ParallelConfig`; none if it is of the other kind of run.
+        """
+        if self.is_for_training != training or not self.document.get("use_parallel"):
             return {}
+        config = self.section("parallel_config")
         return {name: config[key] for key, name in PARALLEL_SIZES.items() if _is_size(config.get(key))}
 
     @property
     def training_tensor_parallel(self) -> int:
         """Over how many tensor parallel ranks a training run with this YAML is spread."""
-        return self.training_sizes().get("tensor_parallel", 1)
+        return self.parallel_sizes(training=True).get("tensor_parallel", 1)
 
-    def parallel_sizes(self) -> tuple[dict[str, int], list[Problem]]:
-        """How an inference run is spread over processes, as far as the YAML declares it, and what is wrong with it.
-
-        Returns:
-            Fields of a :class:`~mf_qwen3_bridge.model.parallel.ParallelConfig`. A training run's are not inference's.
-        """
-        sizes: dict[str, int] = {}
-        problems: list[Problem] = []
-        config = self.section("parallel_config")
+    def parallel_problems(self) -> Iterator[Problem]:
+        """Sizes of an inference run with this YAML that are wrong, or that the bridge can't divide by."""
         if self.is_for_training or not self.document.get("use_parallel"):
-            return sizes, problems
-        for key, field_name in PARALLEL_SIZES.items():
-            value = config.get(key)
-            if value is not None and not _is_size(value):
-                problems.append(Problem(f"parallel_config.{key}", repr(value), "a positive whole number"))
-            elif value is not None:
-                sizes[field_name] = value
+            return
+        config = self.section("parallel_config")
+        for key in PARALLEL_SIZES:
+            if config.get(key) is not None and not _is_size(config[key]):
+                yield Problem(f"parallel_config.{key}", repr(config[key]), "a positive whole number")
         for key in NOT_PARALLEL:
             if config.get(key) not in (None, 1, False):
-                problems.append(
-                    Problem(f"parallel_config.{key}", repr(config[key]), "the bridge runs tensor and expert parallel")
-                )
-        return sizes, problems
+                yield Problem(f"parallel_config.{key}", repr(config[key]), "the bridge runs tensor and expert parallel")
 
     def hf_config(self, spec: ModelSpec) -> tuple[dict[str, Any], list[str]]:
         """A config.json made of what the YAML declares.
@@ -260,11 +238,6 @@ class MindFormersConfig:
                             value = float(value)
                     config[name] = value
         return config, [name for name in required if name not in config]
-
-    @property
-    def pretrained_model_dir(self) -> Path | None:
-        """The Hugging Face directory that it names."""
-        return self.named_path("pretrained_model_dir")
 
     def named_path(self, key: str) -> Path | None:
         """The path that a top-level key names.
@@ -291,12 +264,14 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def read_mindformers_config(path: Path) -> MindFormersConfig:
-    """A MindFormers YAML, for training or for inference.
+def read_mindformers_config(path: Path | None) -> MindFormersConfig:
+    """A MindFormers YAML, for training or for inference; one that declares nothing where there is none.
 
     Raises:
         BridgeError: it is missing, no YAML, or has no ``model.model_config`` section.
     """
+    if path is None:
+        return MindFormersConfig()
     import yaml  # only those who have a YAML need it
 
     document = read_document(path, yaml.safe_load, "YAML")

@@ -101,12 +101,12 @@ def check(
     Raises:
         BridgeError: with a table of everything that does not fit, and what to change.
     """
-    yaml = read_mindformers_config(config) if isinstance(config, Path) else config or MindFormersConfig()
-    hf_dir = model_dir
-    if yaml.pretrained_model_dir and model_dir.is_dir() and not (model_dir / "config.json").is_file():
-        hf_dir, weights = yaml.pretrained_model_dir, weights or model_dir
+    yaml = config if isinstance(config, MindFormersConfig) else read_mindformers_config(config)
+    hf_dir, named = model_dir, yaml.named_path("pretrained_model_dir")
+    if named and model_dir.is_dir() and not (model_dir / "config.json").is_file():
+        hf_dir, weights = named, weights or model_dir
     arguments = dict(overrides or {})
-    hf_config = _read_hf_config(hf_dir, yaml, arguments)
+    hf_config = read_hf_config(hf_dir, _additions(yaml, arguments))
     source = weights if isinstance(weights, Source) else open_source(weights or model_dir)
     sizes = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
     return _check(source, hf_dir, hf_config, yaml, arguments, sizes, num_processes)
@@ -115,7 +115,7 @@ def check(
 def check_trained(
     source: Source,
     hf_config: Path | None = None,
-    config: Path | MindFormersConfig | None = None,
+    config: Path | None = None,
     numbers: Mapping[str, Any] | None = None,
     model_parallel: int | None = None,
 ) -> CheckedCheckpoint:
@@ -133,11 +133,11 @@ def check_trained(
     Raises:
         BridgeError: with a table of everything that does not fit, and what to change.
     """
-    yaml = read_mindformers_config(config) if isinstance(config, Path) else config or MindFormersConfig()
+    yaml = read_mindformers_config(config)
     arguments = dict(numbers or {})
-    candidates = [hf_config] if hf_config else [yaml.pretrained_model_dir, source.directory]
-    hf_dir = next((path for path in candidates if path and (hf_config or (path / "config.json").is_file())), None)
-    declared = _read_hf_config(hf_dir, yaml, arguments) if hf_dir else None
+    candidates = (yaml.named_path("pretrained_model_dir"), source.directory)
+    hf_dir = hf_config or next((path for path in candidates if path and (path / "config.json").is_file()), None)
+    declared = read_hf_config(hf_dir, _additions(yaml, arguments)) if hf_dir else None
     layout = _layout_of_arguments(source, yaml, arguments, model_parallel)
     return _check(source, hf_dir, declared, yaml, arguments, default_layout=TRAINING_DEFAULT, layout=layout)
 
@@ -159,10 +159,6 @@ def check_against_config(weights: Path, model_config: Mapping[str, Any], origin:
     if (weights / "config.json").is_file():
         return check(weights, yaml)
     return _check(open_source(weights), None, None, yaml, {})
-
-
-def _read_hf_config(hf_dir: Path, yaml: MindFormersConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return read_hf_config(hf_dir, _additions(yaml, arguments))
 
 
 def _additions(yaml: MindFormersConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,9 +187,9 @@ def _check(
     spec = _spec_of(source, dialect, hf_config, sides)
     in_tensors = numbers_of(source.tensors, dialect)
     options, run_problems = run_options(({} if yaml.is_for_training else yaml.model_config) | dict(arguments))
-    parallel, parallel_problems = _parallel(yaml, sizes or {}, num_processes)
     run_problems += _unknown_arguments(arguments)
-    run_problems += [*parallel_problems, *parallel.problems(spec), *_block_problems(dialect, parallel)]
+    parallel = _parallel(yaml, sizes or {}, num_processes, run_problems)
+    run_problems += [*parallel.problems(spec), *_block_problems(dialect, parallel)]
     origins = ["config.json"] if hf_config is not None else []
     absent: list[str] = []
     if hf_config is None:
@@ -205,31 +201,19 @@ def _check(
     match = match_model(spec, source.tensors, dialect, in_tensors)
     problems += match.problems
     if problems:
+        headline = f"config and weights of {source.path} don't fit: take both from one model, or"
         if not origins:
-            headline = f"{source.path} is not what is declared of it: change what the table says"
-            raise BridgeError(headline, problems + run_problems)
-        raise BridgeError(
-            f"config and weights of {source.path} don't fit: take both from one model, or change what the table says",
-            problems + run_problems,
-        )
+            headline = f"{source.path} is not what is declared of it:"
+        raise BridgeError(f"{headline} change what the table says", problems + run_problems)
     if run_problems:
         raise BridgeError(f"{source.path} can't be run like this", run_problems)
     notes = list(config_notes(hf_dir, hf_config, _additions(yaml, arguments)) if hf_dir else ())
     notes += notes_on(source, hf_dir or source.directory, yaml)
     if absent and yaml.model_config:
         notes.append(f"{yaml.origin} does not declare {', '.join(absent)}")
+    hf_dir, declared = hf_dir or source.directory, bool(dialect.is_hf or source.declared_layout or layout)
     return CheckedCheckpoint(
-        source,
-        dialect,
-        spec,
-        hf_dir or source.directory,
-        hf_config,
-        options,
-        parallel,
-        layout,
-        bool(dialect.is_hf or source.declared_layout or layout),
-        match.ignored,
-        tuple(notes),
+        source, dialect, spec, hf_dir, hf_config, options, parallel, layout, declared, match.ignored, tuple(notes)
     )
 
 
@@ -303,20 +287,21 @@ def _block_problems(dialect: Dialect, parallel: ParallelConfig) -> Iterator[Prob
 
 
 def _parallel(
-    yaml: MindFormersConfig, named: Mapping[str, int | None], num_processes: int | None
-) -> tuple[ParallelConfig, list[Problem]]:
-    """The sizes that the caller names and those of an inference YAML, which must not contradict each other."""
-    sizes, problems = yaml.parallel_sizes()
+    yaml: MindFormersConfig, named: Mapping[str, int | None], num_processes: int | None, problems: list[Problem]
+) -> ParallelConfig:
+    """The sizes that the caller names and those of an inference YAML; adds to ``problems`` where they contradict."""
+    found = list(yaml.parallel_problems())
+    sizes = yaml.parallel_sizes(training=False)
     for name, value in named.items():
         if value is not None and sizes.setdefault(name, value) != value:
-            found = f"arguments: {value}\n{yaml.origin}: {sizes[name]}"
-            problems.append(Problem(name.replace("_", " "), found, "leave out the argument, or change the YAML"))
-    sizes.setdefault("tensor_parallel", num_processes or 1)
-    if num_processes not in (None, sizes["tensor_parallel"]) and not problems:
-        size = sizes["tensor_parallel"]
+            both = f"arguments: {value}\n{yaml.origin}: {sizes[name]}"
+            found.append(Problem(name.replace("_", " "), both, "leave out the argument, or change the YAML"))
+    size = sizes.setdefault("tensor_parallel", num_processes or 1)
+    if num_processes not in (None, size) and not found:
         remedy = f"start {size} processes: msrun --worker_num={size} --local_worker_num={size} --join=True ..."
-        problems.append(Problem("tensor parallel", f"{size}, number of processes {num_processes}", remedy))
-    return ParallelConfig(**sizes), problems
+        found.append(Problem("tensor parallel", f"{size}, number of processes {num_processes}", remedy))
+    problems += found
+    return ParallelConfig(**sizes)
 
 
 def notes_on(source: Source, hf_dir: Path, yaml: MindFormersConfig) -> Iterator[str]:
