@@ -33,50 +33,39 @@ def read_document(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
     except UnicodeDecodeError as error:
         raise BridgeError(f"{path} is not valid {kind} ({error}): copy it again, or correct it") from error
     try:
-        return _Plain().value(parse(text))
+        return _plain(parse(text), {})[0]
     except RecursionError as error:
         raise BridgeError(f"{path} is not valid {kind}: nested too deeply, or in itself") from error
     except Exception as error:  # PyYAML lets through whatever its constructors meet: IndexError, AttributeError...
         raise BridgeError(f"{path} is not valid {kind} ({error}): copy it again, or correct it") from error
 
 
-class _Plain:
-    """Copies a document, each of its containers once."""
+def _plain(value: Any, done: dict[int, tuple[Any, int]]) -> tuple[Any, int]:
+    """A copy of a value, and how many values it has, those that occur several times counted each time.
 
-    def __init__(self) -> None:
-        self._done: dict[int, tuple[Any, int]] = {}
-
-    def value(self, value: Any) -> Any:
-        """A copy of a value.
-
-        Raises:
-            ValueError: it can't be printed.
-            RecursionError: it contains itself.
-        """
-        return self._copy(value)[0]
-
-    def _copy(self, value: Any) -> tuple[Any, int]:
-        """A copy, and how many values it has, those that occur several times counted each time."""
-        if value is None or isinstance(value, (bool, float)):
-            return value, 1
-        if isinstance(value, int):
-            if value.bit_length() > _LONGEST_NUMBER:
-                raise ValueError("a number of several hundred digits")
-            return value, 1
-        if not isinstance(value, (Mapping, list, tuple, set)):  # text, and YAML's dates and bytes
-            return _text(value), 1
-        if id(value) not in self._done:
-            if isinstance(value, Mapping):
-                pairs = [(_text(key), self._copy(entry)) for key, entry in value.items()]
-                copied: Any = {key: entry for key, (entry, _) in pairs}
-                size = 1 + sum(count for _, (_, count) in pairs)
-            else:
-                entries = [self._copy(entry) for entry in value]
-                copied, size = [entry for entry, _ in entries], 1 + sum(count for _, count in entries)
-            if size > _MOST_VALUES:
-                raise ValueError(f"more than {_MOST_VALUES} values")
-            self._done[id(value)] = copied, size
-        return self._done[id(value)]
+    ``done`` has the containers that were copied, by their id: each is copied once. Raises ValueError for what can't be
+    printed, RecursionError for what contains itself.
+    """
+    if value is None or isinstance(value, (bool, float)):
+        return value, 1
+    if isinstance(value, int):
+        if value.bit_length() > _LONGEST_NUMBER:
+            raise ValueError("a number of several hundred digits")
+        return value, 1
+    if not isinstance(value, (Mapping, list, tuple, set)):  # text, and YAML's dates and bytes
+        return _text(value), 1
+    if id(value) not in done:
+        if isinstance(value, Mapping):
+            entries = {_text(key): _plain(entry, done) for key, entry in value.items()}
+            copied: Any = {key: entry for key, (entry, _) in entries.items()}
+            size = 1 + sum(count for _, count in entries.values())
+        else:
+            pairs = [_plain(entry, done) for entry in value]
+            copied, size = [entry for entry, _ in pairs], 1 + sum(count for _, count in pairs)
+        if size > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES} values")
+        done[id(value)] = copied, size
+    return done[id(value)]
 
 
 def _text(value: object) -> str:

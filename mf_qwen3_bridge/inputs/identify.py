@@ -9,12 +9,12 @@ from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.disagreements import block_problems
-from mf_qwen3_bridge.inputs.mindformers_config import MindFormersConfig, read_mindformers_config
+from mf_qwen3_bridge.inputs.mindformers_config import read_mindformers_config
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
-from mf_qwen3_bridge.model.parameters import OUTPUT, PARAMETERS, Parameter, is_expert_name, layer_of
+from mf_qwen3_bridge.model.parameters import OUTPUT, PARAMETERS, Parameter, layer_of
 from mf_qwen3_bridge.model.rules import Dialect, Rule, hf_dialect, model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.plan import Plan, make_plan
@@ -66,7 +66,7 @@ class Weights:
         kept = {place.tensor for rule in smaller.rules for place in rule.places(self.dialect)}
         kept.add(self.dialect.name(OUTPUT))  # stays if it is stored although it is tied
         tensors = {name: tensor for name, tensor in self.source.tensors.items() if name in kept}
-        return replace(smaller, source=self.source.with_tensors(tensors))
+        return replace(smaller, source=replace(self.source, tensors=tensors))
 
 
 def open_weights(path: Path, config: Path | None = None) -> Weights:
@@ -74,25 +74,14 @@ def open_weights(path: Path, config: Path | None = None) -> Weights:
 
     Args:
         path: the directory or file.
-        config: the YAML of the training run; declares the layout of MindFormers weights whose files don't.
+        config: the YAML of the training run; declares the layout of MindFormers weights whose files don't. It is
+            MindFormers' default where neither does.
 
     Raises:
-        BridgeError: files are missing or damaged, or their tensors make no whole Qwen3.
+        BridgeError: files are missing or damaged, or their tensors make no whole Qwen3, or not one of this layout.
     """
     source = open_source(path)
-    return recognise(source, read_mindformers_config(None if source.declared_layout else config))
-
-
-def recognise(source: Source, yaml: MindFormersConfig) -> Weights:
-    """The weights of a source, as its tensors show them.
-
-    Args:
-        source: the tensors.
-        yaml: declares the layout of MindFormers weights whose files don't; MindFormers' default where neither does.
-
-    Raises:
-        BridgeError: the tensors' shapes don't show a whole model, or not one that can have this layout.
-    """
+    yaml = read_mindformers_config(None if source.declared_layout else config)
     configured = yaml.layout_of_weights(source.has_experts, source.tensor_parallel)
     dialect = dialect_of(source, configured, yaml.origin, TRAINING_DEFAULT)
     try:
@@ -145,7 +134,7 @@ def dialect_of(
             "(use_contiguous_weight_layout_attention, use_interleaved_weight_layout_mlp): mf-qwen3's commands take it "
             "with --config; for run_mindformer.py, export them to Hugging Face with it (mf-qwen3 export --config)"
         )
-    stacked = any(is_expert_name(name) and len(tensor.shape) == 3 for name, tensor in source.tensors.items())
+    stacked = any(".experts." in name and len(tensor.shape) == 3 for name, tensor in source.tensors.items())
     return Dialect(layout, stacked_experts=stacked)
 
 

@@ -17,7 +17,6 @@ from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.model.layouts import Box, Layout
 from mf_qwen3_bridge.model.parallel import WHOLE
 from mf_qwen3_bridge.model.rules import HF, Dialect, RowsRule, Rule, shares
-from mf_qwen3_bridge.transfer.plan import write_slices
 
 _TENSOR_PARALLEL_SIZES = (1, 2, 4, 8, 16)
 # Rows of each part of a fused parameter that are compared.
@@ -116,9 +115,7 @@ def likeness_of_layouts(
 def read_rows(weights: Weights, rule: Rule, tensor: str, rows: Iterable[int]) -> np.ndarray:
     """Some rows of one of the tensors that store a rule's parts: float64 (rows, columns)."""
     (target,) = (target for target in weights.plan_of(rule).targets if target.name == tensor)
-    plan = replace(weights.plan_of(rule), targets=(target,))
-    pieces = (write_slices(plan, {tensor: Box((row, row + 1))}).targets[0].make() for row in map(int, rows))
-    return np.concatenate(list(pieces)).astype(np.float64)
+    return np.concatenate([target.block(Box((row, row + 1))).make() for row in map(int, rows)]).astype(np.float64)
 
 
 def read_sampled_rows(weights: Weights, rule: RowsRule) -> dict[str, np.ndarray]:
@@ -146,11 +143,14 @@ def check_layout(trained: CheckedCheckpoint) -> bool:
     layout, base = trained.dialect.layout, _base(trained)
     if layout is None or base is None:
         return False
+    first: dict[str, RowsRule] = {}  # of the first layer QKV, and in dense models gate/up; experts have one layout
+    for rule in trained.rules:
+        if isinstance(rule, RowsRule) and rule.fuses:
+            first.setdefault(rule.fuses, rule)
     problems, shown = [], []
-    for rule in first_fused_rules(trained):
-        if not all(part in base.source.tensors for part in rule.tensors):
-            return False
-        if any(base.source.tensors[part].shape != (n, *rule.columns) for part, n in zip(rule.tensors, rule.rows)):
+    for rule in first.values():
+        shapes = [tensor.shape if (tensor := base.source.tensors.get(part)) else None for part in rule.tensors]
+        if shapes != [(rows, *rule.columns) for rows in rule.rows]:
             return False
         mine = arrangement_of(layout, rule.fuses)
         candidates = dict.fromkeys([mine, *layouts_of(rule)])
@@ -163,15 +163,6 @@ def check_layout(trained: CheckedCheckpoint) -> bool:
     if problems:
         raise BridgeError(f"{trained.source.path} has another layout", problems)
     return all(shown)
-
-
-def first_fused_rules(weights: Weights) -> list[RowsRule]:
-    """The rules of the first layer's fused parameters: QKV, and in dense models gate/up. (Experts have one layout.)"""
-    found: dict[str, RowsRule] = {}
-    for rule in weights.rules:
-        if isinstance(rule, RowsRule) and rule.fuses:
-            found.setdefault(rule.fuses, rule)
-    return list(found.values())
 
 
 def _base(trained: CheckedCheckpoint) -> Weights | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -64,16 +64,17 @@ def _open_directory(path: Path) -> Source:
     for name in (HF_INDEX, MINDFORMERS_INDEX):
         if (path / name).is_file():
             source = _open_indexed(path, path / name)
-            _refuse_second_checkpoint(source, path / name)
+            # transformers takes model.safetensors where there is one, whatever the index lists.
+            if name == HF_INDEX and path / "model.safetensors" in stale_files(source):
+                kinds = f"model.safetensors, and the files that {name} names"
+                raise BridgeError(f"{path} holds two checkpoints: {kinds}; remove one")
             return source
     files = sorted(file for file in path.glob("*.safetensors") if file.name != HYPER_PARAMETERS)
     if not files:
         raise BridgeError(f"no *.safetensors in {path}{_what_else_is_there(path)}")
-    if absent := _absent_shards(files):
-        raise BridgeError(
-            f"{path} is not a whole checkpoint",
-            [Problem(name, "missing, by the number in the other files' names", "copy the file") for name in absent],
-        )
+    missing = "missing, by the number in the other files' names"
+    if problems := [Problem(name, missing, "copy the file") for name in _absent_shards(files)]:
+        raise BridgeError(f"{path} is not a whole checkpoint", problems)
     return _open_files(path, files)
 
 
@@ -105,19 +106,17 @@ def _open_files(path: Path, files: Iterable[Path]) -> Source:
 
 def _open_indexed(directory: Path, index: Path) -> Source:
     weight_map = _read_index(index)
+    present = {file.name for file in directory.iterdir() if file.is_file()}
     problems = []
     files = []
-    for name in sorted(set(weight_map.values())):
-        file = directory / name
+    for name, count in sorted(Counter(weight_map.values()).items()):
         if Path(name).name != name:
             problems.append(Problem(name, f"{index.name} names a file outside {directory}", "fix the index"))
-        elif not _is_file(file):
-            count = sum(1 for value in weight_map.values() if value == name)
-            problems.append(
-                Problem(name, f"missing; {index.name} assigns {count} tensors to it", "download or copy the file")
-            )
+        elif name not in present:
+            found = f"missing; {index.name} assigns {count} tensors to it"
+            problems.append(Problem(name, found, "download or copy the file"))
         elif name != HYPER_PARAMETERS:
-            files.append(file)
+            files.append(directory / name)
     try:
         source = _open_files(directory, files)
     except BridgeError as error:
@@ -140,22 +139,6 @@ def _misplaced(source: Source, weight_map: Mapping[str, str], index: str, opened
     for name in source.tensors.keys() - weight_map.keys():
         names[f"in {source.tensors[name].file.name}, but not in {index}", remedy].append(name)
     return folded_problems(dict(sorted(names.items())))
-
-
-def _is_file(file: Path) -> bool:
-    try:
-        return file.is_file()
-    except OSError:  # a name that is too long
-        return False
-
-
-def _refuse_second_checkpoint(source: Source, index: Path) -> None:
-    """transformers takes ``model.safetensors`` where there is one, whatever the index lists."""
-    single = index.parent / "model.safetensors"
-    if index.name == HF_INDEX and single in stale_files(source):
-        raise BridgeError(
-            f"{index.parent} holds two checkpoints: {single.name}, and the files that {index.name} names; remove one"
-        )
 
 
 def _read_index(index: Path) -> dict[str, str]:

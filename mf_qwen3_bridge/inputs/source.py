@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.model.layouts import Layout
-from mf_qwen3_bridge.model.parameters import is_expert_name, is_hf_name, is_mindformers_name
+from mf_qwen3_bridge.model.parameters import is_hf_name
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
 # The index of a directory: Hugging Face's, and MindFormers'.
@@ -62,10 +62,8 @@ class Source:
     @cached_property
     def files(self) -> list[Path]:
         """The files that hold its tensors."""
-        stored = (
-            piece for tensor in self.tensors.values() for piece in ([s.tensor for s in tensor.shards] or [tensor])
-        )
-        return sorted({tensor.file for tensor in stored})
+        shards = (shard.tensor.file for tensor in self.tensors.values() for shard in tensor.shards)
+        return sorted({*shards, *(tensor.file for tensor in self.tensors.values())})
 
     @cached_property
     def is_hf(self) -> bool:
@@ -76,7 +74,7 @@ class Source:
         """
         if any(map(is_hf_name, self.tensors)):
             return True
-        if not any(map(is_mindformers_name, self.tensors)):
+        if not any(name.startswith(("decoder.", "embedding.")) for name in self.tensors):
             some = ", ".join(sorted(self.tensors)[:3])
             raise BridgeError(f"{self.path}: the tensors' names are neither Hugging Face's nor MindFormers' ({some})")
         return False
@@ -84,7 +82,7 @@ class Source:
     @cached_property
     def has_experts(self) -> bool:
         """Whether the tensors are those of a Qwen3-MoE."""
-        return any(map(is_expert_name, self.tensors))
+        return any(".experts." in name for name in self.tensors)
 
     @cached_property
     def declared_layout(self) -> Layout | None:
@@ -112,7 +110,3 @@ class Source:
         declared = self.metadata.get(TENSOR_PARALLEL_KEY, "")
         number = int(declared) if re.fullmatch("[1-9][0-9]{0,8}", declared) else None
         return self.strategies_tensor_parallel or number
-
-    def with_tensors(self, tensors: Mapping[str, TensorInfo]) -> Source:
-        """The same source with other tensors, or fewer."""
-        return replace(self, tensors=tensors)

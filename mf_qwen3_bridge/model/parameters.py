@@ -6,10 +6,9 @@ Rules, shape hints, look-alikes and what ranks divide are read from this table.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Literal
 
 from mf_qwen3_bridge.model.spec import ModelSpec
@@ -120,21 +119,9 @@ def is_hf_name(name: str) -> bool:
     return name.startswith(("model.layers.", "model.embed_tokens."))
 
 
-def is_mindformers_name(name: str) -> bool:
-    """Whether a tensor has a name that only MindFormers uses."""
-    return name.startswith(("decoder.", "embedding."))
-
-
-def is_expert_name(name: str) -> bool:
-    """Whether a tensor, of either dialect, holds weights of experts."""
-    return ".experts." in name
-
-
 def is_fused_qkv(name: str) -> bool:
     """Whether a MindFormers parameter holds the fused weights of queries, keys and values."""
-    return any(
-        parameter.mindformers.format(layer=layer_of(name)) == name for parameter in PARAMETERS if parameter.shape == QKV
-    )
+    return any(line.mindformers.format(layer=layer_of(name)) == name for line in PARAMETERS if line.shape == QKV)
 
 
 _LAYER_NUMBER = re.compile(r"\blayers\.([0-9]{1,9})\.")
@@ -158,25 +145,21 @@ def with_expert(name: str, expert: int) -> str:
     return _EXPERT_NUMBER.sub(f"experts.{expert}.", name)
 
 
-@cache
-def _look_alikes() -> dict[str, tuple[str, ...]]:
-    shapes: dict[tuple[str, str | None, bool], list[str]] = defaultdict(list)
-    for parameter in PARAMETERS:
-        for part, rows in zip(parameter.parts, parameter.shape.rows):
-            if parameter.is_per_layer:
-                shapes[rows, parameter.shape.columns, parameter.shape.per_expert].append(part)
-    return {part: tuple(n for n in alike if n != part) for alike in shapes.values() for part in alike}
-
-
 def look_alikes(name: str) -> list[str]:
     """Hugging Face tensors of the same layer, and expert, that have the same shape and are easily confused with it.
 
     >>> look_alikes("model.layers.3.self_attn.k_proj.weight")
     ['model.layers.3.self_attn.v_proj.weight']
     """
-    numbers = {"layer": layer_of(name), "expert": expert_of(name)}
     pattern = _EXPERT_NUMBER.sub("experts.{expert}.", _LAYER_NUMBER.sub("layers.{layer}.", name))
-    return [other.format(**numbers) for other in _look_alikes().get(pattern, ())]
+    lines = [line for line in PARAMETERS if line.is_per_layer]
+    shapes = {
+        part: (rows, line.shape.columns, line.shape.per_expert)
+        for line in lines
+        for part, rows in zip(line.parts, line.shape.rows)
+    }
+    alike = [part for part, shape in shapes.items() if shape == shapes.get(pattern) and part != pattern]
+    return [part.format(layer=layer_of(name), expert=expert_of(name)) for part in alike]
 
 
 # A training checkpoint holds more than the weights: an optimizer's state, under a weight's name with a prefix...

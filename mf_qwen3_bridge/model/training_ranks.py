@@ -5,21 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from math import lcm
 
-from mf_qwen3_bridge.model.layouts import Box, Layout
+from mf_qwen3_bridge.model.layouts import Box
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import Dialect, ExpertsRule, Rule
-from mf_qwen3_bridge.model.spec import ModelSpec
 
 
 def world_size(parallel: ParallelConfig) -> int:
     """Ranks that hold different things: those after them hold the same again."""
     return lcm(parallel.tensor_parallel, parallel.expert_parallel)
-
-
-def layouts(spec: ModelSpec) -> Iterator[Layout]:
-    """Every layout that a training run of this model can leave, with up to 8 tensor parallel ranks."""
-    sizes = (size for size in (1, 2, 4, 8) if not any(ParallelConfig(size).problems(spec, training=True)))
-    yield from dict.fromkeys(kind.on(size) for size in sizes for kind in Layout.kinds())
 
 
 def boxes(rules: Iterable[Rule], held: Dialect, parallel: ParallelConfig, number: int) -> Iterator[tuple[str, Box]]:
