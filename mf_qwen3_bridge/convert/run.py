@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mf_qwen3_bridge import __version__
 from mf_qwen3_bridge.convert.file_layout import OutputFile
 from mf_qwen3_bridge.convert.output_directory import OutputDirectory
@@ -23,7 +25,7 @@ from mf_qwen3_bridge.transfer.plan import Plan, check_values
 from mf_qwen3_bridge.transfer.progress import progress_bar, size_text
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 from mf_qwen3_bridge.transfer.tiles import Tile, tiles
-from mf_qwen3_bridge.transfer.values import Casts, casts_of, is_exact, largest_magnitude
+from mf_qwen3_bridge.transfer.values import Casts, casts_of, largest_magnitude
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def _look_at_values(made: Made, dtype: str) -> Findings:
     for copy, elements, place in made.parts:
         key = copy.target, copy.source
         findings.magnitudes[key] = max(findings.magnitudes[key], largest_magnitude(elements))
-        if not is_exact(elements.dtype, place.dtype):
+        if not np.can_cast(elements.dtype, place.dtype):
             findings.casts[copy.source.dtype, dtype] += casts_of(copy.target, elements, place)
     return findings
 

@@ -16,10 +16,7 @@ _LONGEST_NUMBER = 1024
 def read_document(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
     """What a file holds, as null, booleans, numbers, text, lists, and mappings with text for keys.
 
-    Args:
-        path: the file.
-        parse: the parser; whatever error it raises means that the document is not valid.
-        kind: ``JSON`` or ``YAML``, for messages.
+    Whatever error ``parse`` raises means that it is no document of this ``kind``, JSON or YAML.
 
     Raises:
         BridgeError: it can't be read, is not valid, contains itself, or holds numbers or text that nothing can print.

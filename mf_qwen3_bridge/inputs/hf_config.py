@@ -69,11 +69,7 @@ _ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The normalised config.json of a Hugging Face directory.
-
-    Args:
-        model_dir: the directory.
-        overrides: what to read in place of config.json's own values: YaRN, for example, is often asked for in a YAML.
+    """The normalised config.json of a Hugging Face directory, after ``overrides``: YaRN is often asked for in a YAML.
 
     Raises:
         BridgeError: there is none, it is no JSON, or it describes what :func:`normalise` refuses.
@@ -102,11 +98,7 @@ def config_notes(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        BridgeError: it can't be read, or is none.
-    """
+    """The JSON object in a file; BridgeError if it can't be read, or is none."""
     content = read_document(path, json.loads, "JSON")
     if not isinstance(content, dict):
         raise BridgeError(f"{path} holds no JSON object: copy it again")
@@ -118,11 +110,7 @@ def normalise(raw: Mapping[str, Any], origin: str = "config.json") -> dict[str, 
 
     ``dtype`` becomes ``torch_dtype``; ``rope_parameters`` becomes ``rope_theta`` and ``rope_scaling``;
     ``num_local_experts`` becomes ``num_experts``; YaRN gets the numbers that transformers supplies by default; keys
-    that do not change what is computed are left out.
-
-    Args:
-        raw: the JSON object.
-        origin: the name to use for it in messages.
+    that do not change what is computed are left out. ``origin`` is its name in messages.
 
     Raises:
         BridgeError: something that MindFormers' Qwen3 cannot compute, or that is missing or absurd; lists all of it.

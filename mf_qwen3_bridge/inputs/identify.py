@@ -23,13 +23,7 @@ from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a model: where they are stored, in which dialect, and of which numbers the model is.
-
-    Attributes:
-        source: the tensors.
-        dialect: how they are named and laid out.
-        spec: the model's numbers.
-    """
+    """The weights of a model: where they are stored, how they are named and laid out, and the model's numbers."""
 
     source: Source
     dialect: Dialect
@@ -55,11 +49,7 @@ class Weights:
         return make_plan([rule], tensors, self.dialect, self.dialect)
 
     def first_layers(self, num_layers: int) -> Weights:
-        """The same weights with the first layers only.
-
-        Raises:
-            BridgeError: there are not so many layers.
-        """
+        """The same weights with the first layers only; BridgeError if there are not so many."""
         if num_layers > self.spec.num_layers:
             raise BridgeError(f"{self.source.path} has {self.spec.num_layers} layers")
         smaller = replace(self, spec=replace(self.spec, num_layers=num_layers))
@@ -108,8 +98,7 @@ def dialect_of(
 
     Args:
         source: the tensors. Their files may declare the layout.
-        configured: the layout that a YAML or the caller declares.
-        origin: who that is, for messages.
+        configured: the layout that a YAML or the caller, named ``origin`` in messages, declares.
         default: the layout to assume when nobody declares one.
 
     Raises:
@@ -142,8 +131,7 @@ def spec_of(tensors: Mapping[str, TensorInfo], dialect: Dialect, tied: bool | No
     """The model that the tensors' shapes show.
 
     Args:
-        tensors: all of them.
-        dialect: how they are named and laid out.
+        tensors, dialect: all of them, and how they are named and laid out.
         tied: whether the output layer is the embedding, if that is known; else it is if there is no output layer.
 
     Raises:

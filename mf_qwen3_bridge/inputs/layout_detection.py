@@ -50,11 +50,7 @@ def describe(arrangement: Layout) -> str:
 
 
 def fused_rows(rule: RowsRule, layout: Layout) -> dict[str, np.ndarray]:
-    """For each part of a fused parameter, by its Hugging Face name, which row of the parameter stores each of its rows.
-
-    Returns:
-        int64 (rows of the part,) for each part.
-    """
+    """For each part of a fused parameter the numbers of the rows that store it in the parameter: int64 (rows,)."""
     flat = replace(rule, columns=())
     parts = {name: np.empty(rows, np.int64) for name, rows in zip(rule.tensors, rule.rows)}
     numbers = np.arange(sum(rule.rows))
@@ -95,11 +91,8 @@ def likeness_of_layouts(
         rule: the parameter's.
         fused: the parameter itself, or MindFormers weights that hold it.
         expected: by Hugging Face name, the rows of each part that :func:`sampled_rows` chooses.
-        similarity: compares two arrays of rows.
+        similarity: compares two arrays of rows; its result is given for each layout.
         candidates: the layouts; all by default.
-
-    Returns:
-        The similarity for each candidate.
     """
     chosen = sampled_rows(rule)
     wanted = np.concatenate([expected[name] for name in rule.tensors])
@@ -129,10 +122,7 @@ def read_sampled_rows(weights: Weights, rule: RowsRule) -> dict[str, np.ndarray]
 
 
 def check_layout(trained: CheckedCheckpoint) -> bool:
-    """Compares fine-tuned weights with those in the Hugging Face directory, if there are any of the same shapes.
-
-    Args:
-        trained: what a training run saved; its ``hf_dir`` may hold the weights that the run began with.
+    """Compares fine-tuned weights with those in their ``hf_dir``, if it has any of the same shapes.
 
     Returns:
         Whether they show that the layout is the right one. They don't if the model was not trained from them.

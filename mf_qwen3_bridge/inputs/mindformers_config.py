@@ -11,7 +11,7 @@ from typing import Any
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.documents import read_document
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
-from mf_qwen3_bridge.model.spec import HF_NAME, ModelSpec
+from mf_qwen3_bridge.model.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
 
 # What model.model_config may hold is of four kinds.
 # 1. The model's numbers (spec.NAMES) and what it computes with: have to be what config.json declares, and what
@@ -70,6 +70,9 @@ PARALLEL_SIZES = {"model_parallel": "tensor_parallel", "expert_parallel": "exper
 NOT_PARALLEL = ("data_parallel", "pipeline_stage", "context_parallel")
 
 LAYOUT_FLAGS = TRAINING_DEFAULT.training_flags.keys()
+# Everything that declares something of the model.
+MODEL_KEYS = ADDITIONS | LAYOUT_FLAGS | {key for keys in MINDFORMERS_NAMES.values() for key in keys}
+MODEL_KEYS |= {key for name, aliases in COMPUTED_NAMES.items() for key in (name, *aliases)}
 _TRAINING_MODES = ("train", "finetune", "train_with_eval", "eval", "predict_with_train_model")
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -124,12 +127,9 @@ def declared_flags(model_config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class MindFormersConfig:
-    """What a MindFormers YAML declares about a checkpoint.
+    """What a MindFormers YAML declares about a checkpoint: its ``model.model_config`` section, and all of it.
 
-    Attributes:
-        origin: where it comes from, for messages.
-        model_config: its ``model.model_config`` section.
-        document: all of it.
+    ``origin`` is where it comes from, for messages.
     """
 
     origin: str = "YAML"
@@ -149,13 +149,9 @@ class MindFormersConfig:
     def layout_of_weights(self, has_experts: bool, saved_by: int | None) -> Layout | None:
         """The layout of weights that ``saved_by`` tensor parallel ranks saved; None if the YAML does not declare it.
 
-        Args:
-            has_experts: whether they are a MoE's.
-            saved_by: the number of ranks, if it is known apart from the YAML.
-
         Raises:
-            BridgeError: a flag is neither true nor false; the layout depends on the number, and the YAML declares
-                another one.
+            BridgeError: a flag is neither true nor false; the layout depends on the number of ranks, and the YAML
+                declares another one.
         """
         flags = declared_flags(self.model_config)
         if wrong := [
@@ -216,14 +212,7 @@ class MindFormersConfig:
                 yield Problem(f"parallel_config.{key}", repr(config[key]), "the bridge runs tensor and expert parallel")
 
     def hf_config(self, spec: ModelSpec) -> tuple[dict[str, Any], list[str]]:
-        """A config.json made of what the YAML declares.
-
-        Args:
-            spec: the model's numbers.
-
-        Returns:
-            The config.json, and the keys that it lacks because the YAML does not declare them.
-        """
+        """A config.json made of the model's numbers and what the YAML declares, and the keys that it does not."""
         kind = "qwen3_moe" if spec.is_moe else "qwen3"
         config: dict[str, Any] = {"model_type": kind, **{HF_NAME[field]: n for field, n in spec.numbers.items()}}
         required = ["max_position_embeddings", "rms_norm_eps", "rope_theta"]
@@ -240,11 +229,7 @@ class MindFormersConfig:
         return config, [name for name in required if name not in config]
 
     def named_path(self, key: str) -> Path | None:
-        """The path that a top-level key names.
-
-        Raises:
-            BridgeError: no file can have that name.
-        """
+        """The path that a top-level key names; BridgeError if no file can have that name."""
         named = self.document.get(key)
         if not named:
             return None

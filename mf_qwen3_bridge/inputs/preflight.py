@@ -8,26 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.inputs import mindformers_config
 from mf_qwen3_bridge.inputs.disagreements import computed_rows, declared_by, match_model, number_rows
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_hf_config
 from mf_qwen3_bridge.inputs.identify import Weights, dialect_of, incomplete, numbers_of, spec_of
-from mf_qwen3_bridge.inputs.mindformers_config import (
-    ADDITIONS,
-    COMPUTED_NAMES,
-    LAYOUT_FLAGS,
-    OPTIONS,
-    PARALLEL_SIZES,
-    MindFormersConfig,
-    declared_flags,
-    read_mindformers_config,
-    run_options,
-)
+from mf_qwen3_bridge.inputs.mindformers_config import MindFormersConfig, read_mindformers_config
 from mf_qwen3_bridge.inputs.opening import open_source, stale_files
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import INFER, Dialect
-from mf_qwen3_bridge.model.spec import MINDFORMERS_NAMES, ModelSpec
+from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.progress import size_text
 
 # Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 1.9).
@@ -148,14 +139,15 @@ def check_against_config(weights: Path, model_config: Mapping[str, Any], origin:
     Args:
         weights: a directory or file, in any dialect.
         model_config: the network's numbers and what it computes with, under any of MindFormers' names.
-        origin: a name for it, for messages.
+        origin: a name for ``model_config``, for messages.
 
     Raises:
         BridgeError: with a table of everything that does not fit, and what to change.
     """
-    known = _NAMES | LAYOUT_FLAGS
-    declared = {key: value for key, value in model_config.items() if key in known and value is not None}
-    yaml = MindFormersConfig(origin, declared)
+    known = mindformers_config.MODEL_KEYS
+    yaml = MindFormersConfig(
+        origin, {key: value for key, value in model_config.items() if key in known and value is not None}
+    )
     if (weights / "config.json").is_file():
         return check(weights, yaml)
     return _check(open_source(weights), None, None, yaml, {})
@@ -164,7 +156,7 @@ def check_against_config(weights: Path, model_config: Mapping[str, Any], origin:
 def _additions(yaml: MindFormersConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What YAML and arguments add to config.json."""
     declared = yaml.model_config | dict(arguments)
-    return {key: declared[key] for key in ADDITIONS if key in declared}
+    return {key: declared[key] for key in mindformers_config.ADDITIONS if key in declared}
 
 
 def _check(
@@ -186,8 +178,11 @@ def _check(
     dialect = dialect_of(source, layout, yaml.origin, default_layout)
     spec = _spec_of(source, dialect, hf_config, sides)
     in_tensors = numbers_of(source.tensors, dialect)
-    options, run_problems = run_options(({} if yaml.is_for_training else yaml.model_config) | dict(arguments))
-    run_problems += _unknown_arguments(arguments)
+    of_run = ({} if yaml.is_for_training else yaml.model_config) | dict(arguments)
+    options, run_problems = mindformers_config.run_options(of_run)
+    known = ", ".join(sorted(mindformers_config.OPTIONS))
+    for key in sorted(arguments.keys() - mindformers_config.OPTIONS - mindformers_config.MODEL_KEYS):
+        run_problems.append(Problem(key, "not an option of a run", f"known are {known}"))
     parallel = _parallel(yaml, sizes or {}, num_processes, run_problems)
     run_problems += [*parallel.problems(spec), *_block_problems(dialect, parallel)]
     origins = ["config.json"] if hf_config is not None else []
@@ -195,7 +190,7 @@ def _check(
     if hf_config is None:
         raw, absent = yaml.hf_config(spec)
         hf_config = normalise(raw, yaml.origin) if not absent else {}
-    problems = [*number_rows(spec, origins, sides, in_tensors)]
+    problems = list(number_rows(spec, origins, sides, in_tensors))
     if hf_config:
         problems += computed_rows(hf_config, origins, sides, yaml.origin if yaml.is_for_training else None)
     match = match_model(spec, source.tensors, dialect, in_tensors)
@@ -208,7 +203,7 @@ def _check(
     if run_problems:
         raise BridgeError(f"{source.path} can't be run like this", run_problems)
     notes = list(config_notes(hf_dir, hf_config, _additions(yaml, arguments)) if hf_dir else ())
-    notes += notes_on(source, hf_dir or source.directory, yaml)
+    notes += _notes(source, hf_dir or source.directory, yaml)
     if absent and yaml.model_config:
         notes.append(f"{yaml.origin} does not declare {', '.join(absent)}")
     hf_dir, declared = hf_dir or source.directory, bool(dialect.is_hf or source.declared_layout or layout)
@@ -227,7 +222,7 @@ def _layout_of_arguments(
     """
     known_size = source.tensor_parallel or model_parallel
     configured = yaml.layout_of_weights(source.has_experts, known_size)
-    flags, declared = declared_flags(arguments), declared_flags(yaml.model_config)
+    flags, declared = map(mindformers_config.declared_flags, (arguments, yaml.model_config))
     if not flags:
         return configured
     size = known_size or yaml.training_tensor_parallel
@@ -304,7 +299,7 @@ def _parallel(
     return ParallelConfig(**sizes)
 
 
-def notes_on(source: Source, hf_dir: Path, yaml: MindFormersConfig) -> Iterator[str]:
+def _notes(source: Source, hf_dir: Path, yaml: MindFormersConfig) -> Iterator[str]:
     """What is unusual about a checkpoint and a YAML, but right."""
     if (hf_dir / "config.json").is_file() and not (hf_dir / "generation_config.json").is_file():
         yield "no generation_config.json: a text ends at config.json's eos_token_id only"
@@ -312,27 +307,17 @@ def notes_on(source: Source, hf_dir: Path, yaml: MindFormersConfig) -> Iterator[
         yield f"rope_scaling of {yaml.origin} goes before config.json's"
     for file in stale_files(source):
         yield f"{file.name} is not read: the index does not name it"
-    unused = sorted(yaml.model_config.keys() - OPTIONS - _NAMES - LAYOUT_FLAGS - {"auto_register"})
+    unused = yaml.model_config.keys() - mindformers_config.OPTIONS - mindformers_config.MODEL_KEYS - {"auto_register"}
     if unused and not yaml.is_for_training:
-        yield f"not used: {', '.join(unused)} of {yaml.origin}"
+        yield f"not used: {', '.join(sorted(unused))} of {yaml.origin}"
     sizes = yaml.section("parallel_config")
     is_parallel = yaml.is_for_training or yaml.document.get("use_parallel")
-    if not is_parallel and any(sizes.get(key) not in (None, 1) for key in PARALLEL_SIZES):
+    if not is_parallel and any(sizes.get(key) not in (None, 1) for key in mindformers_config.PARALLEL_SIZES):
         yield f"parallel_config of {yaml.origin} is not used: use_parallel is not True"
     for key, used in (("pretrained_model_dir", hf_dir), ("load_checkpoint", source.path)):
         named = yaml.named_path(key)
         if named and named.resolve() != used.resolve():
             yield f"{yaml.origin} names {key} {named}; used is {used}"
-
-
-# MindFormers' names of everything that config.json declares as well.
-_NAMES = {key for keys in MINDFORMERS_NAMES.values() for key in keys} | ADDITIONS
-_NAMES |= {key for name, aliases in COMPUTED_NAMES.items() for key in (name, *aliases)}
-
-
-def _unknown_arguments(overrides: Mapping[str, Any]) -> Iterator[Problem]:
-    for key in sorted(overrides.keys() - _NAMES - OPTIONS - LAYOUT_FLAGS):
-        yield Problem(key, "not an option of a run", f"known are {', '.join(sorted(OPTIONS))}")
 
 
 def summary(model: CheckedCheckpoint) -> Iterator[str]:

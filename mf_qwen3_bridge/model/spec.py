@@ -32,13 +32,9 @@ class ModelSpec:
     """A Qwen3 or Qwen3-MoE model's dimensions, in Megatron's and MindFormers' terms.
 
     Attributes:
-        num_layers: transformer layers.
-        hidden_size: width of the residual stream.
-        num_attention_heads: query heads.
         num_query_groups: key/value heads; each serves num_attention_heads / num_query_groups query heads.
         head_dim: width of one head. In Qwen3 it is a number of its own, not hidden_size / num_attention_heads.
         ffn_hidden_size: width of the gated MLP; 0 in MoE, whose layers have experts instead.
-        vocab_size: rows of the embedding.
         tie_word_embeddings: whether the output layer is the embedding.
         num_experts: experts of each layer; 0 in a dense model.
         moe_ffn_hidden_size: width of each expert; 0 in a dense model.

@@ -17,7 +17,7 @@ import numpy as np
 from mf_qwen3_bridge.transfer.blocks import from_range
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, TensorInfo
 from mf_qwen3_bridge.transfer.tiles import Copy, Tile, reads, tiles, writes
-from mf_qwen3_bridge.transfer.values import is_exact, largest_magnitude
+from mf_qwen3_bridge.transfer.values import largest_magnitude
 
 # Of all threads together; an expert of the largest model, read and transposed, takes 48 MiB.
 BUFFER_BYTES = 96 << 20
@@ -86,8 +86,7 @@ class Made(NamedTuple):
 class Transfer(ExitStack):
     """Carries out copies with several threads. ``with Transfer() as transfer: ...`` ends them and closes the files.
 
-    Args:
-        advance: is called with the number of bytes read after each tile.
+    ``advance`` is called with the number of bytes read after each tile.
     """
 
     def __init__(self, advance: Callable[[int], object] | None = None) -> None:
@@ -100,11 +99,7 @@ class Transfer(ExitStack):
         self.callback(self._pool.shutdown, cancel_futures=True)
 
     def fill(self, target: np.ndarray, copies: Iterable[Copy]) -> dict[TensorInfo, float]:
-        """Fills an array with one target tensor, casting to its dtype (round to nearest even).
-
-        Args:
-            target: a C-contiguous array of the target's shape.
-            copies: what it is made of.
+        """Fills a C-contiguous array with the target tensor of these copies, casting to its dtype (to nearest even).
 
         Returns:
             Source tensor -> largest magnitude (see :mod:`mf_qwen3_bridge.transfer.values`).
@@ -128,23 +123,17 @@ class Transfer(ExitStack):
             for copy, elements in elements_of.items():
                 place = copy.target_view.of(target)
                 copy_elements(elements, place)
-                shown = elements if is_exact(elements.dtype, target.dtype) else place
+                shown = elements if np.can_cast(elements.dtype, target.dtype) else place
                 magnitudes.append((copy.source, largest_magnitude(shown)))
         return magnitudes
 
     def each(
         self, tiles_to_read: Iterable[Tile], look: Callable[[Mapping[Copy, np.ndarray]], Result]
     ) -> Iterator[Result]:
-        """Reads tiles with all threads, and calls a function with each while it is in memory.
+        """Reads tiles with all threads, and calls ``look`` with each while it is in memory; yields results in order.
 
-        Args:
-            tiles_to_read: the tiles.
-            look: takes the elements that each copy reads, in the source's dtype. It runs in the thread that read the
-                tile, and the arrays are reused afterwards.
-
-        Yields:
-            What ``look`` returned, in the order of the tiles.
-
+        ``look`` takes the elements that each copy reads, in the source's dtype. It runs in the thread that read the
+        tile, and the arrays are reused afterwards.
         """
 
         def work(tile: Tile) -> Result:

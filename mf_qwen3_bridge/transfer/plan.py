@@ -31,13 +31,7 @@ FLOATS = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor to make.
-
-    Attributes:
-        name: its name in the target dialect.
-        shape, dtype: its shape, and its dtype as safetensors spells it.
-        copies: what it is made of; together they cover each of its elements once.
-    """
+    """A tensor to make, of a dtype as safetensors spells it. ``copies`` together cover each of its elements once."""
 
     name: str
     shape: tuple[int, ...]
@@ -79,8 +73,7 @@ class Plan:
     """What is made of a checkpoint, and from which tensors.
 
     Attributes:
-        target: the dialect of what is made.
-        targets: the tensors to make, in the model's order.
+        target, targets: the dialect of what is made; the tensors to make, in the model's order.
         duplicates: pairs (kept, dropped) of source tensors that must hold the same bytes: an ``lm_head`` that is
             stored although it is tied to the embedding.
         ignored: names of source tensors that are not weights.
@@ -113,11 +106,9 @@ class Plan:
     def check_duplicates(
         self, rank: Rank = WHOLE, are_equal: Callable[[TensorInfo, TensorInfo], bool] | None = None
     ) -> None:
-        """Compares the bytes of each pair of duplicates.
+        """Compares the bytes of each pair of duplicates, by ``are_equal`` if they are not on disk.
 
-        Args:
-            rank: one of several processes that all call this; each compares its share of the rows.
-            are_equal: compares two tensors, when they are not on disk.
+        Of several processes that all call this, ``rank`` compares its share of the rows.
 
         Raises:
             BridgeError: they differ, so config.json and weights disagree on whether the embeddings are tied.
@@ -226,14 +217,9 @@ def make_plan(
 
     Args:
         rules: the model's table.
-        tensors: the checkpoint's tensors by name.
-        source: the checkpoint's dialect.
-        target: the dialect to make.
-        dtype: dtype of the result as safetensors spells it; as in the checkpoint by default.
+        tensors, source: the checkpoint's tensors by name, and its dialect.
+        target, dtype: the dialect to make, and the dtype as safetensors spells it; as in the checkpoint by default.
         rank: the process that the result is for; it holds its share of every parameter.
-
-    Returns:
-        The plan. Its targets are in the model's order.
 
     Raises:
         BridgeError: tensors are missing, left over, or of a wrong shape or dtype. Lists all of them.

@@ -47,10 +47,8 @@ class TensorInfo:
     """A tensor in a safetensors file, not read yet.
 
     Attributes:
-        name, shape, file: its name and shape, and the file that holds it.
         dtype: its dtype as safetensors spells it, such as ``BF16``.
-        start: offset of its first byte in the file.
-        nbytes: its size in bytes.
+        start, nbytes: offset of its first byte in the file, and its size in bytes.
         shards: the blocks that cover it, if these are stored instead of the whole; ``file`` and ``start`` are then
             those of one of them.
     """

@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import ml_dtypes
 import numpy as np
 
-_EXACT = {(np.dtype(narrow), np.dtype(np.float32)) for narrow in (np.float16, ml_dtypes.bfloat16)}
 _BUFFERED_ELEMENTS = 64 << 10
 
 
@@ -33,11 +31,6 @@ def fault_of(magnitude: float) -> str | None:
     if math.isinf(magnitude):
         return "NaN or infinity"
     return "all zero" if magnitude == 0 else None
-
-
-def is_exact(source: np.dtype, target: np.dtype) -> bool:
-    """Whether casting from one dtype to the other changes no value."""
-    return source == target or (source, target) in _EXACT
 
 
 @dataclass
