@@ -14,25 +14,17 @@ from mf_qwen3_bridge.inputs.documents import directory_meant, read_document
 
 # What a normalised config holds: the key, and transformers' default when a config.json leaves it out
 # (None: it has to be there).
-_KEYS: dict[str, Any] = {
-    "vocab_size": None,
-    "hidden_size": None,
-    "intermediate_size": None,
-    "num_hidden_layers": None,
-    "num_attention_heads": None,
-    "num_key_value_heads": None,
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+_KEYS: dict[str, Any] = dict.fromkeys((*_SIZES, *_HEADS)) | {
     "head_dim": 128,
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
 }
-_MOE_KEYS: dict[str, Any] = {
-    "num_experts": None,
-    "num_experts_per_tok": None,
-    "moe_intermediate_size": None,
-    "norm_topk_prob": False,
-}
+_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+_MOE_KEYS: dict[str, Any] = dict.fromkeys(_EXPERTS) | {"norm_topk_prob": False}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
@@ -85,15 +77,15 @@ def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) 
 
 
 def config_notes(
-    model_dir: Path, hf_config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    model_dir: Path, config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
 ) -> Iterator[str]:
-    """Settings of a directory's config.json, normalised ``hf_config``, that MindFormers ignores and others may not."""
+    """Settings of a directory's config.json, normalised ``config``, that MindFormers ignores and others may not."""
     raw = read_json(model_dir / "config.json") | dict(overrides or {})
     given = (raw.get("rope_scaling") or raw.get("rope_parameters") or {}).get("attn_factor")
-    if hf_config["rope_scaling"] and given not in (None, 1):
+    if config["rope_scaling"] and given not in (None, 1):
         yield (
             f"rope_scaling's attn_factor {given} is not used: MindFormers and transformers compute "
-            f"{_attention_factor(hf_config['rope_scaling']):.4f}; vLLM multiplies by it"
+            f"{_attention_factor(config['rope_scaling']):.4f}; vLLM multiplies by it"
         )
 
 

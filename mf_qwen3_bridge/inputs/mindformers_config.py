@@ -19,26 +19,13 @@ from mf_qwen3_bridge.model.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
 COMPUTED_NAMES: dict[str, tuple[str, ...]] = {
     "rms_norm_eps": ("layernorm_epsilon", "layer_norm_epsilon"),
     "rope_theta": ("rotary_base", "theta"),
-    "hidden_act": (),
     "attention_bias": ("add_qkv_bias", "qkv_has_bias"),
     "position_embedding_type": ("extend_method",),
-    "partial_rotary_factor": (),
     "rotary_interleaved": ("rope_interleave",),
-    "softmax_scale": (),
     "window_size": ("window_attn_skip_freq",),
-    "use_sliding_window": (),
-    "use_rope_scaling": (),
-    "rotary_seq_len_interpolation_factor": (),
-    "apply_residual_connection_post_layernorm": (),
-    "nope_layer_interval": (),
-    "normalization": (),
-    "gated_linear_unit": (),
-    "add_bias_linear": (),
-    "multi_latent_attention": (),
     "mtp_num_layers": ("mtp_depth", "num_nextn_predict_layers"),
     "quantization": ("quantization_config",),
     "num_experts_per_tok": ("moe_router_topk", "num_experts_chosen"),
-    "norm_topk_prob": (),
     "moe_router_score_function": ("scoring_func", "use_gating_sigmoid"),
     "moe_router_topk_scaling_factor": ("routed_scaling_factor",),
     "moe_router_num_groups": ("n_group",),
@@ -46,13 +33,16 @@ COMPUTED_NAMES: dict[str, tuple[str, ...]] = {
     "moe_router_enable_expert_bias": ("balance_via_topk_bias",),
     "moe_shared_expert_intermediate_size": ("shared_expert_num", "n_shared_experts"),
     "moe_layer_freq": ("decoder_sparse_step",),
-    "first_k_dense_replace": (),
-    "mlp_only_layers": (),
-    "enable_expert_relocation": (),
-    "moe_router_force_expert_balance": (),
     "use_alibi_mask": ("use_alibi",),
-    "experimental_attention_variant": (),
 }
+# It knows these by one name.
+_OF_ONE_NAME = """
+    hidden_act partial_rotary_factor softmax_scale use_sliding_window use_rope_scaling
+    rotary_seq_len_interpolation_factor apply_residual_connection_post_layernorm nope_layer_interval normalization
+    gated_linear_unit add_bias_linear multi_latent_attention experimental_attention_variant norm_topk_prob
+    first_k_dense_replace mlp_only_layers enable_expert_relocation moe_router_force_expert_balance
+"""
+COMPUTED_NAMES |= dict.fromkeys(_OF_ONE_NAME.split(), ())
 # Of no meaning without experts.
 _OF_EXPERTS = {"num_experts_per_tok", "norm_topk_prob", *(name for name in COMPUTED_NAMES if name.startswith("moe_"))}
 # 2. Additions to config.json: YaRN is asked for so.
@@ -154,9 +144,8 @@ class MindFormersConfig:
                 declares another one.
         """
         flags = declared_flags(self.model_config)
-        if wrong := [
-            Problem(flag, repr(value), "true or false") for flag, value in flags.items() if type(value) is not bool
-        ]:
+        wrong = [Problem(key, repr(value), "true or false") for key, value in flags.items() if type(value) is not bool]
+        if wrong:
             raise BridgeError(f"{self.origin} can't be used", wrong)
         if not self.is_for_training and len(flags) < len(LAYOUT_FLAGS):
             return None

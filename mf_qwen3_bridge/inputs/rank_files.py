@@ -103,12 +103,10 @@ def open_rank_files(
     Raises:
         BridgeError: ranks, files or blocks are missing, or blocks do not fit together. Lists all of them.
     """
-    devices = {sharding.num_devices for stage in strategies for sharding in stage.values()}
-    if len(devices) != 1:
-        raise BridgeError(
-            f"the strategy files are not of one run: stages of {sorted(devices)} devices; remove old ones"
-        )
-    (num_devices,) = devices
+    sizes = {sharding.num_devices for stage in strategies for sharding in stage.values()}
+    if len(sizes) != 1:
+        raise BridgeError(f"the strategy files are not of one run: stages of {sorted(sizes)} devices; remove old ones")
+    (num_devices,) = sizes
     files = _files_of(directory, num_devices * len(strategies), file_suffix)
     found: dict[str, dict[int, TensorInfo]] = {}
     problems: list[Problem] = []

@@ -127,9 +127,7 @@ class Transfer(ExitStack):
                 magnitudes.append((copy.source, largest_magnitude(shown)))
         return magnitudes
 
-    def each(
-        self, tiles_to_read: Iterable[Tile], look: Callable[[Mapping[Copy, np.ndarray]], Result]
-    ) -> Iterator[Result]:
+    def each(self, wanted: Iterable[Tile], look: Callable[[Mapping[Copy, np.ndarray]], Result]) -> Iterator[Result]:
         """Reads tiles with all threads, and calls ``look`` with each while it is in memory; yields results in order.
 
         ``look`` takes the elements that each copy reads, in the source's dtype. It runs in the thread that read the
@@ -140,10 +138,10 @@ class Transfer(ExitStack):
             with self._loaded(tile) as (elements_of, _):
                 return look(elements_of)
 
-        return self._run(work, tiles_to_read)
+        return self._run(work, wanted)
 
     def make(
-        self, tiles_to_read: Iterable[Tile], look: Callable[[Made], Result], dtypes: Mapping[str, str]
+        self, wanted: Iterable[Tile], look: Callable[[Made], Result], dtypes: Mapping[str, str]
     ) -> Iterator[Result]:
         """As :meth:`each`, but calls ``look`` with what a tile makes of each target, which it may change.
 
@@ -166,11 +164,11 @@ class Transfer(ExitStack):
                     results.append(look(Made(copies[0].target, list(stretch.runs(array)), parts)))
                 return results
 
-        for results in self._run(work, tiles_to_read):
+        for results in self._run(work, wanted):
             yield from results
 
-    def _run(self, function: Callable[[Tile], Result], tiles_to_read: Iterable[Tile]) -> Iterator[Result]:
-        for tile, result in self.map(lambda tile: (tile, function(tile)), tiles_to_read):
+    def _run(self, function: Callable[[Tile], Result], wanted: Iterable[Tile]) -> Iterator[Result]:
+        for tile, result in self.map(lambda tile: (tile, function(tile)), wanted):
             yield result
             self._advance(sum(copy.nbytes for copy in tile))
 

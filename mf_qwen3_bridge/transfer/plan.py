@@ -27,6 +27,8 @@ from mf_qwen3_bridge.transfer.tiles import Copy, tiles
 from mf_qwen3_bridge.transfer.values import fault_of, largest_magnitude
 
 FLOATS = ("BF16", "F16", "F32")
+Duplicate = tuple[TensorInfo, TensorInfo]
+Equality = Callable[[TensorInfo, TensorInfo], bool]
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Plan:
 
     target: Dialect
     targets: tuple[Target, ...]
-    duplicates: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    duplicates: tuple[Duplicate, ...] = ()
     ignored: tuple[str, ...] = field(default=(), repr=False)
     rank: Rank = WHOLE
     whole: Callable[[], Plan] | None = field(default=None, repr=False, compare=False)
@@ -103,9 +105,7 @@ class Plan:
         """Bytes that are read, without the duplicates."""
         return sum(copy.nbytes for copy in self.copies)
 
-    def check_duplicates(
-        self, rank: Rank = WHOLE, are_equal: Callable[[TensorInfo, TensorInfo], bool] | None = None
-    ) -> None:
+    def check_duplicates(self, rank: Rank = WHOLE, are_equal: Equality | None = None) -> None:
         """Compares the bytes of each pair of duplicates, by ``are_equal`` if they are not on disk.
 
         Of several processes that all call this, ``rank`` compares its share of the rows.
@@ -125,9 +125,7 @@ class Plan:
         if problems:
             raise BridgeError("tied tensors differ", problems)
 
-    def unequal_duplicates(
-        self, rank: Rank = WHOLE, are_equal: Callable[[TensorInfo, TensorInfo], bool] | None = None
-    ) -> list[tuple[TensorInfo, TensorInfo]]:
+    def unequal_duplicates(self, rank: Rank = WHOLE, are_equal: Equality | None = None) -> list[Duplicate]:
         """The duplicates whose bytes differ; see :meth:`check_duplicates`."""
         compare = are_equal or partial(have_equal_bytes, number=rank.tensor_rank, count=rank.tensor_parallel)
         return [pair for pair in self.duplicates if not compare(*pair)]
@@ -139,9 +137,8 @@ class Plan:
         whole = next(one for one in self.whole().targets if one.name == target)
         copies = (copy for copy in whole.copies if copy.source.name == source.name)
         with Transfer() as transfer:
-            return not any(
-                transfer.each(tiles(copies), lambda elements_of: any(map(largest_magnitude, elements_of.values())))
-            )
+            largest = transfer.each(tiles(copies), lambda elements: max(map(largest_magnitude, elements.values())))
+            return not any(largest)
 
 
 def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Plan | None = None) -> None:
@@ -182,7 +179,7 @@ class TensorMatch(NamedTuple):
     """How a checkpoint's tensors match those that a model needs; ``duplicates`` and ``ignored`` as in :class:`Plan`."""
 
     problems: tuple[Problem, ...] = ()
-    duplicates: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    duplicates: tuple[Duplicate, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -192,7 +189,7 @@ def match_tensors(rules: Iterable[Rule], tensors: Mapping[str, TensorInfo], sour
     leftover = tensors.keys() - expected.keys()
     ignored = {name for name in leftover if not source.is_hf and is_training_state(name, expected)}
     leftover -= ignored
-    duplicates: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    duplicates: tuple[Duplicate, ...] = ()
     kept, dropped = source.name(EMBEDDING), source.name(OUTPUT)
     if dropped in leftover and kept in tensors and tensors[kept].shape == tensors[dropped].shape:
         duplicates = ((tensors[kept], tensors[dropped]),)  # as in several released checkpoints of tied models
@@ -233,9 +230,11 @@ def make_plan(
         for here, there in _merged(list(shares(rule, rank, source, target))):
             copy = Copy(tensors[here.tensor], here.view, there.tensor, there.view)
             copies.setdefault((there.tensor, there.shape), []).extend(from_shards(copy))
-    targets = (
-        Target(name, shape, dtype or _common_dtype(parts), tuple(parts)) for (name, shape), parts in copies.items()
-    )
+    targets = []
+    for (name, shape), parts in copies.items():
+        dtypes = {copy.source.dtype for copy in parts}
+        common = dtypes.pop() if len(dtypes) == 1 else "F32"  # which holds all of them exactly
+        targets.append(Target(name, shape, dtype or common, tuple(parts)))
     whole = None if rank == WHOLE else partial(make_plan, rules, tensors, source, target, dtype)
     return Plan(target, tuple(targets), match.duplicates, match.ignored, rank, whole)
 
@@ -255,12 +254,6 @@ def _merged(pairs: list[tuple[Place, Place]]) -> list[tuple[Place, Place]]:
         return pairs
     everything = View.whole((size,))
     return [(replace(here, view=everything), replace(there, view=everything))]
-
-
-def _common_dtype(copies: Iterable[Copy]) -> str:
-    """The dtype that holds all parts exactly: theirs, or float32 when they differ."""
-    dtypes = {copy.source.dtype for copy in copies}
-    return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
 def _remedy_for_missing(name: str) -> str:
