@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,10 @@ def read_document(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
     """
     try:
         if path.exists() and not path.is_file():  # reading a pipe might never end
-            raise BridgeError(f"can't read {path}: no regular file")
-        text = path.read_text(encoding="utf-8")
+            raise OSError(errno.EINVAL, "no regular file")
+        return _plain(parse(path.read_text(encoding="utf-8")), {})[0]
     except OSError as error:
         raise BridgeError(f"can't read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BridgeError(f"{path} is not valid {kind} ({error}): copy it again, or correct it") from error
-    try:
-        return _plain(parse(text), {})[0]
     except RecursionError as error:
         raise BridgeError(f"{path} is not valid {kind}: nested too deeply, or in itself") from error
     except Exception as error:  # PyYAML lets through whatever its constructors meet: IndexError, AttributeError...

@@ -62,10 +62,8 @@ class Weights:
 def open_weights(path: Path, config: Path | None = None) -> Weights:
     """The weights in a directory or file, recognised by their tensors alone: no config.json is needed.
 
-    Args:
-        path: the directory or file.
-        config: the YAML of the training run; declares the layout of MindFormers weights whose files don't. It is
-            MindFormers' default where neither does.
+    ``config``, the YAML of the training run, declares the layout of MindFormers weights whose files don't. It is
+    MindFormers' default where neither does.
 
     Raises:
         BridgeError: files are missing or damaged, or their tensors make no whole Qwen3, or not one of this layout.
@@ -130,9 +128,7 @@ def dialect_of(
 def spec_of(tensors: Mapping[str, TensorInfo], dialect: Dialect, tied: bool | None = None) -> ModelSpec:
     """The model that the tensors' shapes show.
 
-    Args:
-        tensors, dialect: all of them, and how they are named and laid out.
-        tied: whether the output layer is the embedding, if that is known; else it is if there is no output layer.
+    Whether the output layer is the embedding, ``tied``, its absence tells if nothing else does.
 
     Raises:
         KeyError: the shapes don't show all numbers; names those that are missing.
@@ -145,11 +141,7 @@ def spec_of(tensors: Mapping[str, TensorInfo], dialect: Dialect, tied: bool | No
 
 
 def numbers_of(tensors: Mapping[str, TensorInfo], dialect: Dialect) -> dict[str, tuple[int, str]]:
-    """What the tensors' shapes show of a :class:`ModelSpec`: those of its first layer, and the embedding's.
-
-    Returns:
-        {field: (number, the tensor that shows it)}; only the fields that the shapes show.
-    """
+    """What the shapes of the first layer and the embedding show of a model: {field: (number, what shows it)}."""
     layers = {number for name in tensors if (number := layer_of(name)) is not None}
     if not layers:
         return {}

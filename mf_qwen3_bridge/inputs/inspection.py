@@ -69,8 +69,7 @@ class Inspection:
 def inspect(path: Path) -> Inspection:
     """Describes a directory or file of safetensors, or a directory of ``rank_N`` directories.
 
-    Raises:
-        BridgeError: files are missing or damaged, or hold no Qwen3's tensors.
+    BridgeError if files are missing or damaged, or hold no Qwen3's tensors.
     """
     ranks = rank_directories(path)
     source = _of_ranks(path, list(ranks.values())) if ranks else open_source(path)

@@ -18,7 +18,6 @@ from mf_qwen3_bridge.model.layouts import Box, Layout
 from mf_qwen3_bridge.model.parallel import WHOLE
 from mf_qwen3_bridge.model.rules import HF, Dialect, RowsRule, Rule, shares
 
-_TENSOR_PARALLEL_SIZES = (1, 2, 4, 8, 16)
 # Rows of each part of a fused parameter that are compared.
 _SAMPLED_ROWS = 6
 # Cosine of the rows of trained weights and of those that training began with; of unrelated rows it is near 0. Another
@@ -29,7 +28,7 @@ _ALIKE, _MARGIN = 0.5, 0.9
 def layouts_of(rule: RowsRule) -> Iterator[Layout]:
     """The layouts that a fused parameter may have, the default first: interleaved, or contiguous in so many blocks."""
     yield Layout(True, True)
-    for size in _TENSOR_PARALLEL_SIZES:
+    for size in (1, 2, 4, 8, 16):
         if not any(rows % size for rows in (rule.groups, *rule.rows)):
             yield Layout(False, False).on(size)
 

@@ -173,11 +173,7 @@ class MindFormersConfig:
             yield Problem("parallel.enable_parallel_optimizer", "True", remedy)
 
     def parallel_sizes(self, training: bool) -> dict[str, int]:
-        """How a training run with this YAML, or an inference run, is spread, as far as it declares it.
-
-        Returns:
-            Fields of a :class:`~mf_qwen3_bridge.model.parallel.ParallelConfig`; none if it is of the other kind of run.
-        """
+        """How a training run with this YAML, or an inference run, is spread: the known fields of a ParallelConfig."""
         if self.is_for_training != training or not self.document.get("use_parallel"):
             return {}
         config = self.section("parallel_config")
@@ -223,15 +219,13 @@ class MindFormersConfig:
         if not named:
             return None
         try:
-            if not isinstance(named, str):
-                raise ValueError("no text")
-            Path(named).stat()
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:
+            path = Path(named)
+            with suppress(FileNotFoundError):
+                path.stat()
+        except (OSError, ValueError, TypeError) as error:
             found = f"{named!r} ({getattr(error, 'strerror', None) or error})"
             raise BridgeError(f"{self.origin} can't be used", [Problem(key, found, "a path that exists")]) from error
-        return Path(named)
+        return path
 
 
 def _is_size(value: Any) -> bool:
@@ -239,11 +233,7 @@ def _is_size(value: Any) -> bool:
 
 
 def read_mindformers_config(path: Path | None) -> MindFormersConfig:
-    """A MindFormers YAML, for training or for inference; one that declares nothing where there is none.
-
-    Raises:
-        BridgeError: it is missing, no YAML, or has no ``model.model_config`` section.
-    """
+    """A MindFormers YAML, of training or inference, or one that declares nothing; BridgeError if a file is not one."""
     if path is None:
         return MindFormersConfig()
     import yaml  # only those who have a YAML need it

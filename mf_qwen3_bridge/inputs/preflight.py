@@ -136,18 +136,12 @@ def check_trained(
 def check_against_config(weights: Path, model_config: Mapping[str, Any], origin: str) -> CheckedCheckpoint:
     """Checks weights against the config that a network was built from, and against a config.json beside them.
 
-    Args:
-        weights: a directory or file, in any dialect.
-        model_config: the network's numbers and what it computes with, under any of MindFormers' names.
-        origin: a name for ``model_config``, for messages.
-
-    Raises:
-        BridgeError: with a table of everything that does not fit, and what to change.
+    ``model_config`` has the network's numbers and what it computes with, under any of MindFormers' names; ``origin`` is
+    its name in messages. Raises as :func:`check`.
     """
     known = mindformers_config.MODEL_KEYS
-    yaml = MindFormersConfig(
-        origin, {key: value for key, value in model_config.items() if key in known and value is not None}
-    )
+    declared = {key: value for key, value in model_config.items() if key in known and value is not None}
+    yaml = MindFormersConfig(origin, declared)
     if (weights / "config.json").is_file():
         return check(weights, yaml)
     return _check(open_source(weights), None, None, yaml, {})
@@ -215,11 +209,7 @@ def _check(
 def _layout_of_arguments(
     source: Source, yaml: MindFormersConfig, arguments: Mapping[str, Any], model_parallel: int | None
 ) -> Layout | None:
-    """The layout that the caller's flags ask for; what they leave out is the YAML's, or MindFormers' default.
-
-    Raises:
-        BridgeError: the YAML declares another one.
-    """
+    """The layout that the caller's flags ask for; what they leave out is the YAML's, or MindFormers' default."""
     known_size = source.tensor_parallel or model_parallel
     configured = yaml.layout_of_weights(source.has_experts, known_size)
     flags, declared = map(mindformers_config.declared_flags, (arguments, yaml.model_config))

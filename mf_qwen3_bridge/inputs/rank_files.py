@@ -62,11 +62,7 @@ class Sharding:
         return tuple(places)
 
     def box(self, shape: Sequence[int], device: int) -> Box:
-        """The block of a tensor of ``shape`` that a device of the stage holds.
-
-        Raises:
-            ValueError: the shape is not divisible, or divided along another axis than the first two.
-        """
+        """The block of a tensor of ``shape`` that a device of the stage holds; ValueError if it can't be cut so."""
         place = self.place(device)
         if len(place) != len(shape) or any(length % parts for length, (_, parts) in zip(shape, place)):
             raise ValueError(f"shape {tuple(shape)} can't be cut into {[parts for _, parts in place]}")
@@ -208,11 +204,7 @@ def _places(sharding: Sharding) -> list[tuple[tuple[int, int], ...]]:
 
 
 def _assemble(sharding: Sharding, tensors: Mapping[int, TensorInfo]) -> TensorInfo:
-    """The whole tensor with its shards, from the blocks that the devices of a stage hold.
-
-    Raises:
-        ValueError: the blocks are not a whole tensor; the text names the fault.
-    """
+    """The whole tensor with its shards, from the blocks that a stage's devices hold; ValueError if they don't fit."""
     if not tensors:
         raise ValueError("in no rank's file")
     some = next(iter(tensors.values()))

@@ -67,11 +67,7 @@ class Source:
 
     @cached_property
     def is_hf(self) -> bool:
-        """Whether the tensors have Hugging Face's names.
-
-        Raises:
-            BridgeError: they have neither its names nor MindFormers'.
-        """
+        """Whether the tensors have Hugging Face's names; BridgeError if they have neither its nor MindFormers'."""
         if any(map(is_hf_name, self.tensors)):
             return True
         if not any(name.startswith(("decoder.", "embedding.")) for name in self.tensors):
@@ -86,11 +82,7 @@ class Source:
 
     @cached_property
     def declared_layout(self) -> Layout | None:
-        """The layout of QKV and gate/up that the files' metadata declares.
-
-        Raises:
-            BridgeError: it declares one that does not exist, or files declare different ones.
-        """
+        """The layout that the files' metadata declares; BridgeError if there is no such one, or several."""
         if problems := [
             Problem(key, "\n".join(value or "none" for value in self.contradictions[key]), "take all from one source")
             for key in (LAYOUT_KEY, TENSOR_PARALLEL_KEY)

@@ -14,11 +14,7 @@ from mf_qwen3_bridge.inputs.rank_files import Sharding, Strategies
 
 
 def read_strategy(file: Path) -> tuple[int, dict[str, Sharding]]:
-    """Reads the strategy file of a rank: its pipeline stage, and parameter name -> sharding of that stage.
-
-    Raises:
-        BridgeError: the file is missing or damaged.
-    """
+    """Reads the strategy file of a rank, or refuses it: its pipeline stage, and parameter name -> sharding there."""
     strategy = _messages()["ParallelStrategyMap"]()
     try:
         strategy.ParseFromString(file.read_bytes())
@@ -71,11 +67,7 @@ def read_strategies(directory: Path) -> Strategies:
 
 @cache
 def _messages() -> dict[str, Any]:
-    """MindSpore's own definition of the files, loaded without importing MindSpore, which takes seconds and 400 MB.
-
-    Raises:
-        ModuleNotFoundError: MindSpore is not installed.
-    """
+    """MindSpore's own definition of the files, loaded without importing MindSpore, which takes seconds and 400 MB."""
     mindspore = find_spec("mindspore")
     if mindspore is None or not mindspore.submodule_search_locations:
         raise ModuleNotFoundError("No module named 'mindspore'", name="mindspore")

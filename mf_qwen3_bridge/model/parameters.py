@@ -43,12 +43,9 @@ PROJ = Shape(("hidden_size",), "query_rows", divided="num_attention_heads", axis
 GATE_UP = Shape(("ffn_hidden_size", "ffn_hidden_size"), "hidden_size", divided="ffn_hidden_size", fuses="gate_up")
 DOWN = Shape(("hidden_size",), "ffn_hidden_size", divided="ffn_hidden_size", axis="columns")
 ROUTER = Shape(("num_experts",), "hidden_size")
-EXPERT_GATE_UP = Shape(
-    ("moe_ffn_hidden_size", "moe_ffn_hidden_size"), "hidden_size", divided="moe_ffn_hidden_size", per_expert=True
-)
-EXPERT_DOWN = Shape(
-    ("hidden_size",), "moe_ffn_hidden_size", divided="moe_ffn_hidden_size", axis="columns", per_expert=True
-)
+_WIDTH = "moe_ffn_hidden_size"
+EXPERT_GATE_UP = Shape((_WIDTH, _WIDTH), "hidden_size", divided=_WIDTH, per_expert=True)
+EXPERT_DOWN = Shape(("hidden_size",), _WIDTH, divided=_WIDTH, axis="columns", per_expert=True)
 
 
 @dataclass(frozen=True)

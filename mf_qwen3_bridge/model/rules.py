@@ -75,10 +75,8 @@ class RowsRule:
     """A parameter made of the rows of one or several tensors. Views have the shape (groups, rows / groups, *columns).
 
     Attributes:
-        parameter: the MindFormers name.
-        tensors: the Hugging Face names.
-        rows: number of rows of each tensor.
-        columns: shape of one row.
+        parameter, tensors: the MindFormers name, and the Hugging Face names.
+        rows, columns: number of rows of each tensor, and shape of one row.
         groups: number of groups of rows: an interleaved layout stores group by group, and ranks hold whole groups.
         fuses: what the parameter fuses, if it fuses anything; decides which layout flag applies.
         divided: what tensor parallel ranks divide: the groups of ``rows``, the ``columns``, or nothing.
@@ -176,8 +174,8 @@ class ExpertsRule:
 
     Attributes:
         parameter: the MindFormers name.
-        parts: the Hugging Face names of an expert's parts, with ``{expert}`` for its number.
-        stacked: the Hugging Face name of the tensor that holds all experts.
+        parts, stacked: the Hugging Face names of an expert's parts, with ``{expert}`` for its number, and of the tensor
+            that holds all experts.
         num_experts, rows, columns: number of experts, and shape of each part.
         divided: what the ranks that share an expert divide: its ``rows`` or its ``columns``.
     """

@@ -53,16 +53,10 @@ class ModelSpec:
 
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any]) -> ModelSpec:
-        """From a mapping under Hugging Face's or MindFormers' names: a config.json, a YAML's ``model.model_config``.
-
-        Raises:
-            KeyError: numbers are missing; names them.
-        """
+        """From a config.json or a YAML's ``model.model_config``, under either's names; KeyError names what it lacks."""
         found: dict[str, Any] = {"tie_word_embeddings": False}
-        for field, keys in MINDFORMERS_NAMES.items():
-            for key in keys:
-                if model_config.get(key) is not None:
-                    found[field] = model_config[key]
+        names = ((field, key) for field, keys in MINDFORMERS_NAMES.items() for key in keys)
+        found |= {field: model_config[key] for field, key in names if model_config.get(key) is not None}
         other_kind = _OF_DENSE_ONLY if found.get("num_experts") else _OF_MOE_ONLY
         found |= dict.fromkeys(other_kind, 0)
         if missing := HF_NAME.keys() - found.keys():

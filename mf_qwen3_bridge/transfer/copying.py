@@ -257,16 +257,14 @@ def have_equal_bytes(left: TensorInfo, right: TensorInfo, number: int = 0, count
     """Whether two tensors on disk have one shape and dtype and the same bytes, in part ``number`` of ``count``."""
     if (left.shape, left.dtype) != (right.shape, right.dtype):
         return False
-    rows = left.shape[0] if left.shape else 1
-    width = prod(left.shape[1:])
-    start, stop = rows * number // count, rows * (number + 1) // count
-    step = max(1, _COMPARED_BYTES * rows // max(left.nbytes, 1))
-    raw = np.dtype(f"u{DTYPES[left.dtype].itemsize}")
+    size, raw = prod(left.shape), np.dtype(f"u{DTYPES[left.dtype].itemsize}")
+    start, stop = size * number // count, size * (number + 1) // count
+    step = _COMPARED_BYTES // raw.itemsize
 
     def are_equal(begin: int) -> bool:
-        here, there = np.empty((2, (min(begin + step, stop) - begin) * width), raw)
+        here, there = np.empty((2, min(step, stop - begin)), raw)
         for tensor, piece in (left, here), (right, there):
-            transfer.read(tensor, begin * width, piece)
+            transfer.read(tensor, begin, piece)
         return np.array_equal(here, there)
 
     with Transfer() as transfer:

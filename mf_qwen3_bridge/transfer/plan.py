@@ -159,12 +159,9 @@ def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Pla
     problems = []
     for target, sources in magnitudes.items():
         faults: dict[tuple[str, str], set[str]] = defaultdict(set)
-        largest: dict[str, float] = defaultdict(float)
-        for source, magnitude in sources.items():
-            largest[source.name] = max(largest[source.name], magnitude)
         for source, magnitude in sources.items():
             if source.name in (*EMBEDDING, *OUTPUT):
-                magnitude = largest[source.name]
+                magnitude = max(other for shard, other in sources.items() if shard.name == source.name)
             fault = fault_of(magnitude)
             if fault and (magnitude or plan is None or plan.is_all_zero(target, source)):
                 faults[fault, source.file.name].add(source.name)
@@ -273,14 +270,12 @@ def _remedy_for_leftover(name: str) -> str:
 def _mismatches(
     tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[tuple[str, str], list[str]]:
-    """(found, remedy) -> names of the tensors of a wrong shape, then of a wrong dtype."""
+    """(found, remedy) -> names of the tensors of a wrong shape or dtype."""
     wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
-    present = {name: tensors[name] for name in expected if name in tensors}
-    for name, tensor in present.items():
+    for name, tensor in ((name, tensors[name]) for name in expected if name in tensors):
         if tensor.shape != expected[name]:
             found = f"shape {tensor.shape}, {expected[name]} expected"
             wrong[found, "config and weights are of two models"].append(name)
-    for name, tensor in present.items():
         if tensor.dtype not in FLOATS:
             remedy = f"only {', '.join(FLOATS)} are weights; use the unquantised checkpoint"
             wrong[f"dtype {tensor.dtype}", remedy].append(name)
