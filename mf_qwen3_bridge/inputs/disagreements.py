@@ -14,6 +14,11 @@ from mf_qwen3_bridge.model.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
 from mf_qwen3_bridge.transfer.plan import TensorMatch, match_tensors
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
+# Who declares something: what, under which names.
+Sides = Mapping[str, Mapping[str, Any]]
+# A model's number, by its field in ModelSpec: the number, and the tensor that shows it.
+Shown = Mapping[str, tuple[int, str]]
+
 
 def config_rows(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
     """A row for each thing that decides what is computed and on which normalised config.json do not agree.
@@ -28,12 +33,7 @@ def config_rows(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
             yield Problem(key, "\n".join(lines), "take the config.json that the weights were trained with")
 
 
-def number_rows(
-    spec: ModelSpec,
-    origins: Sequence[str],
-    sides: Mapping[str, Mapping[str, Any]],
-    in_tensors: Mapping[str, tuple[int, str]],
-) -> Iterator[Problem]:
+def number_rows(spec: ModelSpec, origins: Sequence[str], sides: Sides, in_tensors: Shown) -> Iterator[Problem]:
     """Where what ``spec`` (from ``origins``), the sides and the tensors say of the model's numbers differs."""
     for field in (field for field in HF_NAME if field in spec.numbers or field == "num_experts"):
         config_value = getattr(spec, field)
@@ -44,10 +44,7 @@ def number_rows(
 
 
 def computed_rows(
-    hf_config: Mapping[str, Any],
-    origins: Sequence[str],
-    sides: Mapping[str, Mapping[str, Any]],
-    trained_with: str | None,
+    hf_config: Mapping[str, Any], origins: Sequence[str], sides: Sides, trained_with: str | None
 ) -> Iterator[Problem]:
     """Where the sides declare that something else is computed than ``hf_config`` (from ``origins``) does."""
     for name, accepted in computed_values(hf_config).items():
@@ -60,7 +57,7 @@ def computed_rows(
             yield problem
 
 
-def declared_by(sides: Mapping[str, Mapping[str, Any]], keys: Iterable[str]) -> Iterator[tuple[str, str, Any]]:
+def declared_by(sides: Sides, keys: Iterable[str]) -> Iterator[tuple[str, str, Any]]:
     """(side, key, value) wherever a side uses one of a thing's names."""
     for side, model_config in sides.items():
         yield from ((side, key, model_config[key]) for key in keys if model_config.get(key) is not None)
@@ -86,12 +83,7 @@ def is_same(left: Any, right: Any) -> bool:
         return bool(left == right)
 
 
-def match_model(
-    spec: ModelSpec,
-    tensors: Mapping[str, TensorInfo],
-    dialect: Dialect,
-    in_tensors: Mapping[str, tuple[int, str]],
-) -> TensorMatch:
+def match_model(spec: ModelSpec, tensors: Mapping[str, TensorInfo], dialect: Dialect, in_tensors: Shown) -> TensorMatch:
     """Matches tensors with the model that their shapes show: a number that a config has wrong is in another row."""
     if problems := block_problems(spec, dialect):
         return TensorMatch(tuple(problems))

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
-from mf_qwen3_bridge.inputs.disagreements import block_problems
+from mf_qwen3_bridge.inputs.disagreements import Shown, block_problems
 from mf_qwen3_bridge.inputs.mindformers_config import read_mindformers_config
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.source import Source
@@ -140,7 +140,7 @@ def spec_of(tensors: Mapping[str, TensorInfo], dialect: Dialect, tied: bool | No
     return ModelSpec.from_model_config(numbers | {"tie_word_embeddings": tied})
 
 
-def numbers_of(tensors: Mapping[str, TensorInfo], dialect: Dialect) -> dict[str, tuple[int, str]]:
+def numbers_of(tensors: Mapping[str, TensorInfo], dialect: Dialect) -> Shown:
     """What the shapes of the first layer and the embedding show of a model: {field: (number, what shows it)}."""
     layers = {number for name in tensors if (number := layer_of(name)) is not None}
     if not layers:
@@ -183,9 +183,7 @@ def _sums(
                 yield tensor.shape[axis], numbers, f"{tensor.name} {tensor.shape}"
 
 
-def _solved(
-    found: Mapping[str, tuple[int, str]], length: int, numbers: tuple[str, ...], tensor: str
-) -> dict[str, tuple[int, str]] | None:
+def _solved(found: Shown, length: int, numbers: tuple[str, ...], tensor: str) -> Shown | None:
     """The only number of a sum that is not known yet."""
     unknown = {number for number in numbers if number not in found}
     if len(unknown) != 1:

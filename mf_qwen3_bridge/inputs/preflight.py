@@ -9,7 +9,7 @@ from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs import mindformers_config
-from mf_qwen3_bridge.inputs.disagreements import computed_rows, declared_by, match_model, number_rows
+from mf_qwen3_bridge.inputs.disagreements import Sides, computed_rows, declared_by, match_model, number_rows
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_hf_config
 from mf_qwen3_bridge.inputs.identify import Weights, dialect_of, incomplete, numbers_of, spec_of
 from mf_qwen3_bridge.inputs.mindformers_config import MindFormersConfig, read_mindformers_config
@@ -246,9 +246,7 @@ def _check_kind(
         raise BridgeError(f"{source.path} is of another kind of model than declared", problems)
 
 
-def _spec_of(
-    source: Source, dialect: Dialect, hf_config: Mapping[str, Any] | None, sides: Mapping[str, Mapping[str, Any]]
-) -> ModelSpec:
+def _spec_of(source: Source, dialect: Dialect, hf_config: Mapping[str, Any] | None, sides: Sides) -> ModelSpec:
     """The model by its config.json; without one by the tensors' shapes or, where these are damaged, by the sides."""
     if hf_config is not None:
         return ModelSpec.from_model_config(hf_config)

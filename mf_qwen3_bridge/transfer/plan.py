@@ -191,10 +191,18 @@ def match_tensors(rules: Iterable[Rule], tensors: Mapping[str, TensorInfo], sour
     if dropped in leftover and kept in tensors and tensors[kept].shape == tensors[dropped].shape:
         duplicates = ((tensors[kept], tensors[dropped]),)  # as in several released checkpoints of tied models
         leftover -= {dropped}
+    wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, tensor in ((name, tensors[name]) for name in expected if name in tensors):
+        if tensor.shape != expected[name]:
+            found = f"shape {tensor.shape}, {expected[name]} expected"
+            wrong[found, "config and weights are of two models"].append(name)
+        if tensor.dtype not in FLOATS:
+            remedy = f"only {', '.join(FLOATS)} are weights; use the unquantised checkpoint"
+            wrong[f"dtype {tensor.dtype}", remedy].append(name)
     problems = (
         *(Problem(name, "missing", _remedy_for_missing(name)) for name in fold_names(expected.keys() - tensors.keys())),
         *(Problem(name, "not a tensor of this model", _remedy_for_leftover(name)) for name in fold_names(leftover)),
-        *folded_problems(_mismatches(tensors, expected)),
+        *folded_problems(wrong),
     )
     return TensorMatch(problems, duplicates, tuple(sorted(ignored)))
 
@@ -265,18 +273,3 @@ def _remedy_for_leftover(name: str) -> str:
     if any(mark in name for mark in ("weight_scale", "qweight", "qzeros", "scales", "g_idx", "scale_inv")):
         return "the checkpoint is quantised; use the unquantised (bf16) one"
     return "was it renamed, or is it of another model?"
-
-
-def _mismatches(
-    tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
-) -> dict[tuple[str, str], list[str]]:
-    """(found, remedy) -> names of the tensors of a wrong shape or dtype."""
-    wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for name, tensor in ((name, tensors[name]) for name in expected if name in tensors):
-        if tensor.shape != expected[name]:
-            found = f"shape {tensor.shape}, {expected[name]} expected"
-            wrong[found, "config and weights are of two models"].append(name)
-        if tensor.dtype not in FLOATS:
-            remedy = f"only {', '.join(FLOATS)} are weights; use the unquantised checkpoint"
-            wrong[f"dtype {tensor.dtype}", remedy].append(name)
-    return wrong
