@@ -116,7 +116,7 @@ def normalise(raw: Mapping[str, Any], origin: str = "config.json") -> dict[str, 
     config = {key: raw[key] if raw.get(key) is not None else default for key, default in _keys(raw).items()}
     config["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
     config |= {key: raw[key] for key in _TOKENS if raw.get(key) is not None}
-    config |= {
+    return config | {
         "architectures": [_ARCHITECTURES[raw["model_type"]]],
         "model_type": raw["model_type"],
         "hidden_act": "silu",
@@ -125,7 +125,6 @@ def normalise(raw: Mapping[str, Any], origin: str = "config.json") -> dict[str, 
         "attention_bias": False,
         "torch_dtype": raw.get("torch_dtype") or raw.get("dtype") or "float32",
     }
-    return config
 
 
 def _keys(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,11 +35,7 @@ class Weights:
         return tuple(model_rules(self.spec))
 
     def plan(self, target: Dialect, dtype: str | None = None, rank: Rank = WHOLE) -> Plan:
-        """The plan that makes ``target`` of the weights, or the part of it that one rank holds.
-
-        Raises:
-            BridgeError: tensors are missing, left over, of a wrong shape or dtype; a table lists everything.
-        """
+        """The plan that makes ``target`` of the weights, or a rank's part of it; raises as :func:`make_plan`."""
         return make_plan(self.rules, self.source.tensors, self.dialect, target, dtype, rank)
 
     def plan_of(self, rule: Rule) -> Plan:

@@ -121,13 +121,9 @@ def read_sampled_rows(weights: Weights, rule: RowsRule) -> dict[str, np.ndarray]
 
 
 def check_layout(trained: CheckedCheckpoint) -> bool:
-    """Compares fine-tuned weights with those in their ``hf_dir``, if it has any of the same shapes.
+    """Whether the weights in ``hf_dir``, if it has any of the same shapes, show that the layout is the right one.
 
-    Returns:
-        Whether they show that the layout is the right one. They don't if the model was not trained from them.
-
-    Raises:
-        BridgeError: they show that it is another one.
+    They don't if the model was not trained from them. BridgeError if they show that it is another one.
     """
     layout, base = trained.dialect.layout, _base(trained)
     if layout is None or base is None:

@@ -70,16 +70,13 @@ _DTYPES = ("float32", "float16", "bfloat16")
 def computed_values(hf_config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """For each of COMPUTED_NAMES the values that mean what a normalised config.json and MindFormers' Qwen3 compute."""
     absent = (None, 0, False)
-    values = dict.fromkeys(COMPUTED_NAMES, absent) | {
-        "rms_norm_eps": (hf_config["rms_norm_eps"],),
-        "rope_theta": (hf_config["rope_theta"],),
+    values: dict[str, tuple[Any, ...]]
+    values = {name: (hf_config[name],) if name in hf_config else absent for name in COMPUTED_NAMES} | {
         "hidden_act": (hf_config["hidden_act"], "swiglu"),  # MindFormers' name for silu in a gated unit
         "position_embedding_type": ("yarn",) if hf_config["rope_scaling"] else ("rope",),
         "partial_rotary_factor": (1.0,),
         "normalization": ("RMSNorm",),
         "gated_linear_unit": (True,),
-        "num_experts_per_tok": (hf_config.get("num_experts_per_tok"),),
-        "norm_topk_prob": (hf_config.get("norm_topk_prob"),),
         "moe_router_score_function": ("softmax", False),
         "moe_router_topk_scaling_factor": (1.0,),
         "moe_layer_freq": (1,),

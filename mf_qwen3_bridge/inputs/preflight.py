@@ -33,11 +33,9 @@ class CheckedCheckpoint(Weights):
         hf_dir: the directory with config.json and, as a rule, the tokenizer.
         hf_config: the normalised config.json; empty if nothing declares all of what one holds.
         options: what YAML and caller declare of the run: dtypes, sizes of the KV cache.
-        parallel: how the run is spread over processes.
         yaml_layout: the layout of the training network, if the YAML declares it.
         layout_is_declared: whether files or YAML declare the layout of MindFormers weights; else it is assumed.
-        ignored: names of tensors that are state of a training run.
-        notes: what is unusual, but right.
+        ignored, notes: names of tensors that are state of a training run; what is unusual, but right.
     """
 
     hf_dir: Path

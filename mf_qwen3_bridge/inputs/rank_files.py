@@ -89,12 +89,9 @@ def open_rank_files(
     weights_only: bool = False,
     without_prefix: str | None = None,
 ) -> Source:
-    """Opens the per-rank files of a training run, and finds the shards of every parameter that the strategies list.
+    """Opens what the ranks of a training run saved: finds the shards of every parameter that the strategies list.
 
-    Args:
-        directory: holds ``rank_0/``, ``rank_1/``, ...
-        strategies: the shardings of each pipeline stage.
-        file_suffix, weights_only, without_prefix: as for ``open_source``.
+    Other arguments are those of ``open_source``.
 
     Raises:
         BridgeError: ranks, files or blocks are missing, or blocks do not fit together. Lists all of them.
@@ -180,15 +177,13 @@ def _files_of(directory: Path, num_ranks: int, file_suffix: str | None) -> dict[
         if rank >= num_ranks
     ]
     files = {}
+    wanted = re.compile(rf"(.*[-_])?{re.escape(file_suffix)}\.safetensors" if file_suffix else ".*")
     for rank, path in ranks.items():
-        candidates = sorted(path.glob("*.safetensors"))
-        if file_suffix:
-            wanted = re.compile(rf"(.*[-_])?{re.escape(file_suffix)}\.safetensors")
-            candidates = [file for file in candidates if wanted.fullmatch(file.name)]
-        names = ", ".join(file.name for file in candidates[-3:])
+        candidates = sorted(file for file in path.glob("*.safetensors") if wanted.fullmatch(file.name))
         if len(candidates) == 1:
             files[rank] = candidates[0]
         elif candidates:
+            names = ", ".join(file.name for file in candidates[-3:])
             problems.append(Problem(path.name, f"{len(candidates)} files: {names}", "choose with --file_suffix"))
         else:
             what = f"no file *{file_suffix}.safetensors" if file_suffix else "no *.safetensors"

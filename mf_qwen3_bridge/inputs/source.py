@@ -32,7 +32,6 @@ class Source:
     """The tensors of a checkpoint, not read yet, and what its files declare.
 
     Attributes:
-        path: the directory or file.
         tensors: by name; each is stored whole, or in shards.
         metadata: what the headers of all files have in common.
         contradictions: for each key of the metadata that files contradict each other on, what they declare.

@@ -54,8 +54,6 @@ class Parameter:
 
     Attributes:
         hf: their name. ``{layer}`` and ``{expert}`` stand for numbers, ``{q,k,v}`` lists the parts of a fused parameter.
-        mindformers: the parameter's name.
-        shape: the shape of each tensor, and what ranks divide.
         only: the models that have it; None for all.
         stacked: name of the tensor that holds all experts of a layer, as transformers 5 spells them.
     """

@@ -23,8 +23,8 @@ NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 HF_NAME = {field: hf_name for field, hf_name, _ in NAMES}
 MINDFORMERS_NAMES = {field: (*names, hf_name) for field, hf_name, names in NAMES}
-_OF_DENSE_ONLY = frozenset({"ffn_hidden_size"})
-_OF_MOE_ONLY = frozenset({"num_experts", "moe_ffn_hidden_size"})
+# The numbers of the other kind of model, by whether this one is a MoE.
+_OF_OTHER_KIND = {True: ("ffn_hidden_size",), False: ("num_experts", "moe_ffn_hidden_size")}
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class ModelSpec:
         found: dict[str, Any] = {"tie_word_embeddings": False}
         names = ((field, key) for field, keys in MINDFORMERS_NAMES.items() for key in keys)
         found |= {field: model_config[key] for field, key in names if model_config.get(key) is not None}
-        other_kind = _OF_DENSE_ONLY if found.get("num_experts") else _OF_MOE_ONLY
-        found |= dict.fromkeys(other_kind, 0)
+        found |= dict.fromkeys(_OF_OTHER_KIND[bool(found.get("num_experts"))], 0)
         if missing := HF_NAME.keys() - found.keys():
             raise KeyError(", ".join(field for field in HF_NAME if field in missing))
         return cls(**found)
@@ -71,8 +70,7 @@ class ModelSpec:
     @property
     def numbers(self) -> dict[str, Any]:
         """Those of its fields that mean something in a model of its kind."""
-        other_kind = _OF_DENSE_ONLY if self.is_moe else _OF_MOE_ONLY
-        return {field: getattr(self, field) for field in HF_NAME if field not in other_kind}
+        return {field: getattr(self, field) for field in HF_NAME if field not in _OF_OTHER_KIND[self.is_moe]}
 
     @property
     def query_rows(self) -> int:

@@ -15,8 +15,7 @@ from mf_qwen3_bridge.transfer.tiles import Copy
 def within(view: View, other: View, whole: Sequence[int], box: Box) -> Iterator[tuple[View, View]]:
     """Restricts two views of one shape to a block of the first view's tensor, which has shape ``whole``.
 
-    Yields:
-        A view of the block as a tensor of its own, and the corresponding part of ``other``.
+    Yields views of the block as a tensor of its own, each with the corresponding part of ``other``.
     """
     width = prod(whole[1:])
     if view.offset >= box.rows[1] * width or view.offset + view.span <= box.rows[0] * width:

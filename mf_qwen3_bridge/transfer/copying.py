@@ -73,7 +73,6 @@ class Made(NamedTuple):
     """What a tile makes of one target.
 
     Attributes:
-        target: the target's name.
         runs: runs of neighbouring elements, in the target's dtype: the index of the first in the target, and the run.
         parts: for each copy: the copy, its elements as they were read, and the view of the runs that holds them.
     """
@@ -101,11 +100,7 @@ class Transfer(ExitStack):
     def fill(self, target: np.ndarray, copies: Iterable[Copy]) -> dict[TensorInfo, float]:
         """Fills a C-contiguous array with the target tensor of these copies, casting to its dtype (to nearest even).
 
-        Returns:
-            Source tensor -> largest magnitude (see :mod:`mf_qwen3_bridge.transfer.values`).
-
-        Raises:
-            BridgeError: a file ended early or could not be read.
+        Returns source tensor -> largest magnitude (see :mod:`mf_qwen3_bridge.transfer.values`); raises as ``Reader``.
         """
         largest: dict[TensorInfo, float] = defaultdict(float)
         for magnitudes in self._run(lambda tile: self._fill(tile, target), tiles(copies)):
