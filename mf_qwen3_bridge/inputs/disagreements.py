@@ -21,10 +21,7 @@ Shown = Mapping[str, tuple[int, str]]
 
 
 def config_rows(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
-    """A row for each thing that decides what is computed and on which normalised config.json do not agree.
-
-    Whether the output layer is tied is a matter of the tensors.
-    """
+    """Where normalised config.json don't agree on what is computed; a tied output layer is a matter of the tensors."""
     computed = ("rms_norm_eps", "rope_theta", "rope_scaling", "num_experts_per_tok", "norm_topk_prob")
     for key in (*HF_NAME.values(), *computed):
         values = [config.get(key) for config in configs.values()]
@@ -40,7 +37,7 @@ def number_rows(spec: ModelSpec, origins: Sequence[str], sides: Sides, in_tensor
         number, tensor = in_tensors.get(field, (config_value, ""))
         declared = [(origin, HF_NAME[field], config_value) for origin in origins]
         declared += declared_by(sides, MINDFORMERS_NAMES[field])
-        yield from _row(declared, (number,), f"weights: {number} ({tensor})" if tensor else None)
+        yield from _row(declared, (number,), f"weights: {number} ({tensor})" if tensor else "")
 
 
 def computed_rows(
@@ -63,9 +60,7 @@ def declared_by(sides: Sides, keys: Iterable[str]) -> Iterator[tuple[str, str, A
         yield from ((side, key, model_config[key]) for key in keys if model_config.get(key) is not None)
 
 
-def _row(
-    declared: list[tuple[str, str, Any]], accepted: tuple[Any, ...], weights: str | None = None
-) -> Iterator[Problem]:
+def _row(declared: list[tuple[str, str, Any]], accepted: tuple[Any, ...], weights: str = "") -> Iterator[Problem]:
     wrong = [(side, key) for side, key, value in declared if not any(is_same(value, right) for right in accepted)]
     if wrong:
         lines = [f"{side}: {value}" for side, _, value in declared] + ([weights] if weights else [])

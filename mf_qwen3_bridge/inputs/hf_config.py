@@ -76,11 +76,9 @@ def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) 
     return normalise(read_json(path) | dict(overrides or {}), str(path))
 
 
-def config_notes(
-    model_dir: Path, config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
-) -> Iterator[str]:
+def config_notes(model_dir: Path, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterator[str]:
     """Settings of a directory's config.json, normalised ``config``, that MindFormers ignores and others may not."""
-    raw = read_json(model_dir / "config.json") | dict(overrides or {})
+    raw = read_json(model_dir / "config.json") | dict(overrides)
     given = (raw.get("rope_scaling") or raw.get("rope_parameters") or {}).get("attn_factor")
     if config["rope_scaling"] and given not in (None, 1):
         yield (

@@ -105,10 +105,8 @@ def dialect_of(
         remedy = f"in the YAML: {declared.training_flags}"
         if declared.training_flags == configured.training_flags:
             remedy = f"in the YAML: use_parallel True, parallel_config.model_parallel {declared.tensor_parallel}"
-        raise BridgeError(
-            "the layouts of QKV and gate/up contradict each other",
-            [Problem("layout", f"files: {declared}\n{origin}: {configured}", remedy)],
-        )
+        problem = Problem("layout", f"files: {declared}\n{origin}: {configured}", remedy)
+        raise BridgeError("the layouts of QKV and gate/up contradict each other", [problem])
     layout = declared or configured or default
     if layout is None:
         raise BridgeError(

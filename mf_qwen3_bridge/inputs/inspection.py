@@ -146,7 +146,7 @@ def _config_notes(path: Path, numbers: dict[str, Any]) -> Iterator[str]:
             yield f"{field}: config.json {number}, tensors {numbers[field]}"
     if config["rope_scaling"]:
         yield f"YaRN, factor {config['rope_scaling']['factor']}"
-    yield from config_notes(path, config)
+    yield from config_notes(path, config, {})
 
 
 def lines(inspection: Inspection) -> Iterator[str]:

@@ -66,11 +66,6 @@ def sampled_rows(rule: RowsRule) -> dict[str, np.ndarray]:
     }
 
 
-def is_equal(left: np.ndarray, right: np.ndarray) -> float:
-    """1 for the same values, else 0."""
-    return float(np.array_equal(left, right))
-
-
 def cosine(left: np.ndarray, right: np.ndarray) -> float:
     """The cosine of two arrays."""
     norms = np.linalg.norm(left) * np.linalg.norm(right)

@@ -114,10 +114,7 @@ def declared_flags(model_config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class MindFormersConfig:
-    """What a MindFormers YAML declares about a checkpoint: its ``model.model_config`` section, and all of it.
-
-    ``origin`` is where it comes from, for messages.
-    """
+    """What a MindFormers YAML, called ``origin`` in messages, declares: its ``model.model_config``, and all of it."""
 
     origin: str = "YAML"
     model_config: dict[str, Any] = field(default_factory=dict)

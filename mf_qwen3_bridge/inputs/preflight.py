@@ -111,7 +111,6 @@ def check_trained(
     """Checks what a MindFormers training run saved against everything that is declared about the model.
 
     Args:
-        source: its tensors.
         hf_config: a Hugging Face directory with the model's config.json; else that of the YAML's
             ``pretrained_model_dir``, or one beside the weights, if there is one. Without any, the tensors' shapes show
             the model's numbers.
@@ -260,11 +259,9 @@ def _spec_of(source: Source, dialect: Dialect, hf_config: Mapping[str, Any] | No
 
 def _block_problems(dialect: Dialect, parallel: ParallelConfig) -> Iterator[Problem]:
     if dialect.layout and dialect.layout.tensor_parallel > 1 and parallel.world_size > 1:
-        yield Problem(
-            "layout",
-            f"contiguous in {dialect.layout.tensor_parallel} blocks, those of the training run's tensor parallel ranks",
-            "only one process can load it so; for several, export it to Hugging Face first (mf-qwen3 export)",
-        )
+        found = f"contiguous in the blocks of the training run's {dialect.layout.tensor_parallel} tensor parallel ranks"
+        remedy = "only one process can load it so; for several, export it to Hugging Face first (mf-qwen3 export)"
+        yield Problem("layout", found, remedy)
 
 
 def _parallel(

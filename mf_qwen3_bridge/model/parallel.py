@@ -93,11 +93,9 @@ class ParallelConfig:
         if not spec.is_moe and self.expert_parallel > 1:
             yield Problem("expert parallel", str(self.expert_parallel), "the model has no experts: leave it out")
         if spec.is_moe and not training and self.world_size % self.expert_parallel:
-            yield Problem(
-                "expert parallel",
-                f"{self.expert_parallel}, number of processes {self.world_size}",
-                "it has to divide them: start more with msrun, or name their number with --tp",
-            )
+            found = f"{self.expert_parallel}, number of processes {self.world_size}"
+            remedy = "it has to divide them: start more with msrun, or name their number with --tp"
+            yield Problem("expert parallel", found, remedy)
             return
         for name, size_name, size in self._undivided(spec, training):
             remedy = "raise expert parallel, or use fewer processes"

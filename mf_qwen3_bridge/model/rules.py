@@ -56,10 +56,7 @@ TRAIN = Dialect(layouts.TRAINING_DEFAULT)
 
 @dataclass(frozen=True)
 class Place:
-    """Where one part of a rule is stored: in which tensor, of which shape, and the view of it that shows the part.
-
-    A part's views have the same shape in every dialect.
-    """
+    """Where one part of a rule is stored: in which tensor, of which shape, and the view of it that shows the part."""
 
     tensor: str
     shape: tuple[int, ...]

@@ -29,6 +29,8 @@ _COMPARED_BYTES = 2 << 20
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# Of arrays: number of elements, dtype.
+Sizes = Sequence[tuple[int, np.dtype]]
 
 
 class Buffers:
@@ -40,8 +42,8 @@ class Buffers:
         self._changed = Condition()
 
     @contextmanager
-    def lend(self, sizes: Sequence[tuple[int, np.dtype]]) -> Iterator[list[np.ndarray]]:
-        """Lends uninitialised arrays of ``sizes`` (elements, dtype); waits for others' return if no memory is left.
+    def lend(self, sizes: Sizes) -> Iterator[list[np.ndarray]]:
+        """Lends uninitialised arrays of ``sizes``; waits for others' return if no memory is left.
 
         What a thread needs is one loan, as waiting for a second could deadlock.
         """
@@ -83,10 +85,7 @@ class Made(NamedTuple):
 
 
 class Transfer(ExitStack):
-    """Carries out copies with several threads. ``with Transfer() as transfer: ...`` ends them and closes the files.
-
-    ``advance`` is called with the number of bytes read after each tile.
-    """
+    """Carries out copies with several threads; a context manager. ``advance`` gets each tile's number of bytes read."""
 
     def __init__(self, advance: Callable[[int], object] | None = None) -> None:
         super().__init__()
@@ -138,10 +137,7 @@ class Transfer(ExitStack):
     def make(
         self, wanted: Iterable[Tile], look: Callable[[Made], Result], dtypes: Mapping[str, str]
     ) -> Iterator[Result]:
-        """As :meth:`each`, but calls ``look`` with what a tile makes of each target, which it may change.
-
-        ``dtypes`` has each target's dtype, as safetensors spells it.
-        """
+        """As :meth:`each`, but ``look`` gets what a tile makes of each target, in its ``dtypes``, and may change it."""
 
         def work(tile: Tile) -> list[Result]:
             stretches = writes(tile)
@@ -178,12 +174,10 @@ class Transfer(ExitStack):
             yield pending.popleft().result()
 
     @contextmanager
-    def _loaded(
-        self, tile: Tile, more: Sequence[tuple[int, np.dtype]] = ()
-    ) -> Iterator[tuple[dict[Copy, np.ndarray], list[np.ndarray]]]:
+    def _loaded(self, tile: Tile, more: Sizes = ()) -> Iterator[tuple[dict[Copy, np.ndarray], list[np.ndarray]]]:
         """Reads the sources of a tile, each byte once: for each copy its elements, as they are stored.
 
-        Lends an array for each of ``more`` (elements, dtype) as well.
+        Lends an array for each of ``more`` as well.
         """
         stretches = reads(tile)
         sizes = [(stretch.size, DTYPES[copies[0].source.dtype]) for copies, stretch in stretches]

@@ -113,15 +113,11 @@ class Plan:
         Raises:
             BridgeError: they differ, so config.json and weights disagree on whether the embeddings are tied.
         """
-        problems = [
-            Problem(
-                dropped.name,
-                f"differs from {kept.name}, but the config ties them (tie_word_embeddings: true)",
-                "set tie_word_embeddings to false in config.json if the model was trained untied; otherwise "
-                f"remove {dropped.name}",
-            )
-            for kept, dropped in self.unequal_duplicates(rank, are_equal)
-        ]
+        problems = []
+        for kept, dropped in self.unequal_duplicates(rank, are_equal):
+            found = f"differs from {kept.name}, but the config ties them (tie_word_embeddings: true)"
+            remedy = "set tie_word_embeddings to false in config.json if the model was trained untied; otherwise remove"
+            problems.append(Problem(dropped.name, found, f"{remedy} {dropped.name}"))
         if problems:
             raise BridgeError("tied tensors differ", problems)
 

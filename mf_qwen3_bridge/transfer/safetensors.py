@@ -70,10 +70,7 @@ class Shard(NamedTuple):
 
 
 class Reader(ExitStack):
-    """Reads tensors' bytes. Each file is opened once; several threads may read at a time.
-
-    ``with Reader() as reader: ...`` closes the files.
-    """
+    """Reads tensors' bytes, for several threads; a context manager that opens each file once, and closes all."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,7 +14,6 @@ from mf_qwen3_bridge.inputs.layout_detection import (
     arrangement_of,
     describe,
     fused_rows,
-    is_equal,
     layouts_of,
     likeness_of_layouts,
     read_sampled_rows,
@@ -71,7 +70,7 @@ def _layout_suggestions(rule: RowsRule, left: Weights, right: Weights) -> Iterat
             continue
         own = arrangement_of(weights.dialect.layout, rule.fuses)
         candidates = [layout for layout in layouts_of(rule) if layout != own]
-        likeness = likeness_of_layouts(rule, weights, expected, is_equal, candidates)
+        likeness = likeness_of_layouts(rule, weights, expected, np.array_equal, candidates)
         if found := next((layout for layout, alike in likeness.items() if alike), None):
             yield f"the {word} is laid out {describe(found)}, not {describe(own)}: give its training YAML with --config"
     if left.dialect.is_hf and right.dialect.is_hf:
