@@ -49,14 +49,13 @@ _ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rms_norm_eps": (_is_number, "a number, such as 1e-06"),
     "initializer_range": (_is_number, "a number, such as 0.02"),
     "tie_word_embeddings": (_is_flag, "true or false"),
-    "shared_expert_intermediate_size": (not_, "Qwen3 has no shared experts; the checkpoint is of another architecture"),
-    "num_experts_per_tok": (
-        lambda value: value != 1,
-        "MindFormers uses at least two experts for a token; Qwen3 uses 8",
-    ),
-    "norm_topk_prob": (_is_flag, "true or false"),
     **dict.fromkeys(("torch_dtype", "dtype"), (lambda value: isinstance(value, str), "a name, such as bfloat16")),
     **dict.fromkeys(_TOKENS, (_are_tokens, "a token's number, or a list of them")),
+}
+_ACCEPTED_OF_MOE: dict[str, tuple[Callable[[Any], bool], str]] = _ACCEPTED | {
+    "shared_expert_intermediate_size": (not_, "Qwen3 has no shared experts; the checkpoint is of another architecture"),
+    "num_experts_per_tok": (lambda value: value != 1, "MindFormers uses at least two experts a token; Qwen3 uses 8"),
+    "norm_topk_prob": (_is_flag, "true or false"),
 }
 
 
@@ -146,17 +145,18 @@ def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         found = f"model_type {model_type!r}, architectures {architectures!r}"
         yield "architecture", found, f"Qwen3 and Qwen3-MoE are loaded: {remedy}"
     step, dense_layers = raw.get("decoder_sparse_step"), raw.get("mlp_only_layers")
-    if model_type == "qwen3_moe" and (step not in (None, 1) or dense_layers):
+    is_moe = model_type == "qwen3_moe"
+    if is_moe and (step not in (None, 1) or dense_layers):
         remedy = "MindFormers' Qwen3-MoE has experts in every layer, as all released Qwen3-MoE models have"
         found = f"decoder_sparse_step {step!r}, mlp_only_layers {dense_layers!r}"
         yield "dense layers among sparse ones", found, remedy
-    if model_type == "qwen3_moe" and raw.get("num_local_experts") not in (None, raw.get("num_experts")):
+    if is_moe and raw.get("num_local_experts") not in (None, raw.get("num_experts")):
         found = f"{raw.get('num_experts')!r}, and num_local_experts {raw['num_local_experts']!r}"
         yield "num_experts", found, "two names of one thing: remove the wrong one"
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         yield "quantization_config", f"quant_method {method!r}", "use the unquantised (bf16) checkpoint of this model"
-    for key, (is_accepted, remedy) in _ACCEPTED.items():
+    for key, (is_accepted, remedy) in (_ACCEPTED_OF_MOE if is_moe else _ACCEPTED).items():
         if raw.get(key) is not None and not is_accepted(raw[key]):
             yield key, repr(raw[key]), remedy
     layer_types = raw.get("layer_types")

@@ -122,7 +122,7 @@ def dialect_of(
 def spec_of(tensors: Mapping[str, TensorInfo], dialect: Dialect, tied: bool | None = None) -> ModelSpec:
     """The model that the tensors' shapes show.
 
-    Whether the output layer is the embedding, ``tied``, its absence tells if nothing else does.
+    ``tied`` says whether the output layer is the embedding; if nothing does, it is if there is no output layer.
 
     Raises:
         KeyError: the shapes don't show all numbers; names those that are missing.

@@ -187,10 +187,11 @@ def _check(
     match = match_model(spec, source.tensors, dialect, in_tensors)
     problems += match.problems
     if problems:
-        headline = f"config and weights of {source.path} don't fit: take both from one model, or"
+        at = source.path
+        headline = f"config and weights of {at} don't fit: take both from one model, or change what the table says"
         if not origins:
-            headline = f"{source.path} is not what is declared of it:"
-        raise BridgeError(f"{headline} change what the table says", problems + run_problems)
+            headline = f"{at} is not what is declared of it: change what the table says"
+        raise BridgeError(headline, problems + run_problems)
     if run_problems:
         raise BridgeError(f"{source.path} can't be run like this", run_problems)
     notes = list(config_notes(hf_dir, hf_config, _additions(yaml, arguments)) if hf_dir else ())
