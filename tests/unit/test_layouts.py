@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT, Layout, View, contiguous, interleaved
@@ -42,6 +42,7 @@ def test_gate_and_up():
 
 
 @ARRANGEMENTS
+@settings(deadline=None)
 @given(
     groups=st.integers(1, 6),
     rows=st.lists(st.integers(1, 5), min_size=1, max_size=4),
@@ -55,6 +56,7 @@ def test_the_parts_cover_every_element_once(arrange, groups, rows, columns):
     assert (seen == 1).all()
 
 
+@settings(deadline=None)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple),
     groups=st.integers(1, 3),
