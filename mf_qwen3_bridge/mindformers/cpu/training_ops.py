@@ -17,7 +17,7 @@ head_dim; R the number of rows that experts get (tokens times experts per token)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +45,26 @@ class _Operator(nn.Cell):
     add_prim_attr = recompute = shard
 
 
+def _calling(function: Callable[..., Any]) -> type[_Operator]:
+    """An operator that is one of MindSpore's functions, which takes the same arguments in the same order."""
+
+    class Operator(_Operator):
+        def construct(self, *args: Any) -> Any:
+            return function(*args)
+
+    return Operator
+
+
+_SplitWithSize = _calling(ops.split)  # MindSpore 2.7 has none for CPUs
+
+STAND_INS.replaces(rotary_pos_embedding, "Outer")(_calling(ops.outer))
+STAND_INS.replaces(mlp, "SplitWithSize")(_SplitWithSize)
+STAND_INS.replaces(router, "TopkExt")(_calling(ops.topk))
+STAND_INS.replaces(token_dispatcher, "IndexSelect")(_calling(ops.index_select))
+STAND_INS.replaces(token_dispatcher, "CumsumExt")(_calling(ops.cumsum))
+STAND_INS.replaces(token_dispatcher, "FmodScalar")(_calling(ops.floor_mod))  # of integers that aren't negative
+
+
 # ------------------------------------------------------------------------------------- norm, rotary, attention, MLP
 
 
@@ -54,20 +74,6 @@ def _rms_norm_construct(self: norm.FusedRMSNorm, x: Tensor) -> Tensor:
     rows = ops.cast(x, self.compute_type)
     variance = ops.ReduceMean(keep_dims=True)(ops.square(rows), -1)
     return ops.cast(rows * ops.rsqrt(variance + self.eps) * self.weight, x.dtype)
-
-
-@STAND_INS.replaces(rotary_pos_embedding, "Outer")
-class _Outer(_Operator):
-    def construct(self, input: Tensor, vec2: Tensor) -> Tensor:
-        return input.reshape((-1, 1)) * vec2.reshape((1, -1))
-
-
-@STAND_INS.replaces(mlp, "SplitWithSize")
-class _SplitWithSize(_Operator):
-    """MindSpore 2.7 has none for CPUs."""
-
-    def construct(self, input: Tensor, split_sizes: tuple[int, ...], dim: int = 0) -> tuple[Tensor, ...]:
-        return ops.split(input, split_sizes, dim)
 
 
 class _CastButToFloat16(_Operator):
@@ -92,15 +98,7 @@ class _FlashAttentionScore(_Operator):
     """``FlashAttentionScore`` with an explicit mask, without dropout."""
 
     def __init__(
-        self,
-        head_num: int,
-        keep_prob: float = 1.0,
-        scale_value: float = 1.0,
-        pre_tokens: int = 2147483647,
-        next_tokens: int = 2147483647,
-        inner_precise: int = 0,
-        input_layout: str = "BSH",
-        sparse_mode: int = 0,
+        self, keep_prob: float, scale_value: float, input_layout: str, sparse_mode: int, **unused: Any
     ) -> None:
         super().__init__()
         if (keep_prob, input_layout, sparse_mode) != (1.0, "BNSD", 0):
@@ -111,19 +109,11 @@ class _FlashAttentionScore(_Operator):
         self.scale_value = scale_value
 
     def construct(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        real_shift: None = None,
-        drop_mask: None = None,
-        padding_mask: None = None,
-        attn_mask: Tensor = None,
-        prefix: None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, shift: None, drop: None, pad: None, mask: Tensor, prefix: None
     ) -> tuple[None, None, None, Tensor]:
         """Attention of ``query`` (B, N, S, D) to ``key`` and ``value`` (B, G, S, D).
 
-        ``attn_mask`` (B, 1, S, S), uint8, has 1 where a query doesn't see a key. Returns the operator's four outputs,
+        ``mask`` (B, 1, S, S), uint8, has 1 where a query doesn't see a key. Returns the operator's four outputs,
         of which upstream takes the last: (B, N, S, D).
         """
         batch, groups, kv_len, head_dim = key.shape
@@ -131,21 +121,14 @@ class _FlashAttentionScore(_Operator):
         grouped = ops.cast(query, ms.float32).reshape((batch, groups, -1, head_dim))  # (B, G, N/G * S, D)
         transposed = ops.transpose(ops.cast(key, ms.float32), (0, 1, 3, 2))
         scores = (ops.matmul(grouped, transposed) * self.scale_value).reshape((batch, heads, q_len, kv_len))
-        scores = scores + ops.cast(attn_mask, ms.float32) * _MASKED
+        scores = scores + ops.cast(mask, ms.float32) * _MASKED
         weights = ops.softmax(scores, -1).reshape((batch, groups, -1, kv_len))
         context = ops.matmul(weights, ops.cast(value, ms.float32)).reshape(query.shape)
         return None, None, None, ops.cast(context, query.dtype)
 
 
 @STAND_INS.replaces(mint.nn.functional, "embedding")
-def _embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: None = None,
-    max_norm: None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-) -> Tensor:
+def _embedding(input: Tensor, weight: Tensor) -> Tensor:
     """Rows ``input`` of ``weight``, with a gradient; without the options, which upstream leaves alone."""
     return ops.gather(weight, input, 0)
 
@@ -153,40 +136,10 @@ def _embedding(
 # ------------------------------------------------------------------------------------------------ mixture of experts
 
 
-@STAND_INS.replaces(router, "TopkExt")
-class _TopkExt(_Operator):
-    def construct(
-        self, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        return ops.topk(input, k, dim, largest, sorted)
-
-
 @STAND_INS.replaces(token_dispatcher, "SortExt")
 class _SortExt(_Operator):
-    def construct(
-        self, input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        return ops.sort(input, dim, descending)
-
-
-@STAND_INS.replaces(token_dispatcher, "IndexSelect")
-class _IndexSelect(_Operator):
-    def construct(self, input: Tensor, dim: int, index: Tensor) -> Tensor:
-        return ops.gather(input, index, dim)
-
-
-@STAND_INS.replaces(token_dispatcher, "CumsumExt")
-class _CumsumExt(_Operator):
-    def construct(self, input: Tensor, dim: int, dtype: Any = None) -> Tensor:
-        return ops.cumsum(input, dim, dtype)
-
-
-@STAND_INS.replaces(token_dispatcher, "FmodScalar")
-class _FmodScalar(_Operator):
-    """The remainder of integers that aren't negative."""
-
-    def construct(self, input: Tensor, other: int) -> Tensor:
-        return input - input // other * other
+    def construct(self, input: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+        return ops.sort(input, dim)
 
 
 @STAND_INS.replaces(ffn, "GroupedMatmul")
@@ -198,23 +151,13 @@ class _GroupedMatmul(_Operator):
         if (split_item, group_type) != (3, 0):
             raise NotImplementedError("the CPU stand-in for GroupedMatmul knows split_item 3 and group_type 0")
 
-    def construct(
-        self,
-        x: Sequence[Tensor],
-        weight: Sequence[Tensor],
-        bias: None = None,
-        scale: None = None,
-        offset: None = None,
-        antiquant_scale: None = None,
-        antiquant_offset: None = None,
-        group_list: Tensor = None,
-    ) -> tuple[Tensor]:
+    def construct(self, x: Sequence[Tensor], weight: Sequence[Tensor], *options: Any) -> tuple[Tensor]:
         """One tensor (R, output_size).
 
-        ``x`` has one tensor (R, input_size), ``weight`` one (E, input_size, output_size); ``group_list``, int64 (E,),
-        holds the row at which each expert's rows end.
+        ``x`` has one tensor (R, input_size), ``weight`` one (E, input_size, output_size); the last option,
+        ``group_list``, int64 (E,), holds the row at which each expert's rows end. The others are None.
         """
-        rows = x[0]
+        rows, group_list = x[0], options[-1]
         numbers = ops.arange(rows.shape[0]).reshape((1, -1, 1))
         stops = group_list.reshape((-1, 1, 1))
         starts = ops.concat((ops.zeros_like(stops[:1]), stops[:-1]))
