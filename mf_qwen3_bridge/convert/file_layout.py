@@ -37,8 +37,7 @@ def output_file(name: str, targets: Iterable[Target], metadata: Mapping[str, str
     ordered = sorted(targets, key=lambda target: -DTYPES[target.dtype].itemsize)
     starts = [0, *accumulate(target.nbytes for target in ordered)]
     header: dict[str, object] = {"__metadata__": dict(metadata)}
-    for target, start in zip(ordered, starts):
-        offsets = [start, start + target.nbytes]
+    for target, *offsets in zip(ordered, starts, starts[1:]):
         header[target.name] = {"dtype": target.dtype, "shape": target.shape, "data_offsets": offsets}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
@@ -81,10 +80,8 @@ def mindformers_files(
     Mirrors what ``mindspore.unified_safetensors`` (2.7 to 2.9) writes.
     """
     metadata = mindformers_metadata(plan.target.layout, saved_by)
-    files = [
-        output_file(f"part{number}.safetensors", targets, metadata)
-        for number, targets in enumerate(_split(plan.targets, max_bytes))
-    ]
+    shards = enumerate(_split(plan.targets, max_bytes))
+    files = [output_file(f"part{number}.safetensors", targets, metadata) for number, targets in shards]
     return files, {MINDFORMERS_INDEX: _index(files)}
 
 

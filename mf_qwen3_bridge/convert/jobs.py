@@ -20,7 +20,7 @@ from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
 from mf_qwen3_bridge.model.rules import HF, INFER, Dialect
 from mf_qwen3_bridge.transfer.plan import Plan, Target, write_slices
-from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo, read_bytes
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, read_bytes
 
 # What belongs to a model beside its weights and config.json, as transformers and the Hub name it.
 _COMPANIONS = (
@@ -35,30 +35,20 @@ _COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# The names of dtypes on the command line, in safetensors and in a config.json.
-DTYPE_NAMES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
-
-
-def _stored(dtype: str | None) -> str | None:
-    """The dtype as safetensors spells it."""
-    return DTYPE_NAMES[dtype][0] if dtype else None
+# The dtypes of the command line, as safetensors and as a config.json spell them.
+_STORED: Mapping[str | None, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_DECLARED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def to_mindformers(model: CheckedCheckpoint, target: Dialect, output: Path, dtype: str | None = None) -> Job:
-    """A MindFormers checkpoint.
+    """A MindFormers checkpoint of the dialect ``target``, made of one of any dialect.
 
-    Args:
-        model: the checkpoint it is made of, of any dialect.
-        target: the dialect to make.
-        output: the directory.
-        dtype: one of DTYPE_NAMES; as in the checkpoint when left out.
-
-    Raises:
-        BridgeError: the training run's tensor parallel size, on which a contiguous layout depends, doesn't divide it.
+    ``dtype`` is ``bf16``, ``fp16`` or ``fp32``; as in the checkpoint when left out. Raises BridgeError if the training
+    run's tensor parallel size, on which a contiguous layout depends, doesn't divide the model.
     """
     blocks = ParallelConfig(target.layout.tensor_parallel if target.layout else 1)
     _refuse(blocks.problems(model.spec, training=True))
-    plan = model.plan(target, _stored(dtype))
+    plan = model.plan(target, _STORED.get(dtype))
     files, index = mindformers_files(plan)
     return _job(model, plan, output, [Part.of(plan, files)], index)
 
@@ -74,17 +64,14 @@ def to_hf(
     """A Hugging Face checkpoint, with its config.json and tokenizer as far as they are known.
 
     Args:
-        model, output, dtype: as for :func:`to_mindformers`.
+        model, output, dtype: as for :func:`to_mindformers`; BridgeError if the model is Hugging Face's already.
         max_shard_bytes: a file is larger only if a single tensor is.
         write_tied_output: store ``lm_head`` although it is tied to the embedding.
         layout_is_shown: whether something else than files and YAML shows that the layout is right.
-
-    Raises:
-        BridgeError: the checkpoint is Hugging Face's already.
     """
     if model.dialect.is_hf:
         raise BridgeError(f"{model.source.path} holds Hugging Face weights already")
-    plan = model.plan(HF, _stored(dtype))
+    plan = model.plan(HF, _STORED.get(dtype))
     if write_tied_output and model.spec.tie_word_embeddings:
         plan = _with_output_layer(plan)
     files, index = hf_files(plan, max_shard_bytes)
@@ -92,17 +79,23 @@ def to_hf(
     others = dict(_companions(model))
     if config:
         others["config.json"] = json.dumps(config, indent=2).encode()
-    notes = (*model.notes, *_export_notes(model, others, layout_is_shown))
-    warning = "" if layout_is_shown or model.layout_is_declared else _warning(model)
-    return replace(_job(model, plan, output, [Part.of(plan, files)], others | index), notes=notes, warning=warning)
-
-
-def _warning(model: CheckedCheckpoint) -> str:
-    return (
+    notes = list(model.notes)
+    if layout_is_shown:
+        notes.append(f"rows of the weights in {model.hf_dir} show that {model.dialect.layout} is the right layout")
+    if not config:
+        notes.append(
+            "no config.json is written: rope_theta and the like are not known. Name the Hugging Face directory of the "
+            "model with --hf_config, or copy its config.json and tokenizer"
+        )
+    elif "tokenizer_config.json" not in others:
+        notes.append(f"no tokenizer is written: there is none in {model.hf_dir}")
+    warning = (
         f"the layout of QKV and gate/up is assumed to be MindFormers' default ({model.dialect.layout}): nothing "
         "declares it. If the training YAML sets other flags, the result computes garbage: give it with --config, or "
         "its flags: --use_contiguous_weight_layout_attention, --use_interleaved_weight_layout_mlp, --model_parallel"
     )
+    job = _job(model, plan, output, [Part.of(plan, files)], others | index)
+    return replace(job, notes=tuple(notes), warning="" if layout_is_shown or model.layout_is_declared else warning)
 
 
 def _job(model: CheckedCheckpoint, plan: Plan, output: Path, parts: Sequence[Part], others: Mapping[str, bytes]) -> Job:
@@ -136,44 +129,27 @@ def _config_json(model: CheckedCheckpoint, dtype: str | None) -> dict[str, Any]:
         config |= {key: model.hf_config[key] for key in ("rope_theta", "rope_scaling")}
     if config and dtype:
         keys = config.keys() & {"dtype", "torch_dtype"} or {"torch_dtype"}
-        config |= dict.fromkeys(keys, DTYPE_NAMES[dtype][1])
+        config |= dict.fromkeys(keys, _DECLARED[dtype])
     return config
-
-
-def _export_notes(model: CheckedCheckpoint, others: dict[str, bytes], layout_is_shown: bool) -> Iterator[str]:
-    if layout_is_shown:
-        yield f"rows of the weights in {model.hf_dir} show that {model.dialect.layout} is the right layout"
-    if "config.json" not in others:
-        yield (
-            "no config.json is written: rope_theta and the like are not known. Name the Hugging Face directory of the "
-            "model with --hf_config, or copy its config.json and tokenizer"
-        )
-    elif "tokenizer_config.json" not in others:
-        yield f"no tokenizer is written: there is none in {model.hf_dir}"
 
 
 def to_ranks(
     model: CheckedCheckpoint, target: Dialect, output: Path, parallel: ParallelConfig, dtype: str | None = None
 ) -> Job:
-    """A directory ``rank_N/`` for each rank, with that rank's part of every parameter.
+    """A directory ``rank_N/`` for each rank, with that rank's part of every parameter, for inference or training.
 
-    Args:
-        model, output, dtype: as for :func:`to_mindformers`.
-        target: the dialect to make; the inference network's, or one of the training network's.
-        parallel: tensor and expert parallel sizes. In training, ranks beyond these hold the same again.
-
-    Raises:
-        BridgeError: the sizes don't divide the model.
+    In training, ranks beyond the tensor and expert parallel sizes hold the same again. Raises BridgeError if these
+    don't divide the model; the rest is as for :func:`to_mindformers`.
     """
     is_for_inference = target == INFER
     _refuse(parallel.problems(model.spec, training=not is_for_inference))
     kind = "qwen3_moe" if model.spec.is_moe else "qwen3"
     count = parallel.world_size if is_for_inference else training_ranks.world_size(parallel)
-    whole = model.plan(target, _stored(dtype))
+    whole = model.plan(target, _STORED.get(dtype))
 
     def plan_of(number: int) -> Plan:
         if is_for_inference:
-            return model.plan(target, _stored(dtype), parallel.rank(number))
+            return model.plan(target, _STORED.get(dtype), parallel.rank(number))
         return write_slices(whole, dict(training_ranks.boxes(model.rules, target, parallel, number)))
 
     parts = []
@@ -217,14 +193,10 @@ def unify(source: Source, output: Path) -> Job:
     dialect = Dialect(source.declared_layout)
     plan = Plan(dialect, tuple(Target.of(tensor) for tensor in tensors.values()))
     files, index = mindformers_files(plan, saved_by=source.tensor_parallel)
-    others = {HYPER_PARAMETERS: _hyper_parameters(unlisted)} if unlisted else {}
-    parts = (Part.of(plan, files),)
-    count = len(tensors) + len(unlisted)
+    others = {}
+    if unlisted:  # counters and the like
+        small = [Target(tensor.name, tensor.shape, tensor.dtype, ()) for tensor in unlisted.values()]
+        file = output_file(HYPER_PARAMETERS, small, {"format": "ms"})
+        others[file.name] = file.header + b"".join(read_bytes(unlisted[name]) for name in file.tensors)
+    parts, count = (Part.of(plan, files),), len(tensors) + len(unlisted)
     return Job("ranks' files", count, "MindFormers, merged", output, parts, others | index, checks_values=False)
-
-
-def _hyper_parameters(tensors: Mapping[str, TensorInfo]) -> bytes:
-    """A safetensors file with what no strategy lists: counters."""
-    small = [Target(tensor.name, tensor.shape, tensor.dtype, ()) for tensor in tensors.values()]
-    file = output_file(HYPER_PARAMETERS, small, {"format": "ms"})
-    return file.header + b"".join(read_bytes(tensors[name]) for name in file.tensors)

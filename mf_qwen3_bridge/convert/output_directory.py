@@ -48,6 +48,7 @@ class OutputDirectory:
         self.path = path.parent.resolve() / path.name
         self.incomplete = self.path.parent / f"{self.path.name}{UNFINISHED_SUFFIX}"
         self.files = {file.name: file for file in files}
+        self.nbytes = sum(file.nbytes for file in self.files.values())
         self.state = self.incomplete / _STATE
         self.worker = worker
         self._job = json.dumps(job, indent=2, sort_keys=True)
@@ -56,11 +57,6 @@ class OutputDirectory:
         self._lock = Lock()
         self._is_discarded = False
         self.notes: list[str] = []  # for the user, when the directory is complete
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all safetensors files."""
-        return sum(file.nbytes for file in self.files.values())
 
     def check(self) -> None:
         """Raises BridgeError if the path is taken or can't be written to, or the disk is too small; makes nothing."""
@@ -101,11 +97,9 @@ class OutputDirectory:
             if any(path.name != _STATE for path in self.incomplete.iterdir()):
                 raise BridgeError(f"{self.incomplete} is in the way, and the bridge did not make it: {remedy}")
         elif job.read_text() != self._job:
-            ours = json.loads(self._job)
-            try:
+            ours, theirs = json.loads(self._job), {}
+            with suppress(json.JSONDecodeError):
                 theirs = json.loads(job.read_text())
-            except json.JSONDecodeError:
-                theirs = {}
             differs = ", ".join(key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key))
             raise BridgeError(
                 f"{self.incomplete} was left by another job, interrupted (not the same: {differs}): {remedy}"
@@ -120,7 +114,7 @@ class OutputDirectory:
         self.check()
         _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
-        with _translating_os_errors(self.path):
+        try:
             self.state.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.state / f"lock.{self.worker.number}", os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -136,6 +130,12 @@ class OutputDirectory:
                 self._descriptors.clear()
                 os.close(lock)
                 self._clean_up()
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "make room" if full else "look at the disk and its permissions"
+            raise BridgeError(
+                f"{self.path} can't be written: {error.strerror}; {remedy}, and give the same command again: it goes on"
+            ) from error
 
     def _clean_up(self) -> None:
         """Removes what is no longer needed. Its files must be closed: NFS keeps open ones, and so their directory."""
@@ -181,10 +181,9 @@ class OutputDirectory:
     def _partial(self, name: str) -> Path:
         return self.incomplete / f"{name}.partial"
 
-    def sync(self, run: Callable[[Callable[[int], None], Iterable[int]], Iterable[None]] = map) -> None:
+    def sync(self, run: Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]) -> None:
         """Waits until everything that this worker wrote is on disk; ``run`` applies a function, as ``map`` does."""
-        for _ in run(os.fsync, list(self._descriptors.values())):
-            pass
+        list(run(os.fsync, list(self._descriptors.values())))
 
     def complete(self, others: Mapping[str, bytes]) -> None:
         """Writes headers and the other files (name -> contents; the index last), and gives the directory its name."""
@@ -201,9 +200,17 @@ class OutputDirectory:
         self.incomplete.rename(self.path)
         _sync_directory(self.path.parent)
 
-    def discard(self) -> None:
-        """Removes the unfinished directory, as soon as its files are closed."""
-        self._is_discarded = True
+    @contextmanager
+    def discarding(self) -> Iterator[None]:
+        """Removes the unfinished directory, as soon as its files are closed, if weights are refused while it is open.
+
+        Not while other workers use it.
+        """
+        try:
+            yield
+        except BridgeError:
+            self._is_discarded = self.worker.count == 1
+            raise
 
 
 def _write_all(descriptor: int, start: int, data: memoryview) -> None:
@@ -229,16 +236,3 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _translating_os_errors(path: Path) -> Iterator[None]:
-    """Turns errors of the operating system into a message with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "make room" if full else "look at the disk and its permissions"
-        raise BridgeError(
-            f"{path} can't be written: {error.strerror}; {remedy}, and give the same command again: it goes on"
-        ) from error

@@ -7,7 +7,6 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -170,16 +169,11 @@ class Summary:
 def run(job: Job, worker: Worker = ALONE) -> Summary | None:
     """Writes a job's directory, or this worker's share of it; resumes a run that was interrupted.
 
-    Args:
-        job: the job, the same for all workers.
-        worker: which of the workers this is. The first waits for the others and completes the directory.
-
-    Returns:
-        The summary, in the first worker; None in the others.
+    The job is the same for all workers. The first waits for the others, completes the directory and returns a summary;
+    the others return None.
 
     Raises:
-        BridgeError: no room, the place is taken, invalid weights, values that do not fit their new
-            dtype, another worker failed.
+        BridgeError: no room, the place is taken, invalid weights, values too large for their dtype, a worker failed.
     """
     started = time.monotonic()
     directory = job.directory(worker)
@@ -187,7 +181,7 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
         workers = Workers(directory.state, worker)
         with workers.alive():
             if worker.number == 0:
-                with _discarding(directory):
+                with directory.discarding():
                     job.parts[0].make_plan().check_duplicates()
             findings = _write(job, directory)
             if worker.number > 0:
@@ -197,7 +191,7 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
             for content in workers.wait_for_reports():
                 findings.add(Findings.from_json(content))
             if job.checks_values:
-                with _discarding(directory):
+                with directory.discarding():
                     _check_values(findings)
             directory.complete(job.others)
     seconds = time.monotonic() - started
@@ -244,17 +238,6 @@ def _look_at_values(made: Made, dtype: str) -> Findings:
     return findings
 
 
-@contextmanager
-def _discarding(directory: OutputDirectory) -> Iterator[None]:
-    """Removes the directory if weights are refused; not while other workers use it."""
-    try:
-        yield
-    except BridgeError:
-        if directory.worker.count == 1:
-            directory.discard()
-        raise
-
-
 def _check_values(findings: Findings) -> None:
     """Refuses invalid weights, and values that do not fit the new dtype."""
     magnitudes: dict[str, dict[TensorInfo, float]] = defaultdict(dict)
@@ -274,18 +257,15 @@ def describe(job: Job) -> Iterator[str]:
     directory = job.directory()
     largest = max((tensor for file in job.files for tensor in file.tensors.values()), key=lambda tensor: tensor.nbytes)
     ranks = f" for {len(job.parts)} ranks" if len(job.parts) > 1 else ""
+    files = "1 file" if len(job.files) == 1 else f"{len(job.files)} files"
     yield f"from        {job.source}, {job.num_source_tensors} tensors"
-    yield (
-        f"to          {job.target}, {job.num_tensors} tensors{ranks}, {size_text(directory.nbytes)} in "
-        f"{len(job.files)} {'file' if len(job.files) == 1 else 'files'}"
-    )
+    yield f"to          {job.target}, {job.num_tensors} tensors{ranks}, {size_text(directory.nbytes)} in {files}"
     names = fold_names([*directory.files, *job.others])
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     yield f"            {directory.path}: {', '.join(names[:8])}{more}"
     yield f"largest     {largest.name} {largest.shape} {largest.dtype}, {size_text(largest.nbytes)}"
     yield f"memory      at most {size_text(BUFFER_BYTES)} of buffers"
     if job.ignored:
-        yield f"left out    {len(job.ignored)} tensors that are state of a training run: " + ", ".join(
-            fold_names(job.ignored)[:8]
-        )
+        some = ", ".join(fold_names(job.ignored)[:8])
+        yield f"left out    {len(job.ignored)} tensors that are state of a training run: {some}"
     yield from (f"note        {note}" for note in job.notes)

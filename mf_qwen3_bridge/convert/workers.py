@@ -58,14 +58,10 @@ def write_whole(path: Path, content: bytes, temporary: str = "tmp") -> None:
 
 
 class Workers:
-    """Heartbeats and reports of a job's workers, in one file each in the unfinished directory.
+    """Heartbeats and reports of a job's workers, in one file each in the folder ``state`` of the unfinished directory.
 
     A worker touches its file every second: the heartbeat. The file is empty until the worker is done or has failed.
     Files that an earlier run left are ignored until they change.
-
-    Args:
-        state: the folder for them, in the unfinished directory.
-        worker: which of them this is.
     """
 
     def __init__(self, state: Path, worker: Worker) -> None:
