@@ -58,14 +58,10 @@ class Report:
         for (left, right), names in self.dtypes.items():
             different[f"{left}, and {right}", "dtypes differ; values are compared as the second's"] += names
         for name, count in self.counts.items():
-            found = f"values differ in {_share(count)} of elements"
+            percent = 100 * count.different / count.elements
+            found = f"values differ in {f'{percent:.0f} %' if percent >= 1 else 'less than 1 %'} of elements"
             different[found, self.suggestions.get(name, "")].append(name)
         return folded_problems(different)
-
-
-def _share(count: Count) -> str:
-    percent = 100 * count.different / count.elements
-    return f"{percent:.0f} %" if percent >= 1 else "less than 1 %"
 
 
 def compare(left: Weights, right: Weights) -> Report:
@@ -75,13 +71,11 @@ def compare(left: Weights, right: Weights) -> Report:
     """
     tied = left.spec.tie_word_embeddings or right.spec.tie_word_embeddings
     left, right = (replace(side, spec=replace(side.spec, tie_word_embeddings=tied)) for side in (left, right))
-    problems = []
-    for name in left.spec.numbers | right.spec.numbers:
-        mine, other = getattr(left.spec, name), getattr(right.spec, name)
-        if mine != other:
-            found = f"{left.source.path}: {mine}\n{right.source.path}: {other}"
-            problems.append(Problem(name, found, "name two of one model"))
-    if problems:
+    if problems := [
+        Problem(name, f"{left.source.path}: {mine}\n{right.source.path}: {other}", "name two of one model")
+        for name in left.spec.numbers | right.spec.numbers
+        if (mine := getattr(left.spec, name)) != (other := getattr(right.spec, name))
+    ]:
         raise BridgeError("these are not of one model", problems)
     plan = left.plan(right.dialect)
     theirs = right.source.tensors

@@ -9,16 +9,9 @@ from itertools import islice, permutations
 
 import numpy as np
 
+from mf_qwen3_bridge.inputs import layout_detection as detection
 from mf_qwen3_bridge.inputs.identify import Weights
-from mf_qwen3_bridge.inputs.layout_detection import (
-    arrangement_of,
-    describe,
-    fused_rows,
-    layouts_of,
-    likeness_of_layouts,
-    read_sampled_rows,
-    sampled_rows,
-)
+from mf_qwen3_bridge.inputs.layout_detection import describe, fused_rows, layouts_of, read_rows, read_sampled_rows
 from mf_qwen3_bridge.model.layouts import Box, Layout
 from mf_qwen3_bridge.model.parameters import expert_of, look_alikes, with_expert
 from mf_qwen3_bridge.model.rules import HF, QkvRule, RowsRule
@@ -32,15 +25,10 @@ _MAX_SUGGESTIONS = 500
 
 
 def suggestions(left: Weights, right: Weights, different: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """What may have happened to tensors that differ.
+    """What may have happened to tensors that differ between two checkpoints of one model.
 
-    Args:
-        left: the first checkpoint.
-        right: the second, of the same model.
-        different: names of the tensors, Hugging Face's or MindFormers'.
-
-    Yields:
-        (name, suggestion) for those of the first few hundred that look like something.
+    Yields (name, suggestion) for those of the first few hundred that look like something. The names are Hugging Face's
+    or MindFormers'.
     """
     parts_of = {rule.parameter: rule.tensors for rule in left.rules}
     fused = {part: rule for rule in left.rules if isinstance(rule, RowsRule) and rule.fuses for part in rule.tensors}
@@ -68,9 +56,9 @@ def _layout_suggestions(rule: RowsRule, left: Weights, right: Weights) -> Iterat
         is_trusted = weights.source.declared_layout and not (other.dialect.is_hf or other.source.declared_layout)
         if weights.dialect.layout is None or is_trusted:
             continue
-        own = arrangement_of(weights.dialect.layout, rule.fuses)
+        own = detection.arrangement_of(weights.dialect.layout, rule.fuses)
         candidates = [layout for layout in layouts_of(rule) if layout != own]
-        likeness = likeness_of_layouts(rule, weights, expected, np.array_equal, candidates)
+        likeness = detection.likeness_of_layouts(rule, weights, expected, np.array_equal, candidates)
         if found := next((layout for layout, alike in likeness.items() if alike), None):
             yield f"the {word} is laid out {describe(found)}, not {describe(own)}: give its training YAML with --config"
     if left.dialect.is_hf and right.dialect.is_hf:
@@ -87,20 +75,18 @@ def _is_wrong_export(
     rule: RowsRule, mine: dict[str, np.ndarray], right: Weights, assumed: Layout, stored: Layout
 ) -> bool:
     """Whether the second's tensors are those of the first, fused in one layout and split in another."""
-    chosen, true_rows, split = sampled_rows(rule), fused_rows(rule, stored), fused_rows(rule, assumed)
+    chosen, true_rows, split = detection.sampled_rows(rule), fused_rows(rule, stored), fused_rows(rule, assumed)
     if all(np.array_equal(true_rows[part], split[part]) for part in rule.tensors):
         return False
     # Of each row of the fused parameter the number in [q; k; v], as the wrong layout splits it.
     number_of = np.argsort(np.concatenate([split[part] for part in rule.tensors]))
-    targets = {target.name: target for target in right.plan_of(rule).targets}
     starts = np.cumsum([0, *rule.rows])
     for part in rule.tensors:
         for row, expected in zip(chosen[part], mine[part]):
-            number = int(number_of[true_rows[part][row]])
+            number = number_of[true_rows[part][row]]
             index = int(np.searchsorted(starts, number, "right")) - 1
-            where = number - int(starts[index])
-            piece = targets[rule.tensors[index]].block(Box((where, where + 1)))
-            if not np.array_equal(piece.make()[0].astype(np.float64), expected):
+            found = read_rows(right, rule, rule.tensors[index], [number - starts[index]])
+            if not np.array_equal(found[0], expected):
                 return False
     return True
 
@@ -135,10 +121,6 @@ class _Samples:
         return self.targets[name].make(self.transfer)[:: self.weights.spec.head_dim].astype(np.float32)
 
 
-def _are_reordered(here: np.ndarray, there: np.ndarray) -> bool:
-    return not np.array_equal(here, there) and {row.tobytes() for row in here} == {row.tobytes() for row in there}
-
-
 def _kind(name: str) -> str:
     """``k_proj`` of ``model.layers.0.self_attn.k_proj.weight``."""
     return name.split(".")[-2]
@@ -153,9 +135,10 @@ def _suggestions(name: str, mine: _Samples, theirs: _Samples) -> Iterator[str]:
             yield f"zero in the {word}"
         if not np.isfinite(array).all():
             yield f"NaN or infinity in the {word}"
-    has_heads = any(isinstance(rule, QkvRule) and name in rule.tensors for rule in mine.weights.rules)
-    if has_heads and _are_reordered(mine.heads(name), theirs.heads(name)):
-        yield "its heads are in another order: another number of KV groups?"
+    if any(isinstance(rule, QkvRule) and name in rule.tensors for rule in mine.weights.rules):
+        heads, others = ([row.tobytes() for row in samples.heads(name)] for samples in (mine, theirs))
+        if heads != others and set(heads) == set(others):
+            yield "its heads are in another order: another number of KV groups?"
     if np.array_equal(here, there):
         return  # the first rows are alike: something is wrong further on
     for twin in look_alikes(name):

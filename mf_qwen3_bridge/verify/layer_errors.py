@@ -76,13 +76,9 @@ def check_comparable(
 ) -> list[CheckedCheckpoint]:
     """Checks one or two checkpoints whose computation is to be compared.
 
-    Args:
-        paths: each has its own config.json, or gets that of another.
-        config: the YAML of the training run, for MindFormers weights whose files don't declare their layout.
-        hf_config: a Hugging Face directory with the config.json of those that have none.
-
-    Raises:
-        BridgeError: they are not whole, or not of one model; no config.json; the layout of the only one is not known.
+    ``config`` is the YAML of the training run, for MindFormers weights whose files don't declare their layout. Those
+    without a config.json get that of ``hf_config``, else of the other. Raises BridgeError if they are not whole, or not
+    of one model; if there is no config.json; if the layout of the only one is not known.
     """
     own = [path for path in paths if (path / "config.json").is_file()]
     models = []
@@ -106,13 +102,9 @@ def check_comparable(
 def layer_errors(
     found: Mapping[Stage, np.ndarray], model: CheckedCheckpoint, token_ids: Sequence[int], dtype: str = "float32"
 ) -> LayerErrors:
-    """Compares what a network computed with the reference.
+    """Compares what a network computed, float32 (tokens, width) for each stage, with what ``model`` should compute.
 
-    Args:
-        found: stage -> its value in the network, float32 (tokens, width).
-        model: what it should compute.
-        token_ids: the sequence.
-        dtype: the coarsest in which the network computes, as MindFormers calls it.
+    ``dtype`` is the coarsest in which the network computes, as MindFormers calls it.
     """
     errors = {}
     with np.errstate(all="ignore"):  # the value of a wrong stage goes into the next

@@ -15,9 +15,7 @@ _MOST = 1e2
 def draw(found: LayerErrors, title: str, path: Path) -> None:
     """Writes a picture, a curve for each stage over the layers, in the format that the file's name ends with.
 
-    Raises:
-        BridgeError: it can't be written there, or not in this format.
-        ModuleNotFoundError: matplotlib is not installed.
+    Raises BridgeError if it can't be, and ModuleNotFoundError if matplotlib is not installed.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

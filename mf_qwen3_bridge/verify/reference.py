@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -58,49 +57,36 @@ def forward(
     """
     given = given or {}
     rope = _rope(model, len(token_ids))
+    weights = {target.name: target for target in model.plan(HF, "F32").targets}
     with Transfer() as transfer:
-        weights = _Weights(model, transfer)
+
+        def rows(name: str, start: int, count: int = 1) -> np.ndarray:
+            stop = min(start + count, model.spec.vocab_size)
+            return weights[name].block(Box((start, stop))).make(transfer)
+
         stage = EMBEDDED
-        hidden = np.stack([weights.rows(EMBEDDING[0], token, token + 1)[0] for token in token_ids])
+        hidden = np.concatenate([rows(EMBEDDING[0], token) for token in token_ids])
         yield stage, hidden
         for number in range(model.spec.num_layers):
-            layer = _Layer(model, weights, number)
+            layer = _Layer(model, weights, transfer, number)
             for name, value in layer.forward(given.get(stage, hidden), rope):
                 yield Stage(number, name), value
             stage, hidden = Stage(number, LAYER), value
-        hidden = layer.norm(given.get(stage, hidden), weights.whole("model.norm.weight"))
+        hidden = layer.norm(given.get(stage, hidden), weights["model.norm.weight"].make(transfer))
         output = EMBEDDING[0] if model.spec.tie_word_embeddings else OUTPUT[0]
         starts = range(0, model.spec.vocab_size, _ROWS_OF_OUTPUT)
-        yield LOGITS, np.hstack([hidden @ weights.rows(output, start, start + _ROWS_OF_OUTPUT).T for start in starts])
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """A model's weights, under Hugging Face's names, in float32."""
-
-    model: CheckedCheckpoint
-    transfer: Transfer
-
-    @cached_property
-    def _targets(self) -> dict[str, Target]:
-        return {target.name: target for target in self.model.plan(HF, "F32").targets}
-
-    def whole(self, name: str) -> np.ndarray:
-        return self._targets[name].make(self.transfer)
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        target = self._targets[name]
-        return target.block(Box((start, min(stop, target.shape[0])))).make(self.transfer)
+        yield LOGITS, np.hstack([hidden @ rows(output, start, _ROWS_OF_OUTPUT).T for start in starts])
 
 
 @dataclass(frozen=True)
 class _Layer:
     model: CheckedCheckpoint
-    weights: _Weights
+    weights: Mapping[str, Target]  # of the model, under Hugging Face's names, in float32
+    transfer: Transfer
     number: int
 
     def weight(self, name: str) -> np.ndarray:
-        return self.weights.whole(f"model.layers.{self.number}.{name}.weight")
+        return self.weights[f"model.layers.{self.number}.{name}.weight"].make(self.transfer)
 
     def norm(self, values: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """RMSNorm over the last axis."""

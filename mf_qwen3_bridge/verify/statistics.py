@@ -94,9 +94,8 @@ def statistics_of(array: np.ndarray) -> Statistics:
 def measure(weights: Weights) -> dict[str, Statistics]:
     """Computes the statistics of each tensor, under Hugging Face's names; reads every byte once.
 
-    Raises:
-        BridgeError: the model is not whole; a tied output layer differs from the embedding; tensors are all zero or
-            contain NaN or infinity.
+    Raises BridgeError if the model is not whole, a tied output layer differs from the embedding, or tensors are all
+    zero or contain NaN or infinity.
     """
     plan = weights.plan(HF)
     plan.check_duplicates()
