@@ -6,9 +6,9 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 from mf_qwen3_bridge import __version__
 
@@ -29,15 +29,8 @@ VARIABLES = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A row of the report.
-
-    Attributes:
-        subject: what was looked at.
-        found: what was found.
-        advice: what to do; empty if all is well.
-    """
+class Finding(NamedTuple):
+    """A row of the report: what was looked at, what was found, and what to do (empty if all is well)."""
 
     subject: str
     found: str
@@ -66,21 +59,16 @@ def _installed(package: str) -> str | None:
 
 def _packages() -> Iterator[Finding]:
     mindformers = _installed("mindformers")
-    known = ", ".join(KNOWN)
+    advice = "" if mindformers in KNOWN else f"the bridge is tested with {', '.join(KNOWN)}"
     if mindformers is None:
-        yield Finding("mindformers", "not installed", "pip install 'mf-qwen3-bridge[mindformers]'")
-    elif mindformers not in KNOWN:
-        yield Finding("mindformers", mindformers, f"the bridge is tested with {known}")
-    else:
-        yield Finding("mindformers", mindformers)
+        advice = "pip install 'mf-qwen3-bridge[mindformers]'"
+    yield Finding("mindformers", mindformers or "not installed", advice)
     for package, pinned in zip(("mindspore", "transformers"), KNOWN.get(mindformers or "", (None, None))):
         found = _installed(package)
+        advice = f"MindFormers {mindformers} pins {pinned}" if pinned not in (None, found) else ""
         if found is None:
-            yield Finding(package, "not installed", f"MindFormers needs it{f': {pinned}' if pinned else ''}")
-        elif pinned and found != pinned:
-            yield Finding(package, found, f"MindFormers {mindformers} pins {pinned}")
-        else:
-            yield Finding(package, found)
+            advice = f"MindFormers needs it{f': {pinned}' if pinned else ''}"
+        yield Finding(package, found or "not installed", advice)
     for package in ("numpy", "ml_dtypes", "safetensors"):
         yield Finding(package, _installed(package) or "not installed")
 
@@ -88,13 +76,11 @@ def _packages() -> Iterator[Finding]:
 def _ascend() -> Iterator[Finding]:
     toolkit = os.environ.get("ASCEND_TOOLKIT_HOME") or os.environ.get("ASCEND_HOME_PATH")
     devices = sorted(path.name for path in Path("/dev").glob("davinci[0-9]*"))
-    if not devices:
-        advice = (
-            "" if toolkit is None else "CANN is there but no NPU: is the driver loaded, is the container given them?"
-        )
-        yield Finding("NPU", "none: MindFormers' networks run on the CPU, with the bridge's stand-ins", advice)
-    else:
+    if devices:
         yield Finding("NPU", f"{len(devices)} ({', '.join(devices)})")
+    else:
+        advice = "CANN is there but no NPU: is the driver loaded, is the container given them?" if toolkit else ""
+        yield Finding("NPU", "none: MindFormers' networks run on the CPU, with the bridge's stand-ins", advice)
     if toolkit:
         yield Finding("CANN", toolkit)
     elif devices:

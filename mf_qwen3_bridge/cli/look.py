@@ -198,5 +198,4 @@ def doctor() -> None:
     """Say what this machine has of what MindFormers needs; made to be pasted into a bug report."""
     from mf_qwen3_bridge.cli.doctor import examine
 
-    findings = list(examine())
-    click.echo(table(["what", "found", "what to do"], [(f.subject, f.found, f.advice) for f in findings]))
+    click.echo(table(["what", "found", "what to do"], examine()))

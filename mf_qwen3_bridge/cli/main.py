@@ -110,12 +110,7 @@ def infer(
     if sampling and not generation["do_sample"]:
         raise click.UsageError(f"--{min(sampling)} needs --do_sample")
     model = preflight.check(
-        model_dir,
-        config,
-        load_checkpoint,
-        tensor_parallel=tp,
-        expert_parallel=ep,
-        num_processes=num_processes(),
+        model_dir, config, load_checkpoint, tensor_parallel=tp, expert_parallel=ep, num_processes=num_processes()
     )
     for line in preflight.summary(model):
         click.echo(line)
