@@ -21,14 +21,6 @@ from mf_qwen3_bridge.verify import diagnosis
 _COMPARED_ELEMENTS = 256 << 10
 
 
-@dataclass
-class Count:
-    """How many elements of a tensor were compared, and how many of them differ."""
-
-    elements: int = 0
-    different: int = 0
-
-
 @dataclass(frozen=True)
 class Report:
     """What a comparison found.
@@ -36,30 +28,31 @@ class Report:
     Attributes:
         num_tensors, nbytes: tensors that were compared, and bytes of the first side.
         dtypes: pairs of dtypes that differ, and the tensors.
-        counts, suggestions: of each tensor that differs how much, and of some what may have happened.
+        different: of each tensor that differs, how many of its elements do, and how many it has.
+        suggestions: what may have happened to some of these.
         ignored: tensors of either side that are no weights, but state of a training run.
     """
 
     num_tensors: int
     nbytes: int
     dtypes: Mapping[tuple[str, str], list[str]]
-    counts: Mapping[str, Count]
+    different: Mapping[str, tuple[int, int]]
     suggestions: Mapping[str, str]
     ignored: tuple[str, ...] = ()
 
     @property
     def is_equal(self) -> bool:
         """Whether every bit is the same."""
-        return not self.counts and not self.dtypes
+        return not self.different and not self.dtypes
 
     def problems(self) -> Iterator[Problem]:
         """What differs, folded."""
         different: dict[tuple[str, str], list[str]] = defaultdict(list)
         for (left, right), names in self.dtypes.items():
             different[f"{left}, and {right}", "dtypes differ; values are compared as the second's"] += names
-        for name, count in self.counts.items():
-            percent = 100 * count.different / count.elements
-            found = f"values differ in {f'{percent:.0f} %' if percent >= 1 else 'less than 1 %'} of elements"
+        for name, (count, elements) in self.different.items():
+            share = f"{100 * count / elements:.0f} %" if 100 * count >= elements else "less than 1 %"
+            found = f"values differ in {share} of elements"
             different[found, self.suggestions.get(name, "")].append(name)
         return folded_problems(different)
 
@@ -92,19 +85,19 @@ def compare(left: Weights, right: Weights) -> Report:
     for target in plan.targets:
         if target.dtype != theirs[target.name].dtype:
             dtypes[target.dtype, theirs[target.name].dtype].append(target.name)
-    different = {name: count for name, count in counts.items() if count.different}
+    different = {name: (count, elements) for name, (count, elements) in counts.items() if count}
     suggestions = dict(diagnosis.suggestions(left, right, different))
     return Report(len(counts), plan.source_nbytes, dict(dtypes), different, suggestions, tuple(sorted(ignored)))
 
 
-def _compare(plan: Plan, theirs: Mapping[str, TensorInfo], by_source: bool) -> dict[str, Count]:
-    """Carries the plan out in memory, tile by tile, and compares the result with the second checkpoint's tensors."""
-    counts: dict[str, Count] = defaultdict(Count)
+def _compare(plan: Plan, theirs: Mapping[str, TensorInfo], by_source: bool) -> dict[str, tuple[int, int]]:
+    """Carries the plan out in memory: how many elements of each tensor differ from theirs, and of how many."""
+    counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     dtypes = {name: tensor.dtype for name, tensor in theirs.items()}
     with progress_bar("comparing", plan.source_nbytes) as advance, Transfer(advance) as transfer:
 
         def look(made: Made) -> list[tuple[str, int, int]]:
-            """For each copy of what a tile makes: the tensor's name, elements, and how many differ."""
+            """For each copy of what a tile makes: the tensor's name, how many elements differ, and of how many."""
             raw = np.dtype(f"u{made.runs[0][1].itemsize}")
             are_equal = True
             for start, run in made.runs:
@@ -117,11 +110,10 @@ def _compare(plan: Plan, theirs: Mapping[str, TensorInfo], by_source: bool) -> d
             found = []
             for copy, elements, place in made.parts:
                 different = 0 if are_equal else int(np.count_nonzero(place.view(raw)))
-                found.append((copy.source.name if by_source else copy.target, elements.size, different))
+                found.append((copy.source.name if by_source else copy.target, different, elements.size))
             return found
 
         for seen in transfer.make(tiles(plan.copies, to_files=True), look, dtypes):
-            for name, elements, different in seen:
-                counts[name].elements += elements
-                counts[name].different += different
+            for name, different, elements in seen:
+                counts[name] = counts[name][0] + different, counts[name][1] + elements
     return counts

@@ -11,7 +11,7 @@ import numpy as np
 
 from mf_qwen3_bridge.inputs import layout_detection as detection
 from mf_qwen3_bridge.inputs.identify import Weights
-from mf_qwen3_bridge.inputs.layout_detection import describe, fused_rows, layouts_of, read_rows, read_sampled_rows
+from mf_qwen3_bridge.inputs.layout_detection import describe
 from mf_qwen3_bridge.model.layouts import Box, Layout
 from mf_qwen3_bridge.model.parameters import expert_of, look_alikes, with_expert
 from mf_qwen3_bridge.model.rules import HF, QkvRule, RowsRule
@@ -48,7 +48,7 @@ def suggestions(left: Weights, right: Weights, different: Iterable[str]) -> Iter
 
 def _layout_suggestions(rule: RowsRule, left: Weights, right: Weights) -> Iterator[str]:
     """How a fused parameter, or the tensors exported from it, would be the other checkpoint's in another layout."""
-    mine, theirs = read_sampled_rows(left, rule), read_sampled_rows(right, rule)
+    mine, theirs = detection.read_sampled_rows(left, rule), detection.read_sampled_rows(right, rule)
     if all(np.array_equal(mine[part], theirs[part]) for part in rule.tensors):
         return
     for word, weights, expected in (("first", left, theirs), ("second", right, mine)):
@@ -57,12 +57,12 @@ def _layout_suggestions(rule: RowsRule, left: Weights, right: Weights) -> Iterat
         if weights.dialect.layout is None or is_trusted:
             continue
         own = detection.arrangement_of(weights.dialect.layout, rule.fuses)
-        candidates = [layout for layout in layouts_of(rule) if layout != own]
+        candidates = [layout for layout in detection.layouts_of(rule) if layout != own]
         likeness = detection.likeness_of_layouts(rule, weights, expected, np.array_equal, candidates)
         if found := next((layout for layout, alike in likeness.items() if alike), None):
             yield f"the {word} is laid out {describe(found)}, not {describe(own)}: give its training YAML with --config"
     if left.dialect.is_hf and right.dialect.is_hf:
-        for assumed, stored in permutations(layouts_of(rule), 2):
+        for assumed, stored in permutations(detection.layouts_of(rule), 2):
             if _is_wrong_export(rule, mine, right, assumed, stored):
                 yield (
                     f"the second looks exported in the wrong layout: read as {describe(assumed)}, stored "
@@ -75,7 +75,8 @@ def _is_wrong_export(
     rule: RowsRule, mine: dict[str, np.ndarray], right: Weights, assumed: Layout, stored: Layout
 ) -> bool:
     """Whether the second's tensors are those of the first, fused in one layout and split in another."""
-    chosen, true_rows, split = detection.sampled_rows(rule), fused_rows(rule, stored), fused_rows(rule, assumed)
+    chosen = detection.sampled_rows(rule)
+    true_rows, split = detection.fused_rows(rule, stored), detection.fused_rows(rule, assumed)
     if all(np.array_equal(true_rows[part], split[part]) for part in rule.tensors):
         return False
     # Of each row of the fused parameter the number in [q; k; v], as the wrong layout splits it.
@@ -85,7 +86,7 @@ def _is_wrong_export(
         for row, expected in zip(chosen[part], mine[part]):
             number = number_of[true_rows[part][row]]
             index = int(np.searchsorted(starts, number, "right")) - 1
-            found = read_rows(right, rule, rule.tensors[index], [number - starts[index]])
+            found = detection.read_rows(right, rule, rule.tensors[index], [number - starts[index]])
             if not np.array_equal(found[0], expected):
                 return False
     return True
@@ -121,11 +122,6 @@ class _Samples:
         return self.targets[name].make(self.transfer)[:: self.weights.spec.head_dim].astype(np.float32)
 
 
-def _kind(name: str) -> str:
-    """``k_proj`` of ``model.layers.0.self_attn.k_proj.weight``."""
-    return name.split(".")[-2]
-
-
 def _suggestions(name: str, mine: _Samples, theirs: _Samples) -> Iterator[str]:
     here, there = mine.of(name), theirs.of(name)
     if not (here.size and there.size):
@@ -144,7 +140,8 @@ def _suggestions(name: str, mine: _Samples, theirs: _Samples) -> Iterator[str]:
     for twin in look_alikes(name):
         for word, samples, other in (("first", mine, there), ("second", theirs, here)):
             if np.array_equal(samples.of(twin), other):
-                yield f"the {word}'s {_kind(twin)} is the other's {_kind(name)}: swapped?"
+                alike, this = (tensor.split(".")[-2] for tensor in (twin, name))
+                yield f"the {word}'s {alike} is the other's {this}: swapped?"
     expert = expert_of(name)
     for number in range(mine.weights.spec.num_experts) if expert is not None else ():
         if number != expert and np.array_equal(mine.of(with_expert(name, number)), there):

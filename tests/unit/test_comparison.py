@@ -129,7 +129,7 @@ def test_mutations_are_found_and_named(tmp_path: Path, mutation: str):
     mutant = write(tmp_path / "wrong", wrong, hf_config(spec))
     for path in paths.values():
         report = compare(open_weights(path), open_weights(mutant))
-        assert set(report.counts) == names
+        assert set(report.different) == names
         assert all(guess in report.suggestions.get(name, "") for name in names), report.suggestions
 
 
@@ -142,12 +142,12 @@ def test_a_wrong_layout_is_recognised(tmp_path: Path, wrong: Layout):
     contiguous = {t.name: t.make() for t in check(hf).plan(Dialect(wrong)).targets}
     other = write(tmp_path / "contiguous", contiguous)  # assumed to be interleaved
     report = compare(open_weights(hf), open_weights(other))
-    assert report.counts
-    kinds = {name.rsplit(".", 2)[1] for name in report.counts}
+    assert report.different
+    kinds = {name.rsplit(".", 2)[1] for name in report.different}
     expected = set() if wrong.interleaved_qkv else {"q_proj", "k_proj", "v_proj"}
     expected |= set() if wrong.interleaved_gate_up else {"gate_proj", "up_proj"}
     assert kinds <= expected
-    assert report.suggestions.keys() == report.counts.keys()
+    assert report.suggestions.keys() == report.different.keys()
     for name, suggestion in report.suggestions.items():
         flag = wrong.interleaved_qkv if "self_attn" in name else wrong.interleaved_gate_up
         blocks = "" if wrong.tensor_parallel == 1 else " in the blocks of 2 tensor parallel ranks"
@@ -163,8 +163,8 @@ def test_an_export_in_the_wrong_layout_is_named(tmp_path: Path, stored: Layout):
     undeclared = write(tmp_path / "undeclared", contents(tmp_path / "trained"))
     run(to_hf(check_trained(open_source(undeclared), hf), tmp_path / "exported", "fp32"))
     report = compare(open_weights(hf), open_weights(tmp_path / "exported"))
-    assert report.suggestions.keys() == report.counts.keys()
-    assert {name.split(".")[-2] for name in report.counts} <= {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert report.suggestions.keys() == report.different.keys()
+    assert {name.split(".")[-2] for name in report.different} <= {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
     blocks = "" if stored.tensor_parallel == 1 else " in the blocks of 2 tensor parallel ranks"
     for suggestion in report.suggestions.values():
         assert f"wrong layout: read as interleaved, stored contiguous{blocks} " in suggestion
@@ -186,7 +186,7 @@ def test_dtypes(tmp_path: Path):
     wide = {name: value.astype(np.float32) for name, value in tensors.items()}
     left, right = write(tmp_path / "left", tensors), write(tmp_path / "right", wide)
     report = compare(open_weights(left), open_weights(right))
-    assert (list(report.dtypes), dict(report.counts)) == ([("BF16", "F32")], {})
+    assert (list(report.dtypes), dict(report.different)) == ([("BF16", "F32")], {})
     assert not report.is_equal
 
 
@@ -221,10 +221,10 @@ def test_a_norm_is_not_taken_for_another_by_its_first_elements(tmp_path: Path):
     tensors[k][-1] += 1
     wrong = tensors | {q: tensors[k]}
     report = compare(open_weights(write(tmp_path / "right", tensors)), open_weights(write(tmp_path / "wrong", wrong)))
-    assert set(report.counts) == {q} and "swapped" in report.suggestions[q]  # all elements are those of the other
+    assert set(report.different) == {q} and "swapped" in report.suggestions[q]  # all elements are those of the other
     wrong = tensors | {q: np.append(tensors[k][:-1], np.float32(7))}
     report = compare(open_weights(write(tmp_path / "right", tensors)), open_weights(write(tmp_path / "other", wrong)))
-    assert set(report.counts) == {q} and not report.suggestions
+    assert set(report.different) == {q} and not report.suggestions
 
 
 def test_the_side_with_layout_metadata_is_trusted(tmp_path: Path):
