@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from mf_qwen3_bridge.errors import BridgeError, Problem
 
 if TYPE_CHECKING:
     from mf_qwen3_bridge.convert.run import Job
-    from mf_qwen3_bridge.inputs.mindformers_config import MindFormersConfig
     from mf_qwen3_bridge.inputs.source import Source
 
 DIRECTORY = click.Path(path_type=Path)
@@ -141,7 +140,12 @@ def convert(
     model = preflight.check(model_dir, yaml, load_checkpoint)
     is_for_training = layout == "train"
     sizes = yaml.parallel_sizes(is_for_training)
-    problems = list(_contradicted_sizes(yaml, sizes, tp, ep))
+    flags = (("--tp", tp, "tensor_parallel", "model_parallel"), ("--ep", ep, "expert_parallel", "expert_parallel"))
+    problems = [
+        Problem(flag, f"{value}\n{yaml.origin}: {key} {sizes[size]}", "leave out one of them")
+        for flag, value, size, key in flags
+        if value and sizes.get(size, value) != value
+    ]
     problems += yaml.slice_problems() if (tp or ep) and is_for_training else ()
     if problems:
         raise BridgeError(f"a run with {config} needs other slices", problems)
@@ -153,18 +157,6 @@ def convert(
     else:
         job = jobs.to_mindformers(model, target, output_dir, dtype)
     make(job, dry_run)
-
-
-def _contradicted_sizes(
-    yaml: MindFormersConfig, sizes: Mapping[str, int], tp: int | None, ep: int | None
-) -> Iterator[Problem]:
-    """Sizes on the command line that are not those of the YAML's run."""
-    for flag, key, size, value in (
-        ("--tp", "model_parallel", sizes.get("tensor_parallel"), tp),
-        ("--ep", "expert_parallel", sizes.get("expert_parallel"), ep),
-    ):
-        if value and size and value != size:
-            yield Problem(flag, f"{value}\n{yaml.origin}: {key} {size}", "leave out one of them")
 
 
 @_command(

@@ -35,13 +35,9 @@ _COMPARED_BYTES = 1 << 20
 
 
 class OutputDirectory:
-    """An output directory and its files.
+    """An output directory, which does not exist yet or is empty, and its safetensors files.
 
-    Args:
-        path: the directory; does not exist yet, or is empty.
-        files: its safetensors files.
-        job: everything that determines the bytes; only the same job resumes an interrupted run.
-        worker: which of the workers this is.
+    ``job`` is everything that determines the bytes; only the same job resumes an interrupted run.
     """
 
     def __init__(self, path: Path, files: Iterable[OutputFile], job: Mapping[str, Any], worker: Worker = ALONE) -> None:
