@@ -22,13 +22,13 @@ from mf_qwen3_bridge.errors import BridgeError, folded_problems
 from mf_qwen3_bridge.mindformers.network import rank_of
 from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT, Layout, View
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
-from mf_qwen3_bridge.model.rules import HF_STACKED, INFER, hf_dialect, model_rules, shares
+from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, hf_dialect, model_rules, shares
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.copying import copy_elements
 from mf_qwen3_bridge.transfer.plan import make_plan
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo
 
-# MindFormers 1.7 to 1.9 wait for ever for a tensor that another process should deliver; 2.0 waits this long.
+# For a tensor that another process should deliver; as in MindFormers 2.0.
 _PATIENCE_SECONDS = 600
 
 
@@ -37,25 +37,12 @@ class TrainingConversion(TrainModelMixin):
 
     def __init__(self, spec: ModelSpec, layout: Layout) -> None:
         self.training_class = TrainingQwen3MoeForCausalLM if spec.is_moe else TrainingQwen3ForCausalLM
-        self.transformer_config = SimpleNamespace(
-            num_layers=spec.num_layers,
-            hidden_size=spec.hidden_size,
-            num_attention_heads=spec.num_attention_heads,
-            num_query_groups=spec.num_query_groups,
-            kv_channels=spec.head_dim,
-            ffn_hidden_size=spec.ffn_hidden_size,
-            num_moe_experts=spec.num_experts,
-            moe_ffn_hidden_size=spec.moe_ffn_hidden_size,
-            **layout.training_flags,
-        )
+        numbers = vars(spec) | {"kv_channels": spec.head_dim, "num_moe_experts": spec.num_experts}
+        self.transformer_config = SimpleNamespace(**numbers, **layout.training_flags)
 
     def convert_weight_dict(self, source_dict: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Upstream's."""
         return self.training_class.convert_weight_dict(self, source_dict, **kwargs)
-
-    def convert_map_dict(self, source_dict: Mapping[str, str], **kwargs: Any) -> dict[str, str]:
-        """Upstream's."""
-        return self.training_class.convert_map_dict(self, source_dict, **kwargs)
 
     def get_gpt_transformer_config(self) -> SimpleNamespace:
         """Returns what upstream's methods ask for their numbers and flags."""
@@ -69,12 +56,7 @@ class TrainingConversion(TrainModelMixin):
 
 
 def convert_weight_dict(
-    owner: Any,
-    source_dict: Mapping[str, Any],
-    *,
-    model_config: Any = None,
-    qkv_dict: Any = None,
-    condition: Any = None,
+    owner: Any, source_dict: Mapping[str, Any], *, model_config: Any = None, qkv_dict: Any = None, condition: Any = None
 ) -> dict[str, Any]:
     """Converts Hugging Face weights to MindFormers' names, fused for whoever reads them.
 
@@ -120,11 +102,11 @@ def convert_map_dict(
     """
     spec = _read_spec(owner, model_config)
     files = _unstack_experts(spec, source_dict, lambda file, view: file)
-    missing = [name for rule in model_rules(spec) for name in rule.tensors if name not in files]
-    remedy = "use the index that came with the checkpoint"
-    if problems := list(folded_problems({("not in the map", remedy): missing})):
+    if missing := [name for rule in model_rules(spec) for name in rule.tensors if name not in files]:
+        problems = folded_problems({("not in the map", "use the index that came with the checkpoint"): missing})
         raise BridgeError("the name map is not of this model", problems)
-    return TrainingConversion(spec, INFERENCE).convert_map_dict(files)
+    logic = TrainingConversion(spec, INFERENCE)
+    return logic.training_class.convert_map_dict(logic, files)
 
 
 def obtain_name_map(owner: Any, load_checkpoint_files: Iterable[str | Path]) -> dict[str, str]:
@@ -146,8 +128,8 @@ def obtain_name_map(owner: Any, load_checkpoint_files: Iterable[str | Path]) -> 
 def rename_to_hf(network: Any, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Names weights (arrays, Tensors, slices of a safetensors file) as Hugging Face does, not as ``convert_name``."""
     spec = _read_spec(network, None)
-    names = {name for rule in model_rules(spec) for name in rule.tensors}
-    names |= {place.tensor for rule in model_rules(spec) for place in rule.places(HF_STACKED)}
+    places = (place for rule in model_rules(spec) for dialect in (HF, HF_STACKED) for place in rule.places(dialect))
+    names = {place.tensor for place in places}
     hf_name = {TrainingConversion(spec, INFERENCE).convert_name(name): name for name in names}
     return {
         hf_name.get(name, name): _to_numpy(value[:] if hasattr(value, "get_shape") else value)
@@ -159,10 +141,8 @@ def describe_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, TensorInfo]:
     """Describes arrays in memory as a file's header would."""
     spelling = {dtype.name: name for name, dtype in DTYPES.items()}
     return {
-        name: TensorInfo(
-            name, array.shape, spelling.get(array.dtype.name, str(array.dtype)), Path("memory"), 0, array.nbytes
-        )
-        for name, array in arrays.items()
+        name: TensorInfo(name, a.shape, spelling.get(a.dtype.name, str(a.dtype)), Path("memory"), 0, a.nbytes)
+        for name, a in arrays.items()
     }
 
 
@@ -182,8 +162,6 @@ def _to_numpy(value: Any) -> np.ndarray:
 def _read_spec(owner: Any, model_config: Any) -> ModelSpec:
     """The model's numbers: of a network, or of the config that was passed with a call on its class."""
     config = model_config if isinstance(owner, type) else owner.config
-    if isinstance(config, ModelSpec):
-        return config
     if config is None:
         raise BridgeError(f"on the class {owner.__name__}, pass model_config=: the model's config, or a dictionary")
     try:
@@ -224,7 +202,7 @@ def _check_arrays(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str
 
     Parts of different dtypes are widened to the one that holds them all: numpy can't concatenate float16 and bfloat16.
     """
-    if any(name.startswith("decoder.") for name in arrays):
+    if any(rule.parameter in arrays for rule in model_rules(spec)):
         raise BridgeError("these weights have MindFormers' names already: convert_weight_dict takes Hugging Face's")
     plan = make_plan(model_rules(spec), describe_arrays(arrays), hf_dialect(arrays), INFER)
     plan.check_duplicates(are_equal=lambda kept, dropped: arrays[kept.name].tobytes() == arrays[dropped.name].tobytes())
@@ -237,7 +215,10 @@ def _check_arrays(spec: ModelSpec, arrays: Mapping[str, np.ndarray]) -> dict[str
 
 
 class _ConditionWithTimeout:
-    """A ``multiprocessing.Condition`` whose ``wait_for`` always ends."""
+    """A ``multiprocessing.Condition`` whose ``wait_for`` always ends, if need be with a TimeoutError.
+
+    It waits as long as the caller says; MindFormers 1.7 to 1.9 never do, and get ``_PATIENCE_SECONDS``.
+    """
 
     def __init__(self, condition: Any) -> None:
         self._condition = condition
@@ -252,11 +233,6 @@ class _ConditionWithTimeout:
         self._condition.notify_all()
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
-        """As upstream's, but gives up after ``_PATIENCE_SECONDS`` if the caller, as MindFormers 1.7 to 1.9, never does.
-
-        Raises:
-            TimeoutError: the predicate was not true in time.
-        """
         seconds = _PATIENCE_SECONDS if timeout is None else timeout
         result = self._condition.wait_for(predicate, timeout=seconds)
         if not result:

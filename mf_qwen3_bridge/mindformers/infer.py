@@ -124,11 +124,9 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool, enable_thinking: bool = F
     if chat:
         if not tokenizer.chat_template:
             raise BridgeError("the tokenizer has no chat template: use --test_mode generate, or copy its files again")
+        messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=enable_thinking,
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
         )
     input_ids: list[int] = tokenizer(prompt)["input_ids"]
     if not input_ids:

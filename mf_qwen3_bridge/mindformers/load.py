@@ -11,7 +11,7 @@ from weakref import WeakSet
 import mindspore as ms
 import numpy as np
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, folded_problems
+from mf_qwen3_bridge.errors import BridgeError, folded_problems
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.mindformers import conversion
@@ -69,13 +69,8 @@ def load_network(network: Any, model: CheckedCheckpoint, *, use_training_convers
 def load_arrays(network: Any, arrays: Mapping[str, Any]) -> None:
     """Fills an inference network with weights that are in memory, by way of MindFormers' training class.
 
-    Args:
-        network: as for :func:`load_network`.
-        arrays: name -> array, Tensor, or slice of an open safetensors file; the names are Hugging Face's, or what
-            upstream's ``convert_name`` returns for them.
-
-    Raises:
-        BridgeError: tensors are missing, left over or of a wrong shape, or hold NaN or zeros only.
+    ``arrays`` are arrays, Tensors, or slices of an open safetensors file, under Hugging Face's names or what upstream's
+    ``convert_name`` returns for them. Raises BridgeError as :func:`load_network`.
     """
     values = conversion.rename_to_hf(network, arrays)
     converted = conversion.convert_weight_dict(network, values)
@@ -98,13 +93,8 @@ def _magnitudes(parameter: ms.Parameter, target: Target) -> dict[TensorInfo, flo
 def fill_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
     """Carries out a plan: each tensor's bytes are read once, in the network's layout and dtype, into the Parameters.
 
-    Args:
-        parameters: all of a network's, by name. Those of a parallel training network are this rank's slices.
-        plan: makes them.
-
-    Raises:
-        BridgeError: parameters and plan are not of one model and one rank; values that no trained model has. The
-            parameters hold some of the values then, or none.
+    ``parameters`` are all of a network's; those of a parallel training network are this rank's slices. Raises
+    BridgeError if they and the plan are not of one model and one rank, or for values that no trained model has.
     """
     check_parameters(parameters, plan)
     plan.check_duplicates(plan.rank)
@@ -122,26 +112,18 @@ def check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None
     """Checks that a network's parameters are those that the plan makes; BridgeError lists all that differ."""
     shapes = {target.name: target.shape for target in plan.targets}
     remedy = "the network was built from another config"
-    problems = [
-        *folded_problems(
-            {
-                ("in the network, not in the checkpoint", remedy): parameters.keys() - shapes.keys(),
-                ("in the checkpoint, not in the network", remedy): shapes.keys() - parameters.keys(),
-            }
-        ),
-        *(
-            Problem(name, f"shape {shape} in the checkpoint, {parameters[name].shape} in the network", remedy)
-            for name, shape in shapes.items()
-            if name in parameters and tuple(parameters[name].shape) != shape
-        ),
-        *(
-            Problem(name, f"the network holds it as {parameter.dtype}", "use float32, float16 or bfloat16")
-            for name, parameter in parameters.items()
-            if parameter.dtype not in _NUMPY_DTYPES
-        ),
-    ]
-    if problems:
-        raise BridgeError("the checkpoint does not fit the network", problems)
+    wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in {**parameters, **shapes}:
+        if name not in shapes:
+            wrong["in the network, not in the checkpoint", remedy].append(name)
+        elif name not in parameters:
+            wrong["in the checkpoint, not in the network", remedy].append(name)
+        elif (shape := tuple(parameters[name].shape)) != shapes[name]:
+            wrong[f"shape {shapes[name]} in the checkpoint, {shape} in the network", remedy].append(name)
+        if name in parameters and (dtype := parameters[name].dtype) not in _NUMPY_DTYPES:
+            wrong[f"the network holds it as {dtype}", "use float32, float16 or bfloat16"].append(name)
+    if wrong:
+        raise BridgeError("the checkpoint does not fit the network", folded_problems(wrong))
 
 
 def _check_loaded(unloaded: Sequence[str], unused: Sequence[str]) -> None:
@@ -151,8 +133,8 @@ def _check_loaded(unloaded: Sequence[str], unused: Sequence[str]) -> None:
         ("parameter of the network, not in the weights", remedy): unloaded,
         ("weight, not in the network", remedy): unused,
     }
-    if problems := list(folded_problems(names_of)):
-        raise BridgeError("load_param_into_net did not load everything", problems)
+    if unloaded or unused:
+        raise BridgeError("load_param_into_net did not load everything", folded_problems(names_of))
 
 
 def load_checkpoint(
@@ -194,25 +176,14 @@ def load_checkpoint(
         files = [Path(str(ckpt_file_name))]
     elif isinstance(ckpt_file_name, str | Path):
         files = open_source(Path(ckpt_file_name)).files
-    else:
-        paths = [Path(file) for file in ckpt_file_name]
-        if not paths:
-            raise BridgeError("load_checkpoint: the list of files is empty")
+    elif paths := [Path(file) for file in ckpt_file_name]:
         files = open_source(paths).files
+    else:
+        raise BridgeError("load_checkpoint: the list of files is empty")
+    options = (filter_prefix, dec_key, dec_mode, specify_prefix, choice_func, crc_check)
     parameters: dict[str, ms.Parameter] = {}
     for file in files:
-        loaded = ms.load_checkpoint(
-            str(file),
-            strict_load=strict_load,
-            filter_prefix=filter_prefix,
-            dec_key=dec_key,
-            dec_mode=dec_mode,
-            specify_prefix=specify_prefix,
-            choice_func=choice_func,
-            crc_check=crc_check,
-            remove_redundancy=remove_redundancy,
-            format=format,
-        )
+        loaded = ms.load_checkpoint(str(file), None, strict_load, *options, remove_redundancy, format)
         parameters |= {name: conversion.to_parameter(name, value) for name, value in loaded.items()}
     if net is not None:
         _check_loaded(*ms.load_param_into_net(net, parameters, strict_load, remove_redundancy))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path
     Raises:
         BridgeError: the network's parameters are not the model's, or are divided otherwise than in the file.
     """
-    plan = model.plan(Dialect(read_layout(network, model.spec.is_moe)))
+    config = network.get_gpt_transformer_config()
+    layout = Layout.of_training(vars(config), config.tensor_model_parallel_size)
+    plan = model.plan(Dialect(layout.of_experts if model.spec.is_moe else layout))
     weights = {target.name for target in plan.targets}
     parameters = {
         name: parameter
@@ -52,8 +54,11 @@ def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path
         stage, shardings = read_strategy(strategy)
         # A tied embedding is in two stages: MindSpore sends it from the first to the last, which does not list it.
         divided = {n for n, p in parameters.items() if p.sliced and not p.param_info.is_pipeline_shared_param}
-        stages = ms.get_auto_parallel_context("pipeline_stages")
-        _check_listed(strategy, shardings.keys(), weights if stages == 1 else weights & divided)
+        needed = weights if ms.get_auto_parallel_context("pipeline_stages") == 1 else weights & divided
+        if missing := needed - shardings.keys():  # a file that an earlier run left
+            remedy = "empty the strategy folder, and set strategy_ckpt_config.only_trainable_params to False"
+            problems = folded_problems({("in the network, not in the file", remedy): missing})
+            raise BridgeError(f"{strategy} is not of this run", problems)
         plan = cut_plan(plan, shardings, stage, get_rank())
         mine = {target.name for target in plan.targets}
         parameters = {name: parameter for name, parameter in parameters.items() if name in mine or name not in weights}
@@ -61,32 +66,11 @@ def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path
     return plan
 
 
-def _check_listed(strategy: Path, listed: Container[str], weights: Iterable[str]) -> None:
-    """Checks that a strategy file lists all of these weights; one that an earlier run left need not."""
-    remedy = "empty the strategy folder, and set strategy_ckpt_config.only_trainable_params to False"
-    missing = [name for name in weights if name not in listed]
-    if problems := list(folded_problems({("in the network, not in the file", remedy): missing})):
-        raise BridgeError(f"{strategy} is not of this run", problems)
-
-
-def read_layout(network: Any, is_moe: bool) -> Layout:
-    """Reads how a training network lays out QKV and gate/up from the config that it was built from."""
-    config = network.get_gpt_transformer_config()
-    layout = Layout.of_training(vars(config), config.tensor_model_parallel_size)
-    return layout.of_experts if is_moe else layout
-
-
 def cut_plan(plan: Plan, shardings: Mapping[str, Sharding], stage: int, rank: int) -> Plan:
     """Cuts what one device of a pipeline stage holds out of a plan that makes whole parameters.
 
-    Args:
-        plan: makes them.
-        shardings: of the stage's parameters, an optimizer's state included.
-        stage: its number.
-        rank: the device's rank in the whole run.
-
-    Raises:
-        BridgeError: rank and stage contradict each other; the plan's parameters can't be cut so.
+    ``shardings`` are those of the stage's parameters, an optimizer's state included; ``rank`` counts in the whole run.
+    Raises BridgeError if rank and stage contradict each other, or the plan's parameters can't be cut so.
     """
     devices = next(iter(shardings.values())).num_devices
     if rank // devices != stage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,7 @@ def verify_network(network: InferenceNetwork, model_dir: str | Path) -> LayerErr
 def measure_checkpoint(model: CheckedCheckpoint, right: CheckedCheckpoint) -> LayerErrors:
     """Loads a checkpoint into MindFormers' inference network, on the CPU, in float32, and compares it with a reference.
 
-    Args:
-        model: the checkpoint, with a config.json.
-        right: what the reference computes: the same model, or another checkpoint of it.
-
-    Raises:
-        BridgeError: the checkpoint can't be loaded; what was loaded is not what it holds.
+    ``right`` is what the reference computes: the same model, or another checkpoint of it.
     """
     cache = {"block_size": NUM_TOKENS, "num_blocks": 2, "seq_length": 4 * NUM_TOKENS}
     with silence_upstream():
@@ -82,11 +78,7 @@ def measure_checkpoint(model: CheckedCheckpoint, right: CheckedCheckpoint) -> La
 
 
 def measure_network(network: InferenceNetwork, model: CheckedCheckpoint) -> LayerErrors:
-    """Measures the errors of a network against the reference of a model of as many layers.
-
-    Raises:
-        BridgeError: the network is one of several ranks', or is compiled.
-    """
+    """Measures a network's errors; BridgeError if it is one of several ranks', or compiled."""
     if rank_of(network) != WHOLE or ms.get_context("mode") != ms.PYNATIVE_MODE:
         raise BridgeError(
             "only the network of a single process, in PyNative mode, can be verified: build it with "
@@ -103,32 +95,28 @@ def measure_network(network: InferenceNetwork, model: CheckedCheckpoint) -> Laye
 def _record_stages(network: InferenceNetwork, token_ids: Sequence[int]) -> dict[Stage, np.ndarray]:
     """The output of each stage for one sequence, float32 (len(token_ids), width)."""
     found: dict[Stage, np.ndarray] = {}
-    hooks = []
+    with ExitStack() as hooks:
 
-    def listen(cell: Any, read: Callable[[Any, Any, Any], np.ndarray], stage: Stage) -> None:
-        def hook(cell: Any, inputs: Any, output: Any) -> None:
-            found[stage] = read(cell, inputs, output)
+        def listen(cell: Any, read: Callable[[Any, Any, Any], np.ndarray], stage: Stage) -> None:
+            def hook(cell: Any, inputs: Any, output: Any) -> None:
+                found[stage] = read(cell, inputs, output)
 
-        hooks.append(cell.register_forward_hook(hook))
+            hooks.callback(cell.register_forward_hook(hook).remove)
 
-    listen(network.model.decoder.layers[0].input_layernorm, _read_input, EMBEDDED)
-    for number, layer in enumerate(network.model.decoder.layers):
-        attention, mlp = layer.self_attention, layer.mlp
-        listen(attention.linear_qkv, _read_output, Stage(number, reference.QKV))
-        listen(attention.linear_proj, _read_input, Stage(number, reference.ATTENTION))
-        # Two hooks of one cell are called one after the other.
-        listen(attention.linear_proj, _read_output, Stage(number, reference.PROJ))
-        if hasattr(mlp, "router"):
-            listen(mlp.router, _read_routing_weights, Stage(number, reference.ROUTER))
-        else:
-            listen(mlp.linear_fc1, _read_output, Stage(number, reference.FC1))
-        listen(mlp, _read_output, Stage(number, reference.MLP))
-        listen(layer, _read_output, Stage(number, reference.LAYER))
-    try:
+        listen(network.model.decoder.layers[0].input_layernorm, _read_input, EMBEDDED)
+        for number, layer in enumerate(network.model.decoder.layers):
+            attention, mlp = layer.self_attention, layer.mlp
+            listen(attention.linear_qkv, _read_output, Stage(number, reference.QKV))
+            listen(attention.linear_proj, _read_input, Stage(number, reference.ATTENTION))
+            # Two hooks of one cell are called one after the other.
+            listen(attention.linear_proj, _read_output, Stage(number, reference.PROJ))
+            if hasattr(mlp, "router"):
+                listen(mlp.router, _read_routing_weights, Stage(number, reference.ROUTER))
+            else:
+                listen(mlp.linear_fc1, _read_output, Stage(number, reference.FC1))
+            listen(mlp, _read_output, Stage(number, reference.MLP))
+            listen(layer, _read_output, Stage(number, reference.LAYER))
         found[LOGITS] = network_logits(network, token_ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 
@@ -176,12 +164,8 @@ def _appearance(found: np.ndarray, rule: Rule, model: CheckedCheckpoint) -> str:
     if not found.any():
         return "all zero: never loaded"
     if isinstance(rule, RowsRule) and rule.fuses:
-
-        def is_equal(rows: np.ndarray, wanted: np.ndarray) -> float:
-            return float(np.array_equal(rows, wanted.astype(rows.dtype)))
-
-        likeness = likeness_of_layouts(rule, found, read_sampled_rows(model, rule), is_equal)
-        for layout, is_alike in likeness.items():
+        expected = {name: rows.astype(found.dtype) for name, rows in read_sampled_rows(model, rule).items()}
+        for layout, is_alike in likeness_of_layouts(rule, found, expected, np.array_equal).items():
             if is_alike and layout != INFERENCE:
                 return f"in the training layout: {describe(layout)}"
     return "other values"
