@@ -20,12 +20,7 @@ from mindformers.parallel_core.inference import parallel_state
 from mindspore.communication import get_rank
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.mindformers.cpu.device import (
-    forget_earlier_networks,
-    inference_device,
-    predict_environment,
-    prepare_device,
-)
+from mf_qwen3_bridge.mindformers.cpu import device
 from mf_qwen3_bridge.model.parallel import SINGLE, ParallelConfig, Rank
 
 
@@ -37,7 +32,7 @@ class _GenerateMixin:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         check_token_ids(args[0] if args else kwargs.get("input_ids"), self.config.vocab_size)
-        with inference_device(), self.draws():
+        with device.inference_device(), self.draws():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -49,8 +44,8 @@ def _with_generate(network_class: type) -> type:
 
 InferenceNetwork: TypeAlias = InferenceQwen3ForCausalLM | InferenceQwen3MoeForCausalLM
 
-# By model_type, as config.json calls it.
-_CLASSES: dict[str, tuple[type, type]] = {
+# By model_type, as config.json calls it: upstream's config and inference network.
+CLASSES: dict[str, tuple[type, type]] = {
     "qwen3": (Qwen3Config, InferenceQwen3ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, InferenceQwen3MoeForCausalLM),
 }
@@ -65,10 +60,7 @@ _CONTEXT = {
 
 
 def build_inference_network(
-    model_config: Mapping[str, Any],
-    *,
-    device_target: str = "auto",
-    parallel: ParallelConfig = SINGLE,
+    model_config: Mapping[str, Any], *, device_target: str = "auto", parallel: ParallelConfig = SINGLE
 ) -> InferenceNetwork:
     """Builds the network that MindFormers runs for ``run_mode: predict``; its parameters are zeros (norms: ones).
 
@@ -94,10 +86,9 @@ def build_inference_network(
         )
     dtypes = dict.fromkeys(("params_dtype", "compute_dtype", "rotary_dtype"), _DTYPE[target])
     merged = _FLOAT32_DTYPES | dtypes | dict(model_config)
-    config_class, network_class = _CLASSES[merged["model_type"]]
-    with predict_environment(target), _predict_context(target, parallel):
-        prepare_device()
-        forget_earlier_networks()
+    config_class, network_class = CLASSES[merged["model_type"]]
+    with device.predict_environment(target), _predict_context(target, parallel):
+        device.prepare_device()
         config = config_class(**copy.deepcopy(merged))  # upstream writes into rope_scaling
         network = _with_generate(network_class)(config)
     if parallel.world_size > 1:
@@ -120,7 +111,7 @@ def rank_of(network: Any) -> Rank:
     )
 
 
-@inference_device()
+@device.inference_device()
 def network_logits(network: InferenceNetwork, token_ids: Sequence[int]) -> np.ndarray:
     """Computes the logits of all positions of one sequence, float32 (len(token_ids), vocab_size), in one prefill.
 
@@ -195,39 +186,30 @@ def share_random_draws(network: InferenceNetwork) -> None:
 
 @contextmanager
 def _predict_context(target: str, parallel: ParallelConfig) -> Iterator[None]:
-    """Sets MindFormers' context for inference while a network is built; an older one has its ``run_mode`` afterwards.
+    """Sets MindFormers' context, MindSpore's mode and device for inference while a network is built.
 
-    One that is built here stays: MindFormers knows one for each process, and its networks go on reading it.
+    An older context has its ``run_mode`` afterwards. One that is built here stays: MindFormers knows one for each
+    process, and its networks go on reading it.
     """
-    run_mode = get_context("run_mode") if Context.is_exists() else "predict"
-    _enter_predict_mode(target, parallel)
-    try:
-        yield
-    finally:
-        if run_mode is not None:
-            set_context(run_mode=run_mode)
-
-
-def _enter_predict_mode(target: str, parallel: ParallelConfig) -> None:
-    """Sets MindFormers' context, MindSpore's mode and device. Repeatable."""
+    run_mode = "predict"
     if Context.is_exists():
+        run_mode = get_context("run_mode")
         set_context(run_mode="predict", use_legacy=False)
     else:
-        build_context(
-            {
-                "run_mode": "predict",
-                "use_legacy": False,
-                "context": {"device_target": target, **copy.deepcopy(_CONTEXT[target])},
-                "parallel": {},
-                **(_parallel_context(parallel) if parallel.world_size > 1 else {}),
-            }
-        )
+        context = {"device_target": target, **copy.deepcopy(_CONTEXT[target])}
+        divided = _parallel_context(parallel) if parallel.world_size > 1 else {}
+        build_context({"run_mode": run_mode, "use_legacy": False, "context": context, "parallel": {}} | divided)
     if target == "CPU":
         ms.set_context(mode=ms.PYNATIVE_MODE)
     if ms.get_context("device_target") != target:
         raise BridgeError(
             f"this process computes on {ms.get_context('device_target')}, not on {target}: start another one"
         )
+    try:
+        yield
+    finally:
+        if run_mode is not None:
+            set_context(run_mode=run_mode)
 
 
 def _parallel_context(parallel: ParallelConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import mf_qwen3_bridge
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers.cpu.device import predict_environment
-from mf_qwen3_bridge.mindformers.patching import auto, configs
+from mf_qwen3_bridge.mindformers.patching import configs
 from tests.support.golden import CHECKPOINTS, NAMES, TOLERANCE, golden
 from tests.support.networks import SMALL_CACHE, empty_network, logits_error
 
@@ -193,6 +193,6 @@ def test_yarn_is_not_trained(monkeypatch: pytest.MonkeyPatch):
 
 def test_others_configs_are_upstreams(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    reading = partial(auto.wrap_config_from_pretrained, lambda cls, path, **kwargs: (cls, path, kwargs))
+    reading = partial(configs.wrap_config_from_pretrained, lambda cls, path, **kwargs: (cls, path, kwargs))
     assert reading(AutoConfig, str(tmp_path), num_layers=2) == (AutoConfig, str(tmp_path), {"num_layers": 2})
     assert reading(AutoConfig, "qwen3.yaml") == (AutoConfig, "qwen3.yaml", {})

@@ -29,7 +29,7 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check
 from mf_qwen3_bridge.mindformers import load_training as training
 from mf_qwen3_bridge.mindformers.cpu.device import predict_environment
-from mf_qwen3_bridge.mindformers.network import _enter_predict_mode
+from mf_qwen3_bridge.mindformers.network import _predict_context
 from mf_qwen3_bridge.mindformers.patching import hooks
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.parallel import SINGLE
@@ -45,8 +45,8 @@ CLASSES = {"qwen3": (Qwen3Config, TrainingQwen3ForCausalLM), "qwen3_moe": (Qwen3
 
 def training_network(directory: Path, layout: Layout, **options: Any) -> Any:
     """Upstream's training network, as its config class and a YAML's ``model_config`` make it."""
-    with predict_environment("CPU"):
-        _enter_predict_mode("CPU", SINGLE)  # a context that is not use_legacy, shared with the other tests
+    with predict_environment("CPU"), _predict_context("CPU", SINGLE):
+        pass  # the context stays, is not use_legacy, and is shared with the other tests
     hf_config = check(directory).hf_config
     config_class, network_class = CLASSES[hf_config["model_type"]]
     declared = {"params_dtype": "float32", "compute_dtype": "float32", "moe_grouped_gemm": True}

@@ -27,7 +27,7 @@ from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.cpu import inference_ops, training_ops
 from mf_qwen3_bridge.mindformers.patching import patch
-from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS, Replacements
+from mf_qwen3_bridge.mindformers.replacements import HOOKS, Replacements
 from mf_qwen3_bridge.model.rules import INFER, TRAIN
 from tests.support.checkpoints import hf_config, random_tensors, write
 from tests.support.golden import CHECKPOINTS, NAMES
@@ -95,7 +95,7 @@ def test_an_attribute_that_upstream_moved_is_named_and_nothing_is_changed(
     expected_owner = "InferenceQwen3" if "Mixin" in owner.__name__ else owner.__name__
     assert all(expected_owner in problem.subject for problem in error.value.problems)
     assert dict(vars(InferenceQwen3ForCausalLM)) == before
-    assert not patch.is_patched()
+    assert not HOOKS.installed
 
 
 def test_what_another_library_replaced_before_is_called_and_given_back(monkeypatch: pytest.MonkeyPatch):

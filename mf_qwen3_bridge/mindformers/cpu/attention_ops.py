@@ -14,12 +14,7 @@ from mf_qwen3_bridge.mindformers.cpu.stand_ins import STAND_INS, to_float32, to_
 
 @STAND_INS.replaces(RotaryEmbedding, "construct")
 def _rotary_embedding_construct(
-    self: RotaryEmbedding,
-    query: Tensor,
-    key: Tensor,
-    rotary_pos_cos: Tensor,
-    rotary_pos_sin: Tensor,
-    seq_lens_tensor: Tensor,
+    self: Any, query: Tensor, key: Tensor, rotary_pos_cos: Tensor, rotary_pos_sin: Tensor, seq_lens_tensor: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``ApplyRotaryPosEmb`` in its mode "rotate_half": rotates ``query`` (T, N*D) and ``key`` (T, G*D).
 
@@ -77,31 +72,21 @@ def _flash_attention_construct(
     slots, blocks = slot_mapping.asnumpy(), block_tables.asnumpy()
     q_lens, kv_lens = q_seq_lens.asnumpy(), batch_valid_length.asnumpy()
     block_size, head_dim = key_cache.shape[1], key_cache.shape[3]
-    _write_cache(key_cache, slots, key)
-    _write_cache(value_cache, slots, value)
+    for cache, rows in ((key_cache, key), (value_cache, value)):
+        flat = cache.asnumpy().reshape(-1, rows.shape[1])  # on a CPU a view of the tensor's own memory
+        flat[slots] = rows.asnumpy()
 
     queries = to_float32(query).reshape(len(slots), -1, head_dim)
     context = np.empty_like(queries)
     stops = np.cumsum(q_lens)
     for start, stop, kv_len, table in zip(stops - q_lens, stops, kv_lens, blocks, strict=True):
         cached = table[: -(-kv_len // block_size)]
-        keys, values = (_read_cache(cache, cached)[:kv_len] for cache in (key_cache, value_cache))
+        keys, values = (
+            cache.asnumpy()[cached].astype(np.float32).reshape(-1, *cache.shape[-2:])[:kv_len]  # (kv_len, G, D)
+            for cache in (key_cache, value_cache)
+        )
         context[start:stop] = _causal_attention(queries[start:stop], keys, values, self.flash_attention.scale_value)
     return to_tensor(context.reshape(query.shape), query.dtype)
-
-
-def _write_cache(cache: Tensor, slots: np.ndarray, rows: Tensor) -> None:
-    """Writes ``rows`` (T, G*D) to ``slots`` (T,) of ``cache`` (blocks, block_size, G, D), in place.
-
-    On a CPU ``asnumpy()`` is a view of the tensor's own memory.
-    """
-    flat = cache.asnumpy().reshape(-1, cache.shape[-2] * cache.shape[-1])
-    flat[slots] = rows.asnumpy()
-
-
-def _read_cache(cache: Tensor, blocks: np.ndarray) -> np.ndarray:
-    """The tokens held by ``blocks``, in order: float32 (len(blocks) * block_size, G, D)."""
-    return cache.asnumpy()[blocks].astype(np.float32).reshape(-1, *cache.shape[-2:])
 
 
 def _causal_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float) -> np.ndarray:

@@ -29,18 +29,17 @@ def predict_environment(device_target: str) -> Iterator[None]:
     Mirrors ``jit`` of ``mindformers/models/utils.py`` and ``is_pynative`` of ``mindformers/tools/utils.py`` (1.7 to
     1.9). Left behind, ``RUN_MODE`` would make MindFormers build inference networks where it should train.
     """
-    before = {name: os.environ.get(name) for name in ("RUN_MODE", "ENFORCE_EAGER", "CPU_AFFINITY")}
+    names = ("RUN_MODE", "ENFORCE_EAGER", "CPU_AFFINITY")
+    before = {name: os.environ[name] for name in names if name in os.environ}
     os.environ["RUN_MODE"] = "predict"
     if device_target == "CPU":
         set_cpu_environment()
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @contextmanager
@@ -67,7 +66,14 @@ def builds_training_networks() -> bool:
 
 
 def prepare_device() -> None:
-    """Gives a CPU the stand-ins for what it lacks and, for inference, upstream's PyNative mode."""
+    """Prepares for the next network: a CPU gets stand-ins for what it lacks and, for inference, PyNative mode.
+
+    Also clears what upstream keeps per process although it belongs to one network. ``get_rope`` takes two networks
+    whose YaRN factors differ for the same; networks keep their own tables. MindFormers 1.8.0 collects config errors,
+    and reports those of an earlier network again.
+    """
+    rope_utils._ROPE_DICT.clear()
+    getattr(transformer_config_utils, "ERROR_LOG", {}).clear()
     if ms.get_context("device_target") != "CPU":
         return
     # A CPU has nothing to overlap with: passing each operator on to MindSpore's threads doubles a small model's time.
@@ -82,13 +88,3 @@ def prepare_device() -> None:
             raise BridgeError("a CPU can't compute MindFormers' inference network in graph mode: set context.mode: 1")
         set_cpu_environment()
         inference_ops.STAND_INS.install()
-
-
-def forget_earlier_networks() -> None:
-    """Clears what upstream keeps per process although it belongs to one network.
-
-    ``get_rope`` takes two networks whose YaRN factors differ for the same; networks keep their own tables.
-    MindFormers 1.8.0 collects config errors, and reports those of an earlier network again.
-    """
-    rope_utils._ROPE_DICT.clear()
-    getattr(transformer_config_utils, "ERROR_LOG", {}).clear()

@@ -30,12 +30,9 @@ from mindspore import Tensor, mint, ops
 from mindspore.communication import GlobalComm, get_group_size
 
 from mf_qwen3_bridge.mindformers.cpu import attention_ops, moe_ops  # noqa: F401  declare their stand-ins
-from mf_qwen3_bridge.mindformers.cpu.stand_ins import STAND_INS, to_float32, to_tensor
+from mf_qwen3_bridge.mindformers.cpu.stand_ins import STAND_INS, rms_norm
 
 __all__ = ["STAND_INS"]
-
-
-# ---------------------------------------------------------------------------------------------------------- the phase
 
 
 @STAND_INS.wraps_upstream(GPTModel, "construct")
@@ -51,19 +48,7 @@ def _gpt_model_construct(
     return upstream(self, *args, context_lens_tensor=context_lens_tensor, **kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------------- norm
-
-
-@STAND_INS.replaces(RMSNorm, "construct")
-def _rms_norm_construct(self: RMSNorm, x: Tensor) -> Tensor:
-    """``RmsNorm`` over the last axis of ``x`` (..., hidden_size); returns ``x``'s shape and dtype.
-
-    Like Ascend's operator: the input is rounded to ``layernorm_compute_dtype``, the sum of squares is float32's.
-    """
-    rows = to_float32(x.astype(self.compute_type))
-    variance = np.mean(np.square(rows), axis=-1, keepdims=True)
-    normed = rows / np.sqrt(variance + np.float32(self.eps)) * to_float32(self.weight)
-    return to_tensor(normed, self.compute_type).astype(x.dtype)
+STAND_INS.replaces(RMSNorm, "construct")(rms_norm)
 
 
 # ------------------------------------------------------------- operators that a CPU has, but not in bfloat16: float32's
@@ -80,8 +65,7 @@ def _gather(
 
 
 @STAND_INS.wraps_upstream(ops.MatMul, "__call__")
-@STAND_INS.wraps_upstream(MLP, "construct")
-@STAND_INS.wraps_upstream(GroupedMLP, "construct")
+@STAND_INS.wraps_upstream((MLP, GroupedMLP), "construct")
 @STAND_INS.wraps_upstream(ops, "masked_fill")
 @STAND_INS.wraps_upstream(mint, "nan_to_num")
 def _compute_in_float32(upstream: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -94,9 +78,6 @@ def _compute_in_float32(upstream: Callable[..., Tensor], *args: Any, **kwargs: A
 
 def _is_bfloat16(arg: Any) -> bool:
     return isinstance(arg, Tensor) and arg.dtype == ms.bfloat16
-
-
-# ------------------------------------------------------------------------------------------------- several processes
 
 
 @STAND_INS.replaces(layers, "all_reduce")
@@ -120,19 +101,13 @@ def _group(upstream: property) -> property:
 # -------------------------------------------------- mindspore.mint: CumsumExt, ArgMaxExt, TopkExt, IndexSelect, SortExt
 
 
+STAND_INS.replaces(mint, "argmax")(ops.argmax)
+STAND_INS.replaces(mint, "topk")(ops.topk)
+
+
 @STAND_INS.replaces(mint, "cumsum")
 def _cumsum(input: Tensor, dim: int, dtype: Any = None) -> Tensor:
     return ops.cumsum(input, dim, dtype)
-
-
-@STAND_INS.replaces(mint, "argmax")
-def _argmax(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    return ops.argmax(input, dim, keepdim)
-
-
-@STAND_INS.replaces(mint, "topk")
-def _topk(input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
-    return ops.topk(input, k, dim, largest, sorted)
 
 
 @STAND_INS.replaces(mint, "index_select")
@@ -149,10 +124,7 @@ def _sort(input: Tensor, *, dim: int = -1, descending: bool = False, stable: boo
 def _zeros(upstream: Callable[..., Tensor], size: Any, *, dtype: Any = None) -> Tensor:
     """NumPy's take memory when they are first written to (upstream's KV cache is several GB), and know bfloat16."""
     floats = {None: np.float32, ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: ml_dtypes.bfloat16}
-    numpy_dtype = floats.get(dtype)
-    if numpy_dtype is None:
-        return upstream(size, dtype=dtype)
-    return Tensor.from_numpy(np.zeros(size, numpy_dtype))
+    return Tensor.from_numpy(np.zeros(size, floats[dtype])) if dtype in floats else upstream(size, dtype=dtype)
 
 
 @STAND_INS.wraps_upstream(mint, "empty")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -85,12 +86,7 @@ def _grouped_matmul(
 
 @STAND_INS.replaces(MoeTokenUnpermute, "__call__")
 def _moe_token_unpermute(
-    self: MoeTokenUnpermute,
-    permuted_tokens: Tensor,
-    sorted_indices: Tensor,
-    probs: Tensor,
-    padded_mode: bool = False,
-    restore_shape: None = None,
+    self: Any, permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor, padded_mode: bool, restore_shape: None
 ) -> Tensor:
     """Undoes the sorting by expert, and adds up the outputs of each token's K experts, weighted by their probabilities.
 

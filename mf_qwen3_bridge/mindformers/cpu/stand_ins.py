@@ -6,22 +6,23 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
-from mf_qwen3_bridge.mindformers.patching.replacements import Replacements
-
-
-class StandIns(Replacements):
-    """Replacements for what a CPU lacks."""
-
-    def install(self) -> None:
-        """Puts them in place, if MindSpore's device target is CPU."""
-        if ms.get_context("device_target") == "CPU":
-            super().install()
-
+from mf_qwen3_bridge.mindformers.replacements import Replacements
 
 # For inference. Declared in ``inference_ops`` and the modules that it imports.
-STAND_INS = StandIns()
+STAND_INS = Replacements("CPU")
+
+
+def rms_norm(self: Any, x: Tensor) -> Tensor:
+    """``RmsNorm`` over the last axis of ``x`` (..., hidden_size), for both kinds; returns ``x``'s shape and dtype.
+
+    Like Ascend's operator: the input is rounded to ``layernorm_compute_dtype``, the sum of squares is float32's.
+    """
+    rows = ops.cast(ops.cast(x, self.compute_type), ms.float32)
+    variance = ops.ReduceMean(keep_dims=True)(ops.square(rows), -1)
+    normed = rows * ops.rsqrt(variance + self.eps) * ops.cast(self.weight, ms.float32)
+    return ops.cast(ops.cast(normed, self.compute_type), x.dtype)
 
 
 def to_float32(x: Tensor) -> np.ndarray:

@@ -28,12 +28,10 @@ from mindformers.parallel_core.training_graph.transformer import attention, flas
 from mindformers.parallel_core.training_graph.transformer.moe import ffn, router, token_dispatcher
 from mindspore import Tensor, mint, nn, ops
 
-from mf_qwen3_bridge.mindformers.cpu.stand_ins import StandIns
+from mf_qwen3_bridge.mindformers.cpu.stand_ins import rms_norm
+from mf_qwen3_bridge.mindformers.replacements import Replacements
 
-STAND_INS = StandIns()
-
-# What is added to the scores of masked positions: exp() of it is 0.
-_MASKED = -1e30
+STAND_INS = Replacements("CPU")
 
 
 class _Operator(nn.Cell):
@@ -63,17 +61,7 @@ STAND_INS.replaces(router, "TopkExt")(_calling(ops.topk))
 STAND_INS.replaces(token_dispatcher, "IndexSelect")(_calling(ops.index_select))
 STAND_INS.replaces(token_dispatcher, "CumsumExt")(_calling(ops.cumsum))
 STAND_INS.replaces(token_dispatcher, "FmodScalar")(_calling(ops.floor_mod))  # of integers that aren't negative
-
-
-# ------------------------------------------------------------------------------------- norm, rotary, attention, MLP
-
-
-@STAND_INS.replaces(norm.FusedRMSNorm, "construct")
-def _rms_norm_construct(self: norm.FusedRMSNorm, x: Tensor) -> Tensor:
-    """``RmsNorm`` over the last axis of ``x``; returns ``x``'s shape and dtype."""
-    rows = ops.cast(x, self.compute_type)
-    variance = ops.ReduceMean(keep_dims=True)(ops.square(rows), -1)
-    return ops.cast(rows * ops.rsqrt(variance + self.eps) * self.weight, x.dtype)
+STAND_INS.replaces(norm.FusedRMSNorm, "construct")(rms_norm)
 
 
 class _CastButToFloat16(_Operator):
@@ -121,7 +109,7 @@ class _FlashAttentionScore(_Operator):
         grouped = ops.cast(query, ms.float32).reshape((batch, groups, -1, head_dim))  # (B, G, N/G * S, D)
         transposed = ops.transpose(ops.cast(key, ms.float32), (0, 1, 3, 2))
         scores = (ops.matmul(grouped, transposed) * self.scale_value).reshape((batch, heads, q_len, kv_len))
-        scores = scores + ops.cast(mask, ms.float32) * _MASKED
+        scores = scores + ops.cast(mask, ms.float32) * -1e30  # exp() of it is 0
         weights = ops.softmax(scores, -1).reshape((batch, groups, -1, kv_len))
         context = ops.matmul(weights, ops.cast(value, ms.float32)).reshape(query.shape)
         return None, None, None, ops.cast(context, query.dtype)
@@ -131,9 +119,6 @@ class _FlashAttentionScore(_Operator):
 def _embedding(input: Tensor, weight: Tensor) -> Tensor:
     """Rows ``input`` of ``weight``, with a gradient; without the options, which upstream leaves alone."""
     return ops.gather(weight, input, 0)
-
-
-# ------------------------------------------------------------------------------------------------ mixture of experts
 
 
 @STAND_INS.replaces(token_dispatcher, "SortExt")
@@ -165,9 +150,6 @@ class _GroupedMatmul(_Operator):
         return (ops.matmul(ops.cast(is_own, rows.dtype) * rows, weight[0]).sum(0),)
 
 
-# ---------------------------------------------------------------------------------------------------------- training
-
-
 @STAND_INS.replaces(nn.TrainOneStepWithLossScaleCell, "get_overflow_status")
 def _get_overflow_status(
     self: nn.TrainOneStepWithLossScaleCell, status: Tensor, compute_output: tuple[Tensor, ...]
@@ -179,18 +161,9 @@ def _get_overflow_status(
     return count > 0
 
 
-@STAND_INS.derives(attention, "aclnn_ops")
+@STAND_INS.derives((activation, attention), "aclnn_ops")
 def _with_split_and_cast(module: ModuleType) -> ModuleType:
-    return _copy_with(module, SplitWithSize=_SplitWithSize, Cast=_CastButToFloat16)
-
-
-@STAND_INS.derives(activation, "aclnn_ops")
-def _with_split(module: ModuleType) -> ModuleType:
-    return _copy_with(module, SplitWithSize=_SplitWithSize)
-
-
-def _copy_with(module: ModuleType, **replaced: Any) -> ModuleType:
-    """A module like ``module``, but for some attributes: upstream writes ``module.Operator()``."""
+    """A module like ``module``, but for two operators: upstream writes ``aclnn_ops.Cast()``."""
     other = ModuleType(module.__name__)
-    vars(other).update(vars(module) | replaced)
+    vars(other).update(vars(module), SplitWithSize=_SplitWithSize, Cast=_CastButToFloat16)
     return other

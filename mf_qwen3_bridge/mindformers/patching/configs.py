@@ -1,4 +1,4 @@
-"""Wraps MindFormers' config classes, so that they take a config.json of any transformers version."""
+"""Wraps MindFormers' Auto and config classes, to take a Hugging Face directory of any transformers version."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mindformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from mindformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mf_qwen3_bridge.errors import BridgeError, Problem
 from mf_qwen3_bridge.inputs.disagreements import is_same
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
 from mf_qwen3_bridge.inputs.mindformers_config import ADDITIONS, COMPUTED_NAMES, LAYOUT_FLAGS
-from mf_qwen3_bridge.mindformers.cpu.device import builds_training_networks, forget_earlier_networks, prepare_device
-from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
+from mf_qwen3_bridge.mindformers.cpu.device import builds_training_networks, prepare_device
+from mf_qwen3_bridge.mindformers.infer import from_pretrained
+from mf_qwen3_bridge.mindformers.network import CLASSES
+from mf_qwen3_bridge.mindformers.replacements import HOOKS
 from mf_qwen3_bridge.model.spec import NAMES
 
 # What a config.json declares, by MindFormers' other names for it.
@@ -34,13 +35,46 @@ _NEEDED_TO_TRAIN_EXPERTS = {"moe_grouped_gemm": True, "routed_scaling_factor": 1
 _DECLARED_FLAGS: dict[int, dict[str, Any]] = {}
 
 
-@HOOKS.wraps_upstream(Qwen3Config, "__init__")
-@HOOKS.wraps_upstream(Qwen3MoeConfig, "__init__")
+@HOOKS.wraps_upstream((AutoModel, AutoModelForCausalLM), "from_pretrained")
+def wrap_model_from_pretrained(
+    upstream: Callable[..., Any],
+    cls: type,
+    pretrained_model_name_or_dir: str | Path,
+    *args: Any,
+    auto_convert: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """``AutoModel.from_pretrained`` with ``auto_convert=True``: the bridge's ``from_pretrained``, with its arguments.
+
+    Without it upstream's (``mindformers/models/auto/auto_factory.py``, 1.7 to 1.9), which refuses such directories.
+    """
+    if auto_convert:
+        return from_pretrained(pretrained_model_name_or_dir, *args, **kwargs)
+    return upstream(cls, pretrained_model_name_or_dir, *args, **kwargs)
+
+
+@HOOKS.wraps_upstream(AutoConfig, "from_pretrained")
+def wrap_config_from_pretrained(
+    upstream: Callable[..., Any], cls: type, yaml_name_or_path: str | Path, **kwargs: Any
+) -> Any:
+    """``AutoConfig.from_pretrained``, which reads a Qwen3's config.json; ``kwargs`` go before it.
+
+    Everything else is upstream's (``mindformers/models/auto/configuration_auto.py``, 1.7 to 1.9), which refuses
+    directories.
+    """
+    file = Path(yaml_name_or_path) / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if config.get("model_type") in CLASSES and not list(file.parent.glob("*.yaml")):
+        config_class, _ = CLASSES[config["model_type"]]
+        return config_class(**config | {"pretrained_model_dir": str(yaml_name_or_path)} | kwargs)
+    return upstream(cls, yaml_name_or_path, **kwargs)
+
+
+@HOOKS.wraps_upstream(tuple(config_class for config_class, _ in CLASSES.values()), "__init__")
 def wrap_config_init(upstream: Callable[..., None], config: Any, *args: Any, **model_config: Any) -> None:
     """``__init__`` of ``Qwen3Config`` or ``Qwen3MoeConfig`` that takes what today's transformers writes."""
     _DECLARED_FLAGS[id(config)] = {flag: model_config[flag] for flag in LAYOUT_FLAGS if flag in model_config}
     weakref.finalize(config, _DECLARED_FLAGS.pop, id(config), None)
-    forget_earlier_networks()
     prepare_device()  # the network is built next
     upstream(config, *args, **normalise_model_config(model_config))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from inspect import signature
@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausalLM
 from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
-from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3MoeForCausalLM
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.tools.logger import logger
 from mindformers.trainer import base_trainer
@@ -27,13 +25,13 @@ from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.cpu.device import inference_device
 from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
 from mf_qwen3_bridge.mindformers.load_training import load_training_network
-from mf_qwen3_bridge.mindformers.network import check_token_ids
+from mf_qwen3_bridge.mindformers.network import CLASSES, check_token_ids
 from mf_qwen3_bridge.mindformers.patching.configs import declared_layout_flags
-from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
+from mf_qwen3_bridge.mindformers.replacements import HOOKS
 from mf_qwen3_bridge.model.parameters import is_hf_name
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo, read_header
 
-INFERENCE_NETWORKS = (InferenceQwen3ForCausalLM, InferenceQwen3MoeForCausalLM)
+INFERENCE_NETWORKS: tuple[Any, ...] = tuple(network_class for _, network_class in CLASSES.values())
 NETWORKS = (*INFERENCE_NETWORKS, TrainingQwen3ForCausalLM, TrainingQwen3MoeForCausalLM)
 
 
@@ -48,13 +46,11 @@ class ClassOrInstanceMethod:
 
 
 # The inference classes have these from ``ModelMixin``, where they raise that they are not implemented.
-for _network in INFERENCE_NETWORKS:
-    for _function in (conversion.convert_weight_dict, conversion.convert_map_dict, conversion.obtain_name_map):
-        HOOKS.replaces(_network, _function.__name__, inherited=True)(ClassOrInstanceMethod(_function))
+for _function in (conversion.convert_weight_dict, conversion.convert_map_dict, conversion.obtain_name_map):
+    HOOKS.replaces(INFERENCE_NETWORKS, _function.__name__, inherited=True)(ClassOrInstanceMethod(_function))
 
 
-@HOOKS.replaces(InferenceQwen3ForCausalLM, "load_weights", inherited=True)
-@HOOKS.replaces(InferenceQwen3MoeForCausalLM, "load_weights", inherited=True)
+@HOOKS.replaces(INFERENCE_NETWORKS, "load_weights", inherited=True)
 def load_weights(
     network: Any,
     weights_path: str | Path | None = None,
@@ -81,8 +77,7 @@ def load_weights(
         raise BridgeError(f"weights_path {str(weights_path)!r} does not exist, and no weights are given")
 
 
-@HOOKS.wraps_upstream(InferenceQwen3ForCausalLM, "generate", inherited=True)
-@HOOKS.wraps_upstream(InferenceQwen3MoeForCausalLM, "generate", inherited=True)
+@HOOKS.wraps_upstream(INFERENCE_NETWORKS, "generate", inherited=True)
 def wrap_generate(upstream: Callable[..., Any], network: Any, *args: Any, **kwargs: Any) -> Any:
     """``generate``, but not from weights that were never loaded, nor of tokens that the model does not know.
 
@@ -118,43 +113,25 @@ def wrap_process_hf_checkpoint(
 
 
 @HOOKS.wraps_upstream(load_checkpoint_utils, "load_safetensors_checkpoint")
-def wrap_load_safetensors_checkpoint(
-    upstream: Callable[..., None],
-    config: Any,
-    load_checkpoint_files: Sequence[str],
-    network: Any,
-    strategy_path: str,
-    load_ckpt_path: str,
-    optimizer: Any,
-) -> None:
-    """``load_safetensors_checkpoint``, which fills Qwen3 networks from whatever the bridge can read.
-
-    Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9), which MindFormers calls
-    when the network is built and, in a parallel run, compiled. Checkpoints without layout metadata are left to it.
-    """
-    qwen3 = qwen3_network(network)
-    if qwen3 is None or not has_known_dialect(Path(load_ckpt_path)):
-        upstream(config, load_checkpoint_files, network, strategy_path, load_ckpt_path, optimizer)
-        return
-    if config.resume_training:
-        raise BridgeError(f"{load_ckpt_path} holds weights alone: resume_training has to be False")
-    fill_network(qwen3, Path(load_ckpt_path))
-
-
 @HOOKS.wraps_upstream(base_trainer, "load_checkpoint")
 @HOOKS.wraps_upstream(base_trainer, "load_hf_checkpoint", optional=True)  # 1.9 and later
 def wrap_load_checkpoint(upstream: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """What MindFormers calls when a YAML has a ``checkpoint`` section, or ``use_legacy_format: False``.
+    """Fills Qwen3 networks from whatever the bridge can read, when they are built and, in a parallel run, compiled.
 
-    Stands for ``load_hf_checkpoint`` (1.9) and ``load_checkpoint`` (1.7 to 1.9) of
-    ``mindformers/checkpoint/checkpoint.py``, which ignore layout flags or experts. The directory is the first argument.
+    Stands for ``load_safetensors_checkpoint`` of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9). If a YAML
+    has a ``checkpoint`` section, or ``use_legacy_format: False``, MindFormers calls ``load_hf_checkpoint`` (1.9) or
+    ``load_checkpoint`` (1.7 to 1.9) of ``mindformers/checkpoint/checkpoint.py`` instead, which ignore layout flags or
+    experts; their first argument is the directory. Checkpoints without layout metadata are left to upstream.
     """
     called = signature(upstream).bind(*args, **kwargs).arguments
-    directory, network = Path(next(iter(called.values()))), qwen3_network(called["network"])
+    directory = Path(called.get("load_ckpt_path") or next(iter(called.values())))
+    network = qwen3_network(called["network"])
     if network is None or not has_known_dialect(directory):
         upstream(*args, **kwargs)
         return
-    if called.get("optimizer") is not None:
+    if "config" in called and called["config"].resume_training:
+        raise BridgeError(f"{directory} holds weights alone: resume_training has to be False")
+    if "config" not in called and called.get("optimizer") is not None:
         raise BridgeError(f"{directory} holds weights alone, and nothing of an optimizer to resume with")
     fill_network(network, directory)
 
@@ -182,8 +159,11 @@ def wrap_count_parameters(upstream: Callable[..., None], trainer: Any) -> None:
     """
     upstream(trainer)
     config, network = trainer.config, trainer.network
+    weights = config.load_checkpoint
+    if hasattr(base_trainer, "load_hf_checkpoint"):  # 1.9 and later have another key
+        weights = (config.get("checkpoint") or {}).get("load_path")
     is_asked_for = config.run_mode == "finetune" and not config.only_save_strategy
-    if not is_asked_for or _weights_to_load(config) or network is None or qwen3_network(network) is None:
+    if not is_asked_for or weights or network is None or qwen3_network(network) is None:
         return
     directory = Path(config.pretrained_model_dir or "")
     if config.pretrained_model_dir and (directory / HF_INDEX).is_file():
@@ -193,13 +173,6 @@ def wrap_count_parameters(upstream: Callable[..., None], trainer: Any) -> None:
         f"directory that holds *.safetensors (pretrained_model_dir is {config.pretrained_model_dir or 'empty'}), "
         "and leave out checkpoint.load_path or set it too; or, to begin with random weights, set run_mode: train"
     )
-
-
-def _weights_to_load(config: Any) -> str | None:
-    """Names the weights that the trainer will load, of a run's config; MindFormers 1.9 and later have another key."""
-    if hasattr(base_trainer, "load_hf_checkpoint"):
-        return (config.get("checkpoint") or {}).get("load_path")
-    return config.load_checkpoint
 
 
 def qwen3_network(network: Any) -> Any:

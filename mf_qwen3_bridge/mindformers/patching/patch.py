@@ -24,8 +24,8 @@ replaced                                              by
 
 from __future__ import annotations
 
-from mf_qwen3_bridge.mindformers.patching import auto, configs, hooks  # noqa: F401  declare the hooks
-from mf_qwen3_bridge.mindformers.patching.replacements import HOOKS
+from mf_qwen3_bridge.mindformers.patching import configs, hooks  # noqa: F401  declare the hooks
+from mf_qwen3_bridge.mindformers.replacements import HOOKS
 
 
 def patch() -> None:
@@ -48,11 +48,6 @@ def patch() -> None:
         print(ms.load_param_into_net(network, parameters))
     """
     HOOKS.install()
-
-
-def is_patched() -> bool:
-    """Whether the hooks are installed in this process."""
-    return bool(HOOKS.installed)
 
 
 def unpatch() -> None:

@@ -15,6 +15,7 @@ import mindspore as ms
 from mf_qwen3_bridge.errors import BridgeError, Problem
 
 Owner = type | ModuleType
+Owners = Owner | tuple[Owner, ...]  # one, or several of which each has the attribute
 Declared = TypeVar("Declared")
 # Stands for upstream's value where it has no such attribute.
 ABSENT = object()
@@ -51,23 +52,28 @@ class Declaration:
 
 
 class Replacements:
-    """Attributes that are replaced together; the decorators declare them, once, where the replacement is defined."""
+    """Attributes that are replaced together, if need be only where MindSpore computes on one kind of device.
 
-    def __init__(self) -> None:
+    The decorators declare them, once, where the replacement is defined.
+    """
+
+    def __init__(self, device_target: str | None = None) -> None:
+        self.device_target = device_target
         self.declarations: list[Declaration] = []
         self.installed: dict[tuple[Owner, str], Any] = {}  # the replacements, while they are in place
         self._upstream: dict[tuple[Owner, str], Any] = {}
 
-    def derives(self, owner: Owner, name: str, **options: bool) -> Callable[[Declared], Declared]:
+    def derives(self, owner: Owners, name: str, **options: bool) -> Callable[[Declared], Declared]:
         """Declares a function that makes the replacement from upstream's value; ``options`` are a Declaration's."""
 
         def declare(make: Any) -> Any:
-            self.declarations.append(Declaration(owner, name, make, **options))
+            owners = owner if isinstance(owner, tuple) else (owner,)
+            self.declarations += [Declaration(one, name, make, **options) for one in owners]
             return make
 
         return declare
 
-    def replaces(self, owner: Owner, name: str, **options: bool) -> Callable[[Declared], Declared]:
+    def replaces(self, owner: Owners, name: str, **options: bool) -> Callable[[Declared], Declared]:
         """Declares a function or class that takes the attribute's place."""
 
         def declare(replacement: Any) -> Any:
@@ -76,7 +82,7 @@ class Replacements:
 
         return declare
 
-    def wraps_upstream(self, owner: Owner, name: str, **options: bool) -> Callable[[Declared], Declared]:
+    def wraps_upstream(self, owner: Owners, name: str, **options: bool) -> Callable[[Declared], Declared]:
         """Declares a function that is called with upstream's (of a classmethod, the function within), then as that."""
 
         def declare(function: Any) -> Any:
@@ -95,12 +101,12 @@ class Replacements:
         return declare
 
     def install(self) -> None:
-        """Replaces them all; does nothing where that has been done.
+        """Replaces them all; does nothing where that has been done, or on another device.
 
         Raises:
             BridgeError: upstream lacks some of them (all are listed). Nothing is changed then.
         """
-        if self.installed:
+        if self.installed or self.device_target not in (None, ms.get_context("device_target")):
             return
         found = [(declared, declared.upstream()) for declared in self.declarations]
         moved = [declared for declared, upstream in found if upstream is ABSENT and not declared.optional]
