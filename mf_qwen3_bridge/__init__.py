@@ -3,8 +3,6 @@
 Importing this package imports neither MindSpore nor MindFormers; the functions below do, when they are called.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem

@@ -1,7 +1,5 @@
 """Reports what is wrong with the input, to the person who can fix it."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a machine has of what Qwen3 in MindFormers needs; to be pasted into a bug report."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

@@ -1,7 +1,5 @@
 """The ``mf-qwen3`` command."""
 
-from __future__ import annotations
-
 import os
 import runpy
 import sys

@@ -1,7 +1,5 @@
 """Assigns tensors to files and builds safetensors headers and indexes."""
 
-from __future__ import annotations
-
 import json
 import re
 import struct

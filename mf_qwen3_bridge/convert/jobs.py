@@ -1,7 +1,5 @@
 """From a checked model to the directory that is to be made of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -7,8 +7,6 @@ If a run is killed or the disk is full, the directory stays, and the same comman
 was written: the resumed run compares, and writes what differs.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

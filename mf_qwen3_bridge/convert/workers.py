@@ -1,7 +1,5 @@
 """Coordinates several processes that share a job: their numbers, heartbeats and reports."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -1,7 +1,5 @@
 """Finds contradictions between config.json, YAML, arguments and tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

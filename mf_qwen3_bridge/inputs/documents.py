@@ -1,7 +1,5 @@
 """Reads JSON and YAML documents into plain values, whatever they hold."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Normalises config.json of any age for MindFormers; refuses by name what it can't compute."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping

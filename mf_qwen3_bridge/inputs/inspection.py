@@ -1,7 +1,5 @@
 """What is in a checkpoint, by its headers alone: described, not judged."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

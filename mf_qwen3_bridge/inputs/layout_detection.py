@@ -4,8 +4,6 @@ A fused parameter does not show its layout: q, k, v or gate, up make a tensor of
 rows that it should hold are known, from the base model or from another copy of the weights, some of them tell.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 

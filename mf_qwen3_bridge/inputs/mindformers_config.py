@@ -1,7 +1,5 @@
 """Reads what a MindFormers YAML, for training or for inference, declares about a checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Hugging Face's directories, MindFormers' merged ones and the files of a training
 tensors, each whole or in shards, and what the files declare of themselves.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """Presents per-rank checkpoint files as one checkpoint of whole tensors."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Describes an opened checkpoint: its tensors, and what its files declare, whoever wrote them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Reads MindSpore's strategy files: how a training run distributed its parameters."""
 
-from __future__ import annotations
-
 import os
 import runpy
 from functools import cache

@@ -5,8 +5,6 @@ only as methods of a built training network, in that network's layout. Here thes
 network, with the numbers and the layout flags that the *consumer* needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace

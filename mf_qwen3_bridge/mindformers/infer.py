@@ -1,7 +1,5 @@
 """Loads a checkpoint into a network that generates text."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Loads weights into MindFormers' inference network: the direct loader and the delegated conversion."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path

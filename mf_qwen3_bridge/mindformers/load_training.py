@@ -1,7 +1,5 @@
 """Loads weights into MindFormers' training network, or into the part of it that one rank of a parallel run holds."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

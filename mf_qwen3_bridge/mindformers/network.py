@@ -1,7 +1,5 @@
 """Builds MindFormers' inference network from a config, without a YAML or run_mindformer.py, on Ascend or a CPU."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

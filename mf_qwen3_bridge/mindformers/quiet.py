@@ -1,7 +1,5 @@
 """Silences MindFormers' output while a network is built."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -1,7 +1,5 @@
 """Replaces attributes of upstream's classes and modules, and gives them back; upstream's files stay as they are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps

@@ -1,7 +1,5 @@
 """Compares what MindFormers' inference network computes, stage by stage, with the reference."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack

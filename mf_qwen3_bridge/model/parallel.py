@@ -1,7 +1,5 @@
 """How an inference run is spread over processes, and which part of every parameter a process holds."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

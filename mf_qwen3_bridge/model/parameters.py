@@ -3,8 +3,6 @@
 Rules, shape hints, look-alikes and what ranks divide are read from this table.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The released sizes of Qwen3."""
 
-from __future__ import annotations
-
 from mf_qwen3_bridge.model.spec import ModelSpec
 
 # num_layers, hidden_size, num_attention_heads, num_query_groups, head_dim, ffn_hidden_size, vocab_size, tied,

@@ -1,7 +1,5 @@
 """How MindFormers' training network is spread over ranks: which block of every parameter each holds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from math import lcm
 

@@ -1,7 +1,5 @@
 """Restricts copies to blocks of tensors: a rank's slices, and shards on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Carries out copies: reads tiles with several threads and puts their elements in place."""
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

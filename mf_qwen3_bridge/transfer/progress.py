@@ -1,7 +1,5 @@
 """Shows progress bars on a terminal, and formats sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

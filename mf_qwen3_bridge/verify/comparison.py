@@ -1,7 +1,5 @@
 """Compares two checkpoints, in any two dialects, bit for bit; every byte of both is read once."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Suggests why tensors of two checkpoints differ, by comparing some of their rows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property

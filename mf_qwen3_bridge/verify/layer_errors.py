@@ -1,7 +1,5 @@
 """Compares what a network computes with the reference, stage by stage, and finds where the error begins."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Draws the errors of layers as a picture."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError

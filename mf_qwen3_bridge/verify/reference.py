@@ -4,8 +4,6 @@ Written from the architecture, for clarity, not speed; the tests compare it with
 when they are used, so one layer has to fit in memory.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Stand-ins for rotary embedding and attention over a paged KV cache; ``inference_ops`` explains the shapes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Prepares a process, its environment and its device for MindFormers' networks."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

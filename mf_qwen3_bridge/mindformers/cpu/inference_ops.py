@@ -12,8 +12,6 @@ A network must be built after the stand-ins are installed: building takes ``mint
 ``mint.argmax`` that it finds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

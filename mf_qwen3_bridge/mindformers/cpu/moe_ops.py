@@ -1,7 +1,5 @@
 """Stand-ins for the operators of a mixture of experts; ``inference_ops`` explains the shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

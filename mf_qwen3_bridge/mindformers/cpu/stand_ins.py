@@ -1,7 +1,5 @@
 """Collects stand-ins for Ascend's operators, and converts between tensors and arrays for them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import mindspore as ms

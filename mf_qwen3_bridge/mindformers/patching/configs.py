@@ -1,7 +1,5 @@
 """Wraps MindFormers' Auto and config classes, to take a Hugging Face directory of any transformers version."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path

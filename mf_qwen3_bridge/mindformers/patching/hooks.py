@@ -1,7 +1,5 @@
 """Replaces MindFormers' entry points for loading weights and for generating."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial

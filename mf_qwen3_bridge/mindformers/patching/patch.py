@@ -22,8 +22,6 @@ replaced                                              by
 ===================================================== =========================================================
 """
 
-from __future__ import annotations
-
 from mf_qwen3_bridge.mindformers.patching import configs, hooks  # noqa: F401  declare the hooks
 from mf_qwen3_bridge.mindformers.replacements import HOOKS
 
