@@ -5,9 +5,10 @@
 
 makes synthetic checkpoints of real shapes (random bfloat16), converts them to MindFormers' training layout and back by
 
-    cp        cp -r of the directory it reads
+    cp        cp -r of the directory it reads, and sync
     floor     each tensor read, transposed if it is an expert's, and written, by all cores; nothing is fused or split
     bridge    mf-qwen3 convert, mf-qwen3 export
+    buffered  the same, written through the page cache
     upstream  MindFormers' reverse script (back only), from a checkout of its sources: --mindformers_source
 
 each in a process of its own, start-up included, in turns, the page cache warm and nothing left to write back. The
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mf_qwen3_bridge.convert.file_writing import DIRECT_VARIABLE
 from mf_qwen3_bridge.errors import table
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.transfer.safetensors import Reader, TensorInfo
@@ -40,7 +42,7 @@ from benchmarks.checkpoints import MODELS, make_checkpoint
 
 MIB = 1 << 20
 PIECE = 4 << 20
-PROGRAMS = ("cp", "floor", "bridge", "upstream")
+PROGRAMS = ("cp", "floor", "bridge", "buffered", "upstream")
 BRIDGE = [sys.executable, "-m", "mf_qwen3_bridge.cli"]
 
 
@@ -130,13 +132,14 @@ def command_of(program: str, hf: Path, source: Path, output: Path) -> list[objec
     """The command line of a program, from ``source`` (Hugging Face's or MindFormers') to ``output``."""
     is_export = source != hf
     if program == "cp":
-        return ["cp", "-r", source, output]
+        return ["sh", "-c", 'cp -r "$0" "$1" && sync', source, output]
     if program == "floor":
         return [sys.executable, Path(__file__).resolve(), "--floor", source, output]
-    if program == "bridge" and is_export:
-        return [*BRIDGE, "export", "--input_path", source, "--output_path", output, "--hf_config", hf]
-    if program == "bridge":
-        return [*BRIDGE, "convert", "--model_dir", hf, "--output_dir", output]
+    if program in ("bridge", "buffered"):
+        bridge = ["env", f"{DIRECT_VARIABLE}={int(program == 'bridge')}", *BRIDGE]
+        if is_export:
+            return [*bridge, "export", "--input_path", source, "--output_path", output, "--hf_config", hf]
+        return [*bridge, "convert", "--model_dir", hf, "--output_dir", output]
     names = open_source(source).tensors
     layers = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("decoder.layers."))
     model = "qwen3-moe" if any(".experts." in name for name in names) else "qwen3"
@@ -191,7 +194,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, required=True, help="holds the checkpoints")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["Qwen3-0.6B", "Qwen3-30B-A3B, 4 layers"])
     parser.add_argument(
-        "--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS[:3]), help="the first is the yardstick"
+        "--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS[:4]), help="the first is the yardstick"
     )
     parser.add_argument("--mindformers_source", type=Path, help="for the program 'upstream'; needs torch")
     parser.add_argument("--rounds", type=int, default=5)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from mf_qwen3_bridge.convert.file_writing import BLOCK_BYTES
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.source import HF_INDEX, LAYOUT_KEY, MINDFORMERS_INDEX, TENSOR_PARALLEL_KEY
 from mf_qwen3_bridge.model.layouts import Layout
@@ -17,7 +18,6 @@ from mf_qwen3_bridge.transfer.safetensors import DTYPES, TensorInfo
 # As Hugging Face's and MindSpore's own writers do.
 HF_SHARD_BYTES = 5 * 10**9
 MINDFORMERS_FILE_BYTES = 3 * 1024**3
-_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,18 @@ class OutputFile:
 
 
 def output_file(name: str, targets: Iterable[Target], metadata: Mapping[str, str]) -> OutputFile:
-    """Lays out a safetensors file that holds ``targets``: widest dtypes first, so that each tensor is aligned."""
-    ordered = sorted(targets, key=lambda target: -DTYPES[target.dtype].itemsize)
+    """Lays out a safetensors file that holds ``targets``.
+
+    The header is padded to a whole block, and what fills whole blocks comes first, so that it begins on one, too, and
+    can be written past the page cache. The rest is ordered by dtype, the widest first: so each tensor is aligned.
+    """
+    ordered = sorted(targets, key=lambda one: (one.nbytes % BLOCK_BYTES > 0, -DTYPES[one.dtype].itemsize))
     starts = [0, *accumulate(target.nbytes for target in ordered)]
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     for target, *offsets in zip(ordered, starts, starts[1:]):
         header[target.name] = {"dtype": target.dtype, "shape": target.shape, "data_offsets": offsets}
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % _ALIGNMENT)
+    encoded += b" " * (-(8 + len(encoded)) % BLOCK_BYTES)
     data = 8 + len(encoded)
     tensors = {
         target.name: TensorInfo(target.name, target.shape, target.dtype, Path(name), data + start, target.nbytes)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mf_qwen3_bridge.convert.file_layout import OutputFile
+from mf_qwen3_bridge.convert.file_writing import WritableFile
 from mf_qwen3_bridge.convert.workers import ALONE, Worker, write_whole
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.source import UNFINISHED_SUFFIX
@@ -29,7 +30,6 @@ from mf_qwen3_bridge.transfer.progress import size_text
 
 # Holds what the bridge itself needs until the directory is complete.
 _STATE = ".mf-qwen3"
-_COMPARED_BYTES = 1 << 20
 
 
 class OutputDirectory:
@@ -46,8 +46,7 @@ class OutputDirectory:
         self.state = self.incomplete / _STATE
         self.worker = worker
         self._job = json.dumps(job, indent=2, sort_keys=True)
-        self._descriptors: dict[str, int] = {}
-        self._present: dict[str, int] = {}  # bytes that a file had when it was opened
+        self._opened: dict[str, WritableFile] = {}
         self._lock = Lock()
         self._is_discarded = False
         self.notes: list[str] = []  # for the user, when the directory is complete
@@ -119,9 +118,9 @@ class OutputDirectory:
                 write_whole(self.state / "job.json", self._job.encode(), f"job.{self.worker.number}")
                 yield
             finally:
-                for descriptor in self._descriptors.values():
-                    os.close(descriptor)
-                self._descriptors.clear()
+                for opened in self._opened.values():
+                    opened.close()
+                self._opened.clear()
                 os.close(lock)
                 self._clean_up()
         except OSError as error:
@@ -155,37 +154,32 @@ class OutputDirectory:
     def put(self, file: str, start: int, elements: np.ndarray) -> None:
         """Writes a C-contiguous array to a file, from byte ``start`` on, unless it is there already; thread-safe."""
         data = elements.reshape(-1).view(np.uint8)
-        descriptor = self._descriptor(file)
-        if start + data.size <= self._present[file] and _holds(descriptor, start, data):
-            return
-        _write_all(descriptor, start, memoryview(data))  # type: ignore[arg-type]
+        opened = self._open(file)
+        if not opened.holds(start, data):
+            opened.write(start, data)
 
-    def _descriptor(self, name: str) -> int:
+    def _open(self, name: str) -> WritableFile:
         with self._lock:
-            if name not in self._descriptors:
+            if name not in self._opened:
                 partial = self._partial(name)
                 partial.parent.mkdir(parents=True, exist_ok=True)
                 finished = self.incomplete / name
                 with suppress(FileNotFoundError):
                     finished.rename(partial)  # the last run was killed while it completed the directory
-                self._descriptors[name] = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
-                self._present[name] = os.fstat(self._descriptors[name]).st_size
-            return self._descriptors[name]
+                self._opened[name] = WritableFile(partial, self.files[name].nbytes)
+            return self._opened[name]
 
     def _partial(self, name: str) -> Path:
         return self.incomplete / f"{name}.partial"
 
-    def sync(self, run: Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]) -> None:
+    def sync(self, run: Callable[[Callable[[WritableFile], None], Iterable[WritableFile]], Iterable[None]]) -> None:
         """Waits until everything that this worker wrote is on disk; ``run`` applies a function, as ``map`` does."""
-        list(run(os.fsync, list(self._descriptors.values())))
+        list(run(WritableFile.sync, list(self._opened.values())))
 
     def complete(self, others: Mapping[str, bytes]) -> None:
         """Writes headers and the other files (name -> contents; the index last), and gives the directory its name."""
         for name, file in self.files.items():
-            descriptor = self._descriptor(name)
-            _write_all(descriptor, 0, memoryview(file.header))
-            os.ftruncate(descriptor, file.nbytes)
-            os.fsync(descriptor)
+            self._open(name).finish(file.header, file.nbytes)
             self._partial(name).rename(self.incomplete / name)
         for name, content in others.items():
             write_whole(self.incomplete / name, content)
@@ -205,23 +199,6 @@ class OutputDirectory:
         except BridgeError:
             self._is_discarded = self.worker.count == 1
             raise
-
-
-def _write_all(descriptor: int, start: int, data: memoryview) -> None:
-    """Writes everything: a full disk may take only a part of it, without an error."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], start + done)
-
-
-def _holds(descriptor: int, start: int, data: np.ndarray) -> bool:
-    """Whether a file holds these bytes at ``start``."""
-    for begin in range(0, data.size, _COMPARED_BYTES):
-        expected = data[begin : begin + _COMPARED_BYTES]
-        found = np.frombuffer(os.pread(descriptor, expected.size, start + begin), np.uint8)
-        if not np.array_equal(found, expected):
-            return False
-    return True
 
 
 def _sync_directory(directory: Path) -> None:

@@ -21,7 +21,8 @@ from mf_qwen3_bridge.transfer.values import largest_magnitude
 BUFFER_BYTES = 96 << 20
 _MAX_THREADS = 8
 _ROWS_OF_A_TRANSPOSE = 256
-_ALIGNMENT = 64
+# Of what is lent: a page, so that it can be written past the page cache.
+_ALIGNMENT = 4096
 # Of each of two tensors, by each thread at a time.
 _COMPARED_BYTES = 2 << 20
 
@@ -66,7 +67,9 @@ class Buffers:
         if self._total and self._total + nbytes > BUFFER_BYTES:
             return None
         self._total += nbytes
-        return np.empty(nbytes, np.uint8)
+        memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % _ALIGNMENT
+        return memory[start : start + nbytes]
 
 
 class Made(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 
 import numpy as np
 
@@ -105,6 +106,8 @@ def _divisions(tile: Tile, nbytes: int) -> Iterator[list[Tile]]:
     for axis, (length, *others) in enumerate(zip(*shapes)):
         if length > 1 and all(other == length for other in others):
             step = max(1, length // -(-nbytes // TILE_BYTES))
+            pages = max(_PAGE_BYTES // gcd(_PAGE_BYTES, c.target_view.strides[axis] * c.itemsize) for c in tile)
+            step -= step % pages if step > pages else 0  # pieces end where a page does, if they can
             yield [tuple(copy.cut(axis, start, start + step) for copy in tile) for start in range(0, length, step)]
 
 

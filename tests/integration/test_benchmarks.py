@@ -15,7 +15,7 @@ pytestmark = pytest.mark.newest_only
 DOCUMENT = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 LINES = {  # the options to run each with, and the lines of its table
     "benchmarks/loading.py": (["--loaders", "direct", "floor"], 2),
-    "benchmarks/conversion.py": (["--programs", "cp", "floor", "bridge"], 6),
+    "benchmarks/conversion.py": (["--programs", "cp", "floor", "bridge", "buffered"], 8),
     "benchmarks/verifying.py": ([], 3),
 }
 
