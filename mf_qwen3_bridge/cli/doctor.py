@@ -59,7 +59,7 @@ def _packages() -> Iterator[Finding]:
     mindformers = _installed("mindformers")
     advice = "" if mindformers in KNOWN else f"the bridge is tested with {', '.join(KNOWN)}"
     if mindformers is None:
-        advice = "pip install 'mf-qwen3-bridge[mindformers]'"
+        advice = "pip install 'mindformers>=1.7,<2'; on an NPU server use the environment that has it"
     yield Finding("mindformers", mindformers or "not installed", advice)
     for package, pinned in zip(("mindspore", "transformers"), KNOWN.get(mindformers or "", (None, None))):
         found = _installed(package)
@@ -77,7 +77,9 @@ def _ascend() -> Iterator[Finding]:
     if devices:
         yield Finding("NPU", f"{len(devices)} ({', '.join(devices)})")
     else:
-        advice = "CANN is there but no NPU: is the driver loaded, is the container given them?" if toolkit else ""
+        advice = "on an NPU server: give the container /dev/davinci0, ..., and source CANN's set_env.sh"
+        if toolkit:
+            advice = "CANN is there but no NPU: is the driver loaded, is the container given them?"
         yield Finding("NPU", "none: MindFormers' networks run on the CPU, with the bridge's stand-ins", advice)
     if toolkit:
         yield Finding("CANN", toolkit)

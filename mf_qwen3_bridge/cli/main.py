@@ -184,5 +184,5 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
     except ModuleNotFoundError as error:
         if error.name not in ("mindspore", "mindformers"):
             raise
-        click.echo(f"Error: {error.name} is not installed: pip install 'mf-qwen3-bridge[mindformers]'", err=True)
+        click.echo(f"Error: {error.name} is not installed: pip install 'mindformers>=1.7,<2'", err=True)
         sys.exit(2)

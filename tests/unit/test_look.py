@@ -195,3 +195,13 @@ def test_an_npu_without_cann(monkeypatch: pytest.MonkeyPatch):
     found = {finding.subject: finding for finding in doctor.examine()}
     assert found["NPU"].found == "2 (davinci0, davinci1)"
     assert "set_env.sh" in found["CANN"].advice
+
+
+@pytest.mark.parametrize(("toolkit", "advice"), [("", "on an NPU server"), ("/usr/local/Ascend", "CANN is there")])
+def test_a_machine_without_npus(monkeypatch: pytest.MonkeyPatch, toolkit: str, advice: str):
+    """As in a container that was not given them, where everything would run on the CPU."""
+    monkeypatch.setattr(doctor.Path, "glob", lambda self, pattern: iter([]))
+    monkeypatch.setenv("ASCEND_TOOLKIT_HOME", toolkit)
+    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+    found = {finding.subject: finding for finding in doctor.examine()}
+    assert found["NPU"].advice.startswith(advice)
