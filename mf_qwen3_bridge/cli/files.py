@@ -148,7 +148,7 @@ def convert(
     ]
     problems += yaml.slice_problems() if (tp or ep) and is_for_training else ()
     if problems:
-        raise BridgeError(f"a run with {config} needs other slices", problems)
+        raise BridgeError(f"--tp and --ep do not cut what a run with {config} reads", problems)
     trained = model.yaml_layout or TRAINING_DEFAULT
     target = INFER if layout == "infer" else Dialect(trained.on(tp or trained.tensor_parallel))
     if tp or ep:

@@ -153,7 +153,7 @@ def _verify_logits(
     # What 16 tokens did not reach: rows of the embedding, experts.
     report = compare(*models) if second else None
     if found.begin or (report and report.different):
-        what = "does not compute the same" if found.begin else "computes the same for some tokens, from other weights"
+        what = "does not compute the same" if found.begin else "computes the same for these tokens, from other weights"
         raise BridgeError(f"{first} {what}: {found.summary}", report.problems() if report else ())
     click.echo(f"result      {found.summary}")
 

@@ -197,7 +197,7 @@ def _rope(raw: Mapping[str, Any], problems: list[Problem]) -> tuple[float, dict[
     parameters, scaling = (raw.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
     for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if not isinstance(value, dict):
-            problems.append(Problem(key, repr(value), "an object, or null"))
+            problems.append(Problem(key, repr(value), "a JSON object, or null"))
             return 0.0, None
     if any(isinstance(value, dict) for value in parameters.values()):
         problems.append(Problem("rope_parameters", "one set per layer type", "Qwen3 has one for all layers"))

@@ -81,7 +81,7 @@ def inspect(path: Path) -> Inspection:
             spec = spec_of(source.tensors, dialect)
         except KeyError as missing:
             numbers = {field: number for field, (number, _) in numbers_of(source.tensors, dialect).items()}
-            unusual.append(f"the shapes do not show {missing.args[0]}: a tensor of the first layer is missing, or odd")
+            unusual.append(f"the shapes do not show {missing.args[0]}: a tensor of the first layer is missing or wrong")
         else:
             numbers = spec.numbers
             untied = replace(spec, tie_word_embeddings=False)

@@ -139,7 +139,7 @@ def check_layout(trained: CheckedCheckpoint) -> bool:
             found = f"assumed {describe(mine)}\nits rows are like those of {trained.hf_dir} if it is {describe(best)}"
             problems.append(Problem(f"layout of {rule.fuses}", found, _remedy(rule.fuses, best)))
     if problems:
-        raise BridgeError(f"{trained.source.path} has another layout", problems)
+        raise BridgeError(f"{trained.source.path} is in another layout than assumed", problems)
     return all(shown)
 
 

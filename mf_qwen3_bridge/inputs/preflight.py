@@ -190,10 +190,10 @@ def _check(
         at = source.path
         headline = f"config and weights of {at} don't fit: take both from one model, or change what the table says"
         if not origins:
-            headline = f"{at} is not what is declared of it: change what the table says"
+            headline = f"{at} contradicts what was declared: change what the table says"
         raise BridgeError(headline, problems + run_problems)
     if run_problems:
-        raise BridgeError(f"{source.path} can't be run like this", run_problems)
+        raise BridgeError(f"{source.path} can't be run with these settings", run_problems)
     notes = list(config_notes(hf_dir, hf_config, _additions(yaml, arguments)) if hf_dir else ())
     notes += _notes(source, hf_dir or source.directory, yaml)
     if absent and yaml.model_config:

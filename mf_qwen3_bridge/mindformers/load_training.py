@@ -72,7 +72,10 @@ def cut_plan(plan: Plan, shardings: Mapping[str, Sharding], stage: int, rank: in
     """
     devices = next(iter(shardings.values())).num_devices
     if rank // devices != stage:
-        raise BridgeError(f"the strategy file is of stage {stage}, with {devices} devices; this is rank {rank}")
+        raise BridgeError(
+            f"the strategy file is of pipeline stage {stage} with {devices} devices, but this is rank {rank}: "
+            "remove the strategy files of earlier runs"
+        )
     targets = [target for target in plan.targets if target.name in shardings]
     try:
         boxes = {
@@ -81,5 +84,7 @@ def cut_plan(plan: Plan, shardings: Mapping[str, Sharding], stage: int, rank: in
             if any(parts > 1 for _, parts in shardings[target.name].place(rank % devices))
         }
     except ValueError as error:
-        raise BridgeError(f"the strategy file is not this network's: {error}") from error
+        raise BridgeError(
+            f"the strategy file is of another network ({error}): remove the strategy files of earlier runs"
+        ) from error
     return write_slices(replace(plan, targets=tuple(targets)), boxes)

@@ -91,7 +91,7 @@ def build_inference_network(
         network = _with_generate(network_class)(config)
     if parallel.world_size > 1:
         if rank_of(network) != parallel.rank(get_rank()):
-            raise BridgeError(f"this process is {rank_of(network)} of another run, which has no place in {parallel}")
+            raise BridgeError(f"this process runs as {rank_of(network)} already, not in {parallel}: start a new one")
         share_random_draws(network)
     return network
 

@@ -93,7 +93,7 @@ def check_comparable(
             "it: name what they should be as well, such as the Hugging Face directory (mf-qwen3 verify A B --logits)"
         )
     if rows := list(config_rows({str(path): model.hf_config for path, model in zip(paths, models)})):
-        raise BridgeError("these do not compute the same: their config.json differ", rows)
+        raise BridgeError("the two do not compute the same: they differ in config.json", rows)
     return models
 
 

@@ -269,7 +269,7 @@ def test_layout_metadata_in_the_newer_format(tmp_path: Path):
     base_trainer.load_checkpoint(checkpoint=str(tmp_path / "mindformers"), network=network)
     wanted = expected(directory, LAYOUTS[-1])
     assert of_model(network, wanted) == wanted
-    with pytest.raises(BridgeError, match="nothing of an optimizer"):
+    with pytest.raises(BridgeError, match="nothing to resume"):
         base_trainer.load_checkpoint(str(directory), network, nn.Adam(network.trainable_params()))
 
 
@@ -329,7 +329,7 @@ def test_a_strategy_file_of_another_run(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(BridgeError, match="does not fit the network"):  # its parameters are whole
         training.load_training_network(network, model, strategy)
     monkeypatch.setattr(training, "get_rank", lambda: 5)
-    with pytest.raises(BridgeError, match="is of stage 0, with 2 devices; this is rank 5"):
+    with pytest.raises(BridgeError, match="is of pipeline stage 0 with 2 devices, but this is rank 5"):
         training.load_training_network(network, model, strategy)
     with pytest.raises(BridgeError, match="no strategy file"):
         training.load_training_network(network, model, tmp_path / "hf" / "config.json")

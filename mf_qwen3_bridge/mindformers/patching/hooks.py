@@ -128,9 +128,9 @@ def wrap_load_checkpoint(upstream: Callable[..., None], *args: Any, **kwargs: An
         upstream(*args, **kwargs)
         return
     if "config" in called and called["config"].resume_training:
-        raise BridgeError(f"{directory} holds weights alone: resume_training has to be False")
+        raise BridgeError(f"{directory} holds no optimizer state: set resume_training to False")
     if "config" not in called and called.get("optimizer") is not None:
-        raise BridgeError(f"{directory} holds weights alone, and nothing of an optimizer to resume with")
+        raise BridgeError(f"{directory} holds no optimizer state, so there is nothing to resume")
     fill_network(network, directory)
 
 

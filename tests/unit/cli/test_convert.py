@@ -223,7 +223,7 @@ def test_tensor_parallel_that_is_not_the_yamls(tmp_path, call, hf_dir, flags_of_
     config = training_yaml(tmp_path / "train.yaml", flags_of_layout, **on_ranks(4))
     result = convert(call, hf_dir, "--tp", 2, "--config", config)
     assert result.code == 2
-    assert f"a run with {config} needs other slices" in result.err
+    assert f"--tp and --ep do not cut what a run with {config} reads" in result.err
     assert "model_parallel 4" in unwrapped(result.err) and "| --tp " in result.err
     assert names(tmp_path) == {"hf", "train.yaml"}
     assert convert(call, hf_dir, "--tp", 2, "--config", config, "--layout", "infer").code == 0
