@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes up training data for a tiny model: one tune of tokens, begun anywhere and sung over and over.
+"""Makes up training data for a tiny model: a short sequence of tokens, repeated; rows begin at different places.
 
 python demo/make_training_data.py --model_dir demo/qwen3-demo --output output/training.mindrecord
 """

@@ -65,7 +65,7 @@ def svg() -> str:
     for top in tops[:2]:
         elements.append(arrow((edge + 4, y), (x, y), (x, top + _HEIGHT // 2), (edge + 4, top + _HEIGHT // 2)))
     elements.append(words(x - 8, tops[1] - _GAP // 2 + 4, "load_checkpoint", anchor="end"))
-    below = "mf-qwen3 check and inspect read headers; mf-qwen3 verify compares any two of them, bit for bit"
+    below = "mf-qwen3 check and inspect read headers; mf-qwen3 verify compares two checkpoints, bit for bit"
     elements.append(words(_PAGE // 2, bottom + 30, below, anchor="middle"))
     title = "Qwen3 weights in a Hugging Face directory and in MindFormers, and the commands that move them"
     return document(_PAGE, bottom + 42, title, elements, has_arrows=True)

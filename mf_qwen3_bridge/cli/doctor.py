@@ -38,8 +38,7 @@ class Finding(NamedTuple):
 def examine() -> Iterator[Finding]:
     """Looks at this machine and this process, without importing MindSpore."""
     yield Finding("mf-qwen3-bridge", __version__)
-    known_python = (3, 10) <= sys.version_info[:2] <= (3, 11)
-    advice = "" if known_python else "MindFormers' wheels are for Python 3.10 and 3.11"
+    advice = "" if sys.version_info[:2] == (3, 11) else "the bridge is tested with Python 3.11"
     yield Finding("Python", f"{platform.python_version()}, {platform.machine()}", advice)
     yield from _packages()
     yield from _ascend()

@@ -105,7 +105,7 @@ _export_options = _options(
     ),
 )
 @click.option("--model_dir", type=DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory.")
-@click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
+@click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Created; may exist if empty.")
 @click.option("--load_checkpoint", type=DIRECTORY, metavar="DIR", help="Weights, when not in --model_dir.")
 @click.option("--layout", type=click.Choice(["train", "infer"]), default="train", show_default=True)
 @_config
@@ -170,7 +170,7 @@ def convert(
 )
 @click.option("--input_path", type=DIRECTORY, metavar="DIR", help="Merged training checkpoint.")
 @_rank_options
-@click.option("--output_path", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
+@click.option("--output_path", type=DIRECTORY, metavar="DIR", required=True, help="Created; may exist if empty.")
 @_export_options
 def export(
     input_path: Path | None,
@@ -246,7 +246,7 @@ def unify(
 )
 @click.option("--model", "kind", type=click.Choice(["qwen3-moe", "qwen3"]), required=True)
 @click.option("--input_path", type=DIRECTORY, metavar="DIR", required=True, help="The checkpoint to convert.")
-@click.option("--output_path", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
+@click.option("--output_path", type=DIRECTORY, metavar="DIR", required=True, help="Created; may exist if empty.")
 @click.option(
     "--reversed", "is_reversed", type=bool, is_flag=False, flag_value=True, default=False, help="MindFormers to HF."
 )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--rules", is_flag=True, help="List every tensor, and the MindFormers parameter that it is part of.")
 @click.option("--json", "as_json", is_flag=True, help="All of it as JSON.")
 def inspect(path: Path, tensors: bool, rules: bool, as_json: bool) -> None:
-    """Say what is in a checkpoint, by its headers: model, dialect, layout, dtypes, anything unusual.
+    """Say what is in a checkpoint, by its headers: model, names, layout, dtypes, anything unusual.
 
     DIR holds Hugging Face or MindFormers weights, or a directory for each rank; it may be a single file.
     """
@@ -78,7 +78,7 @@ def verify(
     With --logits: does MindFormers' inference network compute what it should, layer by layer, and where does it go
     wrong? A table, and a picture of it.
 
-    Exit code 0: they are, they do, it does. 2: not so; a table says where, and what may have happened.
+    Exit code 0: nothing is wrong, or both are equal. 2: a table says where, and what may have happened.
     """
     if logits:
         _verify_logits(first, second, config, hf_config, layers, picture)
@@ -180,7 +180,7 @@ def _draw(found: LayerErrors, first: Path, picture: Path | None) -> None:
 )
 @click.argument("model_dir", type=DIRECTORY, metavar="DIR")
 @click.option("--layers", type=click.IntRange(1), required=True, metavar="N", help="How many to keep.")
-@click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Is made; may exist if empty.")
+@click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Created; may exist if empty.")
 @click.option("--dry_run", is_flag=True, help="Say what would be done; write nothing.")
 def truncate(model_dir: Path, layers: int, output_dir: Path, dry_run: bool) -> None:
     """Keep the first layers of a model, byte for byte, to try every step with a model of 235B in a minute.
@@ -195,7 +195,7 @@ def truncate(model_dir: Path, layers: int, output_dir: Path, dry_run: bool) -> N
 
 @click.command(short_help="Describe the machine, for a bug report.", epilog=examples("mf-qwen3 doctor"))
 def doctor() -> None:
-    """Say what this machine has of what MindFormers needs; made to be pasted into a bug report."""
+    """Report packages, NPUs and environment variables, for a bug report."""
     from mf_qwen3_bridge.cli.doctor import examine
 
     click.echo(table(["what", "found", "what to do"], examine()))

@@ -23,7 +23,12 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say which checkpoint is meant."""
     for option in (
         click.option("--ep", type=click.IntRange(1), metavar="N", help="Expert parallel size  [default: 1]."),
-        click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor parallel size  [default: all]."),
+        click.option(
+            "--tp",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Tensor parallel size  [default: all processes].",
+        ),
         click.option("--load_checkpoint", type=DIRECTORY, metavar="DIR", help="Weights, when not in --model_dir."),
         click.option("--config", type=DIRECTORY, metavar="YAML", help="MindFormers YAML to hold them against."),
         click.option("--model_dir", type=DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory."),

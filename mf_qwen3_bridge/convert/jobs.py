@@ -174,7 +174,7 @@ def truncate(model: CheckedCheckpoint, num_layers: int, output: Path) -> Job:
 
 def _refuse(problems: Iterable[Problem]) -> None:
     if found := list(problems):
-        raise BridgeError("the model can't be divided so", found)
+        raise BridgeError("the model can't be divided like this", found)
 
 
 def unify(source: Source, output: Path) -> Job:

@@ -54,7 +54,7 @@ class OutputDirectory:
     def check(self) -> None:
         """Raises BridgeError if the path is taken or can't be written to, or the disk is too small; makes nothing."""
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
-            raise BridgeError(f"{self.path} is there already, and is no directory: choose another output")
+            raise BridgeError(f"{self.path} already exists and is not a directory: choose another output")
         if self.path.is_dir() and any(self.path.iterdir()):
             raise BridgeError(f"{self.path} is not empty, and nothing is overwritten: choose another output")
         if not self.path.name or self.path.name.endswith(UNFINISHED_SUFFIX):
@@ -95,7 +95,8 @@ class OutputDirectory:
                 theirs = json.loads(job.read_text())
             differs = ", ".join(key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key))
             raise BridgeError(
-                f"{self.incomplete} was left by another job, interrupted (not the same: {differs}): {remedy}"
+                f"{self.incomplete} was left by a command with other input or options "
+                f"(not the same: {differs}): {remedy}"
             )
 
     @contextmanager

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import yaml
+from mf_qwen3_bridge.convert.jobs import to_mindformers
+from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
@@ -78,8 +80,12 @@ def offline(tmp_path_factory) -> Path:
         "parallel_config": {"model_parallel": 2},
         "model": {"model_config": CONTIGUOUS.training_flags},
     }
-    (directory / "finetune_qwen3_8b.yaml").write_text(yaml.safe_dump(document))
+    (directory / "finetune_tp2.yaml").write_text(yaml.safe_dump(document))
     save_as_ranks(directory / "output", SMALL["Qwen3-30B-A3B"])
+    run(to_mindformers(check(SMALL["Qwen3-8B"]), TRAIN, directory / "one_card"))
+    saved = directory / "output_one_card" / "checkpoint" / "rank_0"
+    saved.mkdir(parents=True)
+    (directory / "one_card" / "part0.safetensors").rename(saved / "qwen3_rank_0-1_20.safetensors")
     for command in manual_commands("offline"):
         words = command[1:] if command[0] == "python" else ["-m", "mf_qwen3_bridge.cli", *command[1:]]
         result = run_command([sys.executable, *on_the_small_model(words)], directory)
@@ -122,6 +128,7 @@ def test_all_ways_back_hold_the_same_weights(offline: Path):
     for output in ("hf_weights", "hf_complete", "hf_from_merged", "hf_from_ranks"):
         assert values(offline / output) == values(source)
         assert names(offline / output) == {"model.safetensors"} | (set() if output == "hf_weights" else companions)
+    assert values(offline / "hf_from_one_card").keys() == values(SMALL["Qwen3-8B"]).keys()
 
 
 def test_two_machines(offline: Path):

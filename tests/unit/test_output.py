@@ -210,10 +210,10 @@ def test_places_that_are_taken(dirs, tmp_path, monkeypatch):
     assert [path.name for path in full.iterdir()] == ["precious"]
     file = tmp_path / "file"
     file.write_text("mine")
-    assert "is no directory" in refusal(job_of(dirs, file))
+    assert "is not a directory" in refusal(job_of(dirs, file))
     link = tmp_path / "link"
     link.symlink_to(full)
-    assert "is no directory" in refusal(job_of(dirs, link))
+    assert "is not a directory" in refusal(job_of(dirs, link))
     with monkeypatch.context() as patch:
         patch.setattr(os.path, "ismount", lambda path: True)
         assert "where a disk is mounted" in refusal(job_of(dirs, tmp_path / "mounted"))
@@ -239,7 +239,7 @@ def test_only_the_same_job_goes_on(dirs, tmp_path):
             run(job_of(dirs, out))
 
     assert exit_code(in_child(work)) == -signal.SIGKILL
-    assert "left by another job" in refusal(to_mindformers(check(dirs.hf), TRAIN, out))
+    assert "left by a command with other input or options" in refusal(to_mindformers(check(dirs.hf), TRAIN, out))
     assert "(not the same: other files, tensors)" in refusal(job_of(dirs, out, shard_bytes=1 << 20))
     os.utime(dirs.trained / "model.safetensors")
     assert "(not the same: sources)" in refusal(job_of(dirs, out))

@@ -212,7 +212,7 @@ def test_sizes_that_do_not_divide_the_model(tmp_path, call, spec, arguments, exp
     before = everything(tmp_path)
     result = convert(call, tmp_path / "hf", *arguments)
     assert (result.code, result.out) == (2, "")
-    assert "the model can't be divided so" in result.err
+    assert "the model can't be divided like this" in result.err
     for text in expected:
         assert text in unwrapped(result.err)
     assert everything(tmp_path) == before

@@ -258,7 +258,7 @@ def test_an_output_that_is_a_file(tmp_path, call, command, source):
     before = everything(tmp_path)
     click_command, arguments = COMMANDS[command]
     result = call(*arguments, command=click_command)
-    assert (result.code, f"{tmp_path / 'out'} is there already, and is no directory" in result.err) == (2, True)
+    assert (result.code, f"{tmp_path / 'out'} already exists and is not a directory" in result.err) == (2, True)
     assert everything(tmp_path) == before
 
 
