@@ -1,7 +1,8 @@
 """Reads JSON and YAML documents into plain values, whatever they hold."""
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def read_document(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
     try:
         if path.exists() and not path.is_file():  # reading a pipe might never end
             raise OSError(errno.EINVAL, "no regular file")
-        return _plain(parse(path.read_text(encoding="utf-8")), {})[0]
+        return _plain(parse(path.read_text(encoding="utf-8")), count(1))
     except OSError as error:
         raise BridgeError(f"can't read {path}: {error.strerror}") from error
     except RecursionError as error:
@@ -32,32 +33,22 @@ def read_document(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
         raise BridgeError(f"{path} is not valid {kind} ({error}): copy it again, or correct it") from error
 
 
-def _plain(value: Any, done: dict[int, tuple[Any, int]]) -> tuple[Any, int]:
-    """A copy of a value, and how many values it has, those that occur several times counted each time.
+def _plain(value: Any, numbers: Iterator[int]) -> Any:
+    """A copy of a value, each of whose values takes one of ``numbers``, once for each time that it occurs.
 
-    ``done`` has the containers that were copied, by their id: each is copied once. Raises ValueError for what can't be
-    printed, RecursionError for what contains itself.
+    Raises ValueError for what can't be printed or is too much, RecursionError for what contains itself.
     """
-    if value is None or isinstance(value, (bool, float)):
-        return value, 1
-    if isinstance(value, int):
-        if value.bit_length() > _LONGEST_NUMBER:
-            raise ValueError("a number of several hundred digits")
-        return value, 1
-    if not isinstance(value, (Mapping, list, tuple, set)):  # text, and YAML's dates and bytes
-        return _text(value), 1
-    if id(value) not in done:
-        if isinstance(value, Mapping):
-            entries = {_text(key): _plain(entry, done) for key, entry in value.items()}
-            copied: Any = {key: entry for key, (entry, _) in entries.items()}
-            size = 1 + sum(count for _, count in entries.values())
-        else:
-            pairs = [_plain(entry, done) for entry in value]
-            copied, size = [entry for entry, _ in pairs], 1 + sum(count for _, count in pairs)
-        if size > _MOST_VALUES:
-            raise ValueError(f"more than {_MOST_VALUES} values")
-        done[id(value)] = copied, size
-    return done[id(value)]
+    if next(numbers) > _MOST_VALUES:
+        raise ValueError(f"more than {_MOST_VALUES} values")
+    if isinstance(value, Mapping):
+        return {_text(key): _plain(entry, numbers) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(entry, numbers) for entry in value]
+    if isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER:
+        raise ValueError("a number of several hundred digits")
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return _text(value)  # text, and YAML's dates and bytes
 
 
 def _text(value: object) -> str:
