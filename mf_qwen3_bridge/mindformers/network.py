@@ -195,8 +195,19 @@ def _predict_context(target: str, parallel: ParallelConfig) -> Iterator[None]:
         set_context(run_mode="predict", use_legacy=False)
     else:
         context = {"device_target": target, **copy.deepcopy(_CONTEXT[target])}
-        divided = _parallel_context(parallel) if parallel.world_size > 1 else {}
-        build_context({"run_mode": run_mode, "use_legacy": False, "context": context, "parallel": {}} | divided)
+        settings: dict[str, Any] = {"run_mode": run_mode, "use_legacy": False, "context": context, "parallel": {}}
+        if parallel.world_size > 1:  # each process computes with its slices, no graph is divided
+            settings |= {
+                "use_parallel": True,
+                "parallel": {"parallel_mode": "MANUAL_PARALLEL", "enable_alltoall": False, "full_batch": False},
+                "parallel_config": {
+                    "data_parallel": parallel.data_parallel,
+                    "model_parallel": parallel.tensor_parallel,
+                    "expert_parallel": parallel.expert_parallel,
+                    "pipeline_stage": 1,
+                },
+            }
+        build_context(settings)
     if target == "CPU":
         ms.set_context(mode=ms.PYNATIVE_MODE)
     if ms.get_context("device_target") != target:
@@ -208,17 +219,3 @@ def _predict_context(target: str, parallel: ParallelConfig) -> Iterator[None]:
     finally:
         if run_mode is not None:
             set_context(run_mode=run_mode)
-
-
-def _parallel_context(parallel: ParallelConfig) -> dict[str, Any]:
-    """Upstream's settings for a run of several processes: each computes with its slices, no graph is divided."""
-    return {
-        "use_parallel": True,
-        "parallel": {"parallel_mode": "MANUAL_PARALLEL", "enable_alltoall": False, "full_batch": False},
-        "parallel_config": {
-            "data_parallel": parallel.data_parallel,
-            "model_parallel": parallel.tensor_parallel,
-            "expert_parallel": parallel.expert_parallel,
-            "pipeline_stage": 1,
-        },
-    }

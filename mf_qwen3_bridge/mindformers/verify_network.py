@@ -1,7 +1,7 @@
 """Compares what MindFormers' inference network computes, stage by stage, with the reference."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -95,35 +95,29 @@ def _record_stages(network: InferenceNetwork, token_ids: Sequence[int]) -> dict[
     found: dict[Stage, np.ndarray] = {}
     with ExitStack() as hooks:
 
-        def listen(cell: Any, read: Callable[[Any, Any, Any], np.ndarray], stage: Stage) -> None:
+        def listen(cell: Any, stage: Stage, to_input: bool = False) -> None:
             def hook(cell: Any, inputs: Any, output: Any) -> None:
-                found[stage] = read(cell, inputs, output)
+                if stage.name == reference.ROUTER:
+                    found[stage] = _routing_weights(cell, *output)
+                else:
+                    found[stage] = _array(inputs[0] if to_input else output)
 
             hooks.callback(cell.register_forward_hook(hook).remove)
 
-        listen(network.model.decoder.layers[0].input_layernorm, _read_input, EMBEDDED)
+        listen(network.model.decoder.layers[0].input_layernorm, EMBEDDED, to_input=True)
         for number, layer in enumerate(network.model.decoder.layers):
             attention, mlp = layer.self_attention, layer.mlp
-            listen(attention.linear_qkv, _read_output, Stage(number, reference.QKV))
-            listen(attention.linear_proj, _read_input, Stage(number, reference.ATTENTION))
-            # Two hooks of one cell are called one after the other.
-            listen(attention.linear_proj, _read_output, Stage(number, reference.PROJ))
+            listen(attention.linear_qkv, Stage(number, reference.QKV))
+            listen(attention.linear_proj, Stage(number, reference.ATTENTION), to_input=True)
+            listen(attention.linear_proj, Stage(number, reference.PROJ))  # two hooks of one cell are called in turn
             if hasattr(mlp, "router"):
-                listen(mlp.router, _read_routing_weights, Stage(number, reference.ROUTER))
+                listen(mlp.router, Stage(number, reference.ROUTER))
             else:
-                listen(mlp.linear_fc1, _read_output, Stage(number, reference.FC1))
-            listen(mlp, _read_output, Stage(number, reference.MLP))
-            listen(layer, _read_output, Stage(number, reference.LAYER))
+                listen(mlp.linear_fc1, Stage(number, reference.FC1))
+            listen(mlp, Stage(number, reference.MLP))
+            listen(layer, Stage(number, reference.LAYER))
         found[LOGITS] = network_logits(network, token_ids)
     return found
-
-
-def _read_input(cell: Any, inputs: tuple[ms.Tensor, ...], output: Any) -> np.ndarray:
-    return _array(inputs[0])
-
-
-def _read_output(cell: Any, inputs: Any, output: ms.Tensor) -> np.ndarray:
-    return _array(output)
 
 
 def _array(tensor: ms.Tensor) -> np.ndarray:
@@ -131,11 +125,11 @@ def _array(tensor: ms.Tensor) -> np.ndarray:
     return array.reshape(-1, array.shape[-1])
 
 
-def _read_routing_weights(router: Any, inputs: Any, output: tuple[ms.Tensor, ms.Tensor]) -> np.ndarray:
+def _routing_weights(router: Any, chosen: ms.Tensor, experts: ms.Tensor) -> np.ndarray:
     """Routing weights, (tokens, experts); 0 for experts not selected."""
-    chosen, experts = _array(output[0]), output[1].asnumpy()
-    shares = np.zeros((len(chosen), router.num_experts), np.float32)
-    np.put_along_axis(shares, experts, chosen, axis=-1)
+    weights = _array(chosen)
+    shares = np.zeros((len(weights), router.num_experts), np.float32)
+    np.put_along_axis(shares, experts.asnumpy(), weights, axis=-1)
     return shares
 
 

@@ -84,16 +84,14 @@ def _all_reduce(tensor: Tensor, op: str = ops.ReduceOp.SUM, group: str | None = 
     return ops.AllReduce(op, group)(tensor), None
 
 
-@STAND_INS.derives(ProcessGroup, "group")
-def _group(upstream: property) -> property:
+def _group(self: ProcessGroup) -> str:
     """The name of a group. A CPU knows one group only, that of all processes."""
+    if self.size != get_group_size():
+        raise NotImplementedError(f"on CPUs all processes form one group, not {self.global_ranks}")
+    return str(GlobalComm.WORLD_COMM_GROUP)
 
-    def group(self: ProcessGroup) -> str:
-        if self.size != get_group_size():
-            raise NotImplementedError(f"on CPUs all processes form one group, not {self.global_ranks}")
-        return str(GlobalComm.WORLD_COMM_GROUP)
 
-    return property(group)
+STAND_INS.replaces(ProcessGroup, "group")(property(_group))
 
 
 # -------------------------------------------------- mindspore.mint: CumsumExt, ArgMaxExt, TopkExt, IndexSelect, SortExt

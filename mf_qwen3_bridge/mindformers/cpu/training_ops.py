@@ -68,9 +68,7 @@ class _CastButToFloat16(_Operator):
     """``Cast``, but for casts to float16: Ascend's attention has no float32, and upstream casts to float16 for it."""
 
     def construct(self, input: Tensor, dtype: Any) -> Tensor:
-        if dtype == ms.float16:
-            return input
-        return ops.cast(input, dtype)
+        return input if dtype == ms.float16 else ops.cast(input, dtype)
 
 
 @STAND_INS.replaces(activation, "Swiglu_op")
