@@ -3,12 +3,11 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong.
+class Problem(NamedTuple):
+    """One thing that is wrong: a row of the table that an error shows.
 
     Attributes:
         subject: what it is about: a file, a tensor, a config key.
@@ -33,11 +32,13 @@ class BridgeError(ValueError):
         headline = _printable(self.headline)
         if not self.problems:
             return headline
-        return f"{headline}\n{table(('what', 'found', 'what to do'), map(_row, self.problems))}"
+        return f"{headline}\n{table(('what', 'found', 'what to do'), self.problems)}"
 
 
-def _row(problem: Problem) -> tuple[str, str, str]:
-    return problem.subject, problem.found, problem.remedy
+def refuse(headline: str, problems: Iterable[Problem]) -> None:
+    """Raises a BridgeError with these problems, if there are any."""
+    if found := list(problems):
+        raise BridgeError(headline, found)
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], style: str = "grid") -> str:

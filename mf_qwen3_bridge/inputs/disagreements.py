@@ -48,7 +48,7 @@ def computed_rows(
         for problem in _row(declared, accepted):
             if trained_with is not None and trained_with in problem.found:
                 remedy = f"if the weights were trained as {trained_with} says, config.json is not theirs"
-                problem = replace(problem, remedy=remedy)
+                problem = problem._replace(remedy=remedy)
             yield problem
 
 

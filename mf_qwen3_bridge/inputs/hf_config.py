@@ -7,7 +7,7 @@ from operator import not_
 from pathlib import Path
 from typing import Any
 
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.documents import directory_meant, read_document
 
 # What a normalised config holds: the key, and transformers' default when a config.json leaves it out
@@ -106,8 +106,7 @@ def normalise(raw: Mapping[str, Any], origin: str = "config.json") -> dict[str, 
         raw = {**raw, "num_experts": raw["num_local_experts"]}
     problems = [Problem(*row) for row in (*_refusals(raw), *_bad_numbers(raw))]
     rope_theta, rope_scaling = _rope(raw, problems)
-    if problems:
-        raise BridgeError(f"{origin} can't be used", problems)
+    refuse(f"{origin} can't be used", problems)
     config = {key: raw[key] if raw.get(key) is not None else default for key, default in _keys(raw).items()}
     config["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
     config |= {key: raw[key] for key in _TOKENS if raw.get(key) is not None}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.disagreements import Shown, block_problems
 from mf_qwen3_bridge.inputs.mindformers_config import read_mindformers_config
 from mf_qwen3_bridge.inputs.opening import open_source
@@ -72,8 +72,7 @@ def open_weights(path: Path, config: Path | None = None) -> Weights:
         weights = Weights(source, dialect, spec_of(source.tensors, dialect))
     except KeyError as missing:
         raise incomplete(source, missing) from None
-    if problems := block_problems(weights.spec, dialect):
-        raise BridgeError(f"{source.path} can't have this layout", problems)
+    refuse(f"{source.path} can't have this layout", block_problems(weights.spec, dialect))
     return weights
 
 

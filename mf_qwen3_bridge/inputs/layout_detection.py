@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.identify import Weights, open_weights
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.model.layouts import Box, Layout
@@ -138,8 +138,7 @@ def check_layout(trained: CheckedCheckpoint) -> bool:
         if alike[best] > _ALIKE and alike[mine] < _MARGIN * alike[best]:
             found = f"assumed {describe(mine)}\nits rows are like those of {trained.hf_dir} if it is {describe(best)}"
             problems.append(Problem(f"layout of {rule.fuses}", found, _remedy(rule.fuses, best)))
-    if problems:
-        raise BridgeError(f"{trained.source.path} is in another layout than assumed", problems)
+    refuse(f"{trained.source.path} is in another layout than assumed", problems)
     return all(shown)
 
 

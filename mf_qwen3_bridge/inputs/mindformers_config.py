@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.documents import read_document
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
@@ -137,11 +137,10 @@ class MindFormersConfig:
         """
         flags = declared_flags(self.model_config)
         wrong = [Problem(key, repr(value), "true or false") for key, value in flags.items() if type(value) is not bool]
-        if wrong:
-            raise BridgeError(f"{self.origin} can't be used", wrong)
+        refuse(f"{self.origin} can't be used", wrong)
         if not self.is_for_training and len(flags) < len(LAYOUT_FLAGS):
             return None
-        layout = Layout.of_training(flags, self.training_tensor_parallel)
+        layout = Layout.of_training(flags, self.parallel_sizes(training=True).get("tensor_parallel", 1))
         if not self.is_for_training and saved_by is None and layout != layout.on(2):
             return None  # an inference YAML does not declare the size of the training run
         if has_experts:
@@ -171,11 +170,6 @@ class MindFormersConfig:
         config = self.section("parallel_config")
         return {name: config[key] for key, name in PARALLEL_SIZES.items() if _is_size(config.get(key))}
 
-    @property
-    def training_tensor_parallel(self) -> int:
-        """Over how many tensor parallel ranks a training run with this YAML is spread."""
-        return self.parallel_sizes(training=True).get("tensor_parallel", 1)
-
     def parallel_problems(self) -> Iterator[Problem]:
         """Sizes of an inference run with this YAML that are wrong, or that the bridge can't divide by."""
         if self.is_for_training or not self.document.get("use_parallel"):
@@ -197,8 +191,7 @@ class MindFormersConfig:
         optional = ["rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"]
         for name in required + optional:
             for key in (name, *COMPUTED_NAMES.get(name, ())):
-                if self.model_config.get(key) is not None:
-                    value = self.model_config[key]
+                if (value := self.model_config.get(key)) is not None:
                     if name in ("rms_norm_eps", "rope_theta") and isinstance(value, str):
                         with suppress(ValueError):  # YAML takes 1e-6 for a string; what is no number is refused later
                             value = float(value)

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, folded_problems
+from mf_qwen3_bridge.errors import BridgeError, Problem, folded_problems, refuse
 from mf_qwen3_bridge.inputs.documents import directory_meant
 from mf_qwen3_bridge.inputs.rank_files import open_rank_files
 from mf_qwen3_bridge.inputs.source import HF_INDEX, HYPER_PARAMETERS, MINDFORMERS_INDEX, UNFINISHED_SUFFIX, Source
@@ -71,8 +71,8 @@ def _open_directory(path: Path) -> Source:
     if not files:
         raise BridgeError(f"no *.safetensors in {path}{_what_else_is_there(path)}")
     missing = "missing, by the number in the other files' names"
-    if problems := [Problem(name, missing, "copy the file") for name in _absent_shards(files)]:
-        raise BridgeError(f"{path} is not a whole checkpoint", problems)
+    absent = (Problem(name, missing, "copy the file") for name in _absent_shards(files))
+    refuse(f"{path} is not a whole checkpoint", absent)
     return _open_files(path, files)
 
 
@@ -93,9 +93,7 @@ def _open_files(path: Path, files: Iterable[Path]) -> Source:
             twice[found_in, "remove the file that is stale"].append(name)
         all_metadata.append(file_metadata)
         tensors |= found
-    problems += folded_problems(twice)
-    if problems:
-        raise BridgeError(f"{path} is not a whole checkpoint", problems)
+    refuse(f"{path} is not a whole checkpoint", [*problems, *folded_problems(twice)])
     declared = {key: sorted({entry.get(key, "") for entry in all_metadata}) for entry in all_metadata for key in entry}
     shared = {key: values[0] for key, values in declared.items() if len(values) == 1}
     contradictions = {key: tuple(values) for key, values in declared.items() if len(values) > 1}
@@ -120,8 +118,7 @@ def _open_indexed(directory: Path, index: Path) -> Source:
     except BridgeError as error:
         raise BridgeError(error.headline, problems + error.problems) from error
     problems += _misplaced(source, weight_map, index.name, {file.name for file in files})
-    if problems:
-        raise BridgeError(f"{directory} is not a whole checkpoint", problems)
+    refuse(f"{directory} is not a whole checkpoint", problems)
     return source
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs import mindformers_config
 from mf_qwen3_bridge.inputs.disagreements import Sides, computed_rows, declared_by, match_model, number_rows
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_hf_config
@@ -192,8 +192,7 @@ def _check(
         if not origins:
             headline = f"{at} contradicts what was declared: change what the table says"
         raise BridgeError(headline, problems + run_problems)
-    if run_problems:
-        raise BridgeError(f"{source.path} can't be run with these settings", run_problems)
+    refuse(f"{source.path} can't be run with these settings", run_problems)
     notes = list(config_notes(hf_dir, hf_config, _additions(yaml, arguments)) if hf_dir else ())
     notes += _notes(source, hf_dir or source.directory, yaml)
     if absent and yaml.model_config:
@@ -213,7 +212,7 @@ def _layout_of_arguments(
     flags, declared = map(mindformers_config.declared_flags, (arguments, yaml.model_config))
     if not flags:
         return configured
-    size = known_size or yaml.training_tensor_parallel
+    size = known_size or yaml.parallel_sizes(training=True).get("tensor_parallel", 1)
     layout, other = Layout.of_training(declared | flags, size), Layout.of_training(flags | declared, size)
     if source.has_experts:
         layout, other = layout.of_experts, other.of_experts
@@ -240,8 +239,7 @@ def _check_kind(
         problems.append(Problem("model_type", f"{yaml.origin}: {declared}\nweights: {kind}", remedy))
     if other in arguments:
         problems.append(Problem(other, str(arguments[other]), f"a {kind} model has none: leave it out"))
-    if problems:
-        raise BridgeError(f"{source.path} is of another kind of model than declared", problems)
+    refuse(f"{source.path} is of another kind of model than declared", problems)
 
 
 def _spec_of(source: Source, dialect: Dialect, hf_config: Mapping[str, Any] | None, sides: Sides) -> ModelSpec:

@@ -7,7 +7,7 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names, refuse
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import Box
 from mf_qwen3_bridge.model.parameters import is_counter, is_fused_qkv, is_training_state
@@ -111,8 +111,7 @@ def open_rank_files(
         metadata.append(file_metadata)
         for name, tensor in tensors.items():
             found.setdefault(name, {})[rank] = tensor
-    if problems:
-        raise BridgeError(f"{directory} can't be read", problems)
+    refuse(f"{directory} can't be read", problems)
     listed = {name for stage in strategies for name in stage}
 
     def is_left_out(name: str) -> bool:
@@ -136,8 +135,7 @@ def open_rank_files(
                 whole[name] = _assemble(sharding, mine)
             except ValueError as error:
                 problems.append(Problem(name, str(error), "is a rank's file of another step or run, or missing?"))
-    if problems:
-        raise BridgeError(f"{directory} does not hold what the strategy files declare", _fold(problems))
+    refuse(f"{directory} does not hold what the strategy files declare", _fold(problems))
     shared = set.intersection(*(set(entry.items()) for entry in metadata)) - {("remove_redundancy", "True")}
     unlisted = {name: ranks[0] for name, ranks in found.items() if name not in listed and 0 in ranks}
     of_qkv = (sharding.parts()[0] for stage in strategies for name, sharding in stage.items() if is_fused_qkv(name))
@@ -186,8 +184,7 @@ def _files_of(directory: Path, num_ranks: int, file_suffix: str | None) -> dict[
         else:
             what = f"no file *{file_suffix}.safetensors" if file_suffix else "no *.safetensors"
             problems.append(Problem(path.name, what, "copy it, or choose another --file_suffix"))
-    if problems:
-        raise BridgeError(f"{directory} is not one run's checkpoint", _fold(problems))
+    refuse(f"{directory} is not one run's checkpoint", _fold(problems))
     return files
 
 

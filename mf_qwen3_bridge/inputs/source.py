@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parameters import is_hf_name
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
@@ -80,12 +80,12 @@ class Source:
     @cached_property
     def declared_layout(self) -> Layout | None:
         """The layout that the files' metadata declares; BridgeError if there is no such one, or several."""
-        if problems := [
+        problems = (
             Problem(key, "\n".join(value or "none" for value in self.contradictions[key]), "take all from one source")
             for key in (LAYOUT_KEY, TENSOR_PARALLEL_KEY)
             if key in self.contradictions
-        ]:
-            raise BridgeError(f"the files of {self.path} declare different layouts", problems)
+        )
+        refuse(f"the files of {self.path} declare different layouts", problems)
         declared = self.metadata.get(LAYOUT_KEY)
         try:
             layout = Layout.parse(declared) if declared else None

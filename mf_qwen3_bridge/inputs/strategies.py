@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.rank_files import Sharding, Strategies
 
 
@@ -58,8 +58,7 @@ def read_strategies(directory: Path) -> Strategies:
             problems.append(Problem(file.name, found, "remove those that an earlier run left"))
     missing = range(max(stages, default=0) + 1) - stages.keys()
     problems += [Problem(f"stage {stage}", "no file of it", "copy those of its ranks") for stage in sorted(missing)]
-    if problems:
-        raise BridgeError(f"the strategy files in {directory} are not of one run", problems)
+    refuse(f"the strategy files in {directory} are not of one run", problems)
     return [stages[stage][1] for stage in sorted(stages)]
 
 

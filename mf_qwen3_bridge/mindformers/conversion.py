@@ -16,7 +16,7 @@ from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausal
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.parallel_core.utils.model_mixin import TrainModelMixin
 
-from mf_qwen3_bridge.errors import BridgeError, folded_problems
+from mf_qwen3_bridge.errors import BridgeError, folded_problems, refuse
 from mf_qwen3_bridge.mindformers.network import rank_of
 from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT, Layout, View
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
@@ -100,9 +100,9 @@ def convert_map_dict(
     """
     spec = _read_spec(owner, model_config)
     files = _unstack_experts(spec, source_dict, lambda file, view: file)
-    if missing := [name for rule in model_rules(spec) for name in rule.tensors if name not in files]:
-        problems = folded_problems({("not in the map", "use the index that came with the checkpoint"): missing})
-        raise BridgeError("the name map is not of this model", problems)
+    missing = [name for rule in model_rules(spec) for name in rule.tensors if name not in files]
+    problems = folded_problems({("not in the map", "use the index that came with the checkpoint"): missing})
+    refuse("the name map is not of this model", problems)
     logic = TrainingConversion(spec, INFERENCE)
     return logic.training_class.convert_map_dict(logic, files)
 
@@ -220,15 +220,13 @@ class _ConditionWithTimeout:
 
     def __init__(self, condition: Any) -> None:
         self._condition = condition
+        self.notify_all = condition.notify_all
 
     def __enter__(self) -> Any:
         return self._condition.__enter__()
 
     def __exit__(self, *exception: Any) -> Any:
         return self._condition.__exit__(*exception)
-
-    def notify_all(self) -> None:
-        self._condition.notify_all()
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
         seconds = _PATIENCE_SECONDS if timeout is None else timeout

@@ -9,7 +9,7 @@ from weakref import WeakSet
 import mindspore as ms
 import numpy as np
 
-from mf_qwen3_bridge.errors import BridgeError, folded_problems
+from mf_qwen3_bridge.errors import BridgeError, folded_problems, refuse
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.mindformers import conversion
@@ -120,8 +120,7 @@ def check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None
             wrong[f"shape {shapes[name]} in the checkpoint, {shape} in the network", remedy].append(name)
         if name in parameters and (dtype := parameters[name].dtype) not in _NUMPY_DTYPES:
             wrong[f"the network holds it as {dtype}", "use float32, float16 or bfloat16"].append(name)
-    if wrong:
-        raise BridgeError("the checkpoint does not fit the network", folded_problems(wrong))
+    refuse("the checkpoint does not fit the network", folded_problems(wrong))
 
 
 def _check_loaded(unloaded: Sequence[str], unused: Sequence[str]) -> None:
@@ -131,8 +130,7 @@ def _check_loaded(unloaded: Sequence[str], unused: Sequence[str]) -> None:
         ("parameter of the network, not in the weights", remedy): unloaded,
         ("weight, not in the network", remedy): unused,
     }
-    if unloaded or unused:
-        raise BridgeError("load_param_into_net did not load everything", folded_problems(names_of))
+    refuse("load_param_into_net did not load everything", folded_problems(names_of))
 
 
 def load_checkpoint(

@@ -9,7 +9,7 @@ from typing import Any
 import mindspore as ms
 from mindspore.communication import get_rank
 
-from mf_qwen3_bridge.errors import BridgeError, folded_problems
+from mf_qwen3_bridge.errors import BridgeError, folded_problems, refuse
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.inputs.rank_files import Sharding
 from mf_qwen3_bridge.inputs.strategies import read_strategy
@@ -53,10 +53,10 @@ def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path
         # A tied embedding is in two stages: MindSpore sends it from the first to the last, which does not list it.
         divided = {n for n, p in parameters.items() if p.sliced and not p.param_info.is_pipeline_shared_param}
         needed = weights if ms.get_auto_parallel_context("pipeline_stages") == 1 else weights & divided
-        if missing := needed - shardings.keys():  # a file that an earlier run left
-            remedy = "empty the strategy folder, and set strategy_ckpt_config.only_trainable_params to False"
-            problems = folded_problems({("in the network, not in the file", remedy): missing})
-            raise BridgeError(f"{strategy} is not of this run", problems)
+        missing = needed - shardings.keys()  # from a file that an earlier run left
+        remedy = "empty the strategy folder, and set strategy_ckpt_config.only_trainable_params to False"
+        problems = folded_problems({("in the network, not in the file", remedy): missing})
+        refuse(f"{strategy} is not of this run", problems)
         plan = cut_plan(plan, shardings, stage, get_rank())
         mine = {target.name for target in plan.targets}
         parameters = {name: parameter for name, parameter in parameters.items() if name in mine or name not in weights}

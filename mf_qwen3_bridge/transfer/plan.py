@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names, folded_problems
+from mf_qwen3_bridge.errors import Problem, fold_names, folded_problems, refuse
 from mf_qwen3_bridge.model.layouts import Box, View
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT, is_training_state
@@ -118,8 +118,7 @@ class Plan:
             found = f"differs from {kept.name}, but the config ties them (tie_word_embeddings: true)"
             remedy = "set tie_word_embeddings to false in config.json if the model was trained untied; otherwise remove"
             problems.append(Problem(dropped.name, found, f"{remedy} {dropped.name}"))
-        if problems:
-            raise BridgeError("tied tensors differ", problems)
+        refuse("tied tensors differ", problems)
 
     def unequal_duplicates(self, rank: Rank = WHOLE, are_equal: Equality | None = None) -> list[Duplicate]:
         """The duplicates whose bytes differ; see :meth:`check_duplicates`."""
@@ -164,8 +163,7 @@ def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Pla
         lines = [f"{fault}: {name} ({file})" for (fault, file), names in faults.items() for name in fold_names(names)]
         if lines:
             problems.append(Problem(target, "\n".join(lines), remedy))
-    if problems:
-        raise BridgeError("invalid weights: tensors that are all zero or contain NaN or infinity", problems)
+    refuse("invalid weights: tensors that are all zero or contain NaN or infinity", problems)
 
 
 class TensorMatch(NamedTuple):
@@ -224,8 +222,7 @@ def make_plan(
     """
     rules = list(rules)
     match = match_tensors(rules, tensors, source)
-    if match.problems:
-        raise BridgeError("the checkpoint does not fit the model", match.problems)
+    refuse("the checkpoint does not fit the model", match.problems)
     copies: dict[tuple[str, tuple[int, ...]], list[Copy]] = {}
     for rule in rules:
         for here, there in _merged(list(shares(rule, rank, source, target))):

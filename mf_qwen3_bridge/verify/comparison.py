@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, folded_problems
+from mf_qwen3_bridge.errors import BridgeError, Problem, folded_problems, refuse
 from mf_qwen3_bridge.inputs.identify import Weights
 from mf_qwen3_bridge.transfer.copying import Made, Transfer
 from mf_qwen3_bridge.transfer.plan import Plan
@@ -62,12 +62,12 @@ def compare(left: Weights, right: Weights) -> Report:
     """
     tied = left.spec.tie_word_embeddings or right.spec.tie_word_embeddings
     left, right = (replace(side, spec=replace(side.spec, tie_word_embeddings=tied)) for side in (left, right))
-    if problems := [
+    differ = [
         Problem(name, f"{left.source.path}: {mine}\n{right.source.path}: {other}", "name two of one model")
         for name in left.spec.numbers | right.spec.numbers
         if (mine := getattr(left.spec, name)) != (other := getattr(right.spec, name))
-    ]:
-        raise BridgeError("these are not of one model", problems)
+    ]
+    refuse("these are not of one model", differ)
     plan = left.plan(right.dialect)
     theirs = right.source.tensors
     ignored: set[str] = set()

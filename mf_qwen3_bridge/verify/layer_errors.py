@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mf_qwen3_bridge.errors import BridgeError
+from mf_qwen3_bridge.errors import BridgeError, refuse
 from mf_qwen3_bridge.inputs.disagreements import config_rows
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check_trained
@@ -92,8 +92,8 @@ def check_comparable(
             f"nothing in {paths[0]} declares the layout of QKV and gate/up, and by themselves its weights can't show "
             "it: name what they should be as well, such as the Hugging Face directory (mf-qwen3 verify A B --logits)"
         )
-    if rows := list(config_rows({str(path): model.hf_config for path, model in zip(paths, models)})):
-        raise BridgeError("the two do not compute the same: they differ in config.json", rows)
+    rows = config_rows({str(path): model.hf_config for path, model in zip(paths, models)})
+    refuse("the two do not compute the same: they differ in config.json", rows)
     return models
 
 

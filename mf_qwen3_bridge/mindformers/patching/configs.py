@@ -7,7 +7,7 @@ from typing import Any
 
 from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.disagreements import is_same
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
 from mf_qwen3_bridge.inputs.mindformers_config import ADDITIONS, COMPUTED_NAMES, LAYOUT_FLAGS
@@ -126,8 +126,7 @@ def _drop_aliases(of_yaml: Mapping[str, Any], in_file: Mapping[str, Any], path: 
         if value is not None and not is_same(value, declared):
             found = f"{source}: {name} {declared}\nmodel.model_config: {value}"
             problems.append(Problem(key, found, f"leave {key} out, or set it to {declared}"))
-    if problems:
-        raise BridgeError(f"the YAML's model.model_config contradicts {path}", problems)
+    refuse(f"the YAML's model.model_config contradicts {path}", problems)
     return kept
 
 
