@@ -223,14 +223,9 @@ def _yarn(scaling: Mapping[str, Any], max_position_embeddings: int, problems: li
     MindFormers knows no ``attention_factor``: it computes it from factor and mscale, as transformers does when a
     config leaves it out.
     """
-    numbers = {
-        "factor": scaling.get("factor"),
-        "original_max_position_embeddings": scaling.get("original_max_position_embeddings") or max_position_embeddings,
-        "beta_fast": scaling.get("beta_fast") or 32,
-        "beta_slow": scaling.get("beta_slow") or 1,
-        "mscale": scaling.get("mscale") or 0.0,
-        "mscale_all_dim": scaling.get("mscale_all_dim") or 0.0,
-    }
+    defaults: dict[str, float] = {"original_max_position_embeddings": max_position_embeddings}
+    defaults |= {"beta_fast": 32, "beta_slow": 1, "mscale": 0.0, "mscale_all_dim": 0.0}
+    numbers = {"factor": scaling.get("factor")} | {key: scaling.get(key) or n for key, n in defaults.items()}
     yarn: dict[str, Any] = {"rope_type": "yarn", **numbers}
     at_least = {"factor": 1, "original_max_position_embeddings": 1}
     wrong = [key for key, number in numbers.items() if not _is_number(number, at_least.get(key, 0))]

@@ -14,7 +14,8 @@ from mf_qwen3_bridge.inputs.identify import Weights, open_weights
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.model.layouts import Box, Layout
 from mf_qwen3_bridge.model.parallel import WHOLE
-from mf_qwen3_bridge.model.rules import HF, Dialect, RowsRule, Rule, shares
+from mf_qwen3_bridge.model.rules import HF, Dialect, RowsRule, shares
+from mf_qwen3_bridge.transfer.plan import Target
 
 # Rows of each part of a fused parameter that are compared.
 _SAMPLED_ROWS = 6
@@ -92,14 +93,14 @@ def likeness_of_layouts(
     for layout in candidates or layouts_of(rule):
         stored = fused_rows(rule, layout)
         rows = np.concatenate([stored[name][chosen[name]] for name in rule.tensors])
-        there = fused[rows] if isinstance(fused, np.ndarray) else read_rows(fused, rule, rule.parameter, rows)
+        there = fused[rows] if isinstance(fused, np.ndarray) else read_rows(fused, rule.parameter, rows)
         found[layout] = similarity(there, wanted)
     return found
 
 
-def read_rows(weights: Weights, rule: Rule, tensor: str, rows: Iterable[int]) -> np.ndarray:
-    """Some rows of one of the tensors that store a rule's parts: float64 (rows, columns)."""
-    (target,) = (target for target in weights.plan_of(rule).targets if target.name == tensor)
+def read_rows(weights: Weights, tensor: str, rows: Iterable[int]) -> np.ndarray:
+    """Some rows of a tensor, as it is stored: float64 (rows, columns)."""
+    target = Target.of(weights.source.tensors[tensor])
     return np.concatenate([target.block(Box((row, row + 1))).make() for row in map(int, rows)]).astype(np.float64)
 
 
@@ -107,10 +108,10 @@ def read_sampled_rows(weights: Weights, rule: RowsRule) -> dict[str, np.ndarray]
     """The rows of each part of a fused parameter that :func:`sampled_rows` chooses, by Hugging Face name."""
     chosen = sampled_rows(rule)
     if weights.dialect.is_hf:
-        return {name: read_rows(weights, rule, name, chosen[name]) for name in rule.tensors}
+        return {name: read_rows(weights, name, chosen[name]) for name in rule.tensors}
     assert weights.dialect.layout
     stored = fused_rows(rule, weights.dialect.layout)
-    return {name: read_rows(weights, rule, rule.parameter, stored[name][chosen[name]]) for name in rule.tensors}
+    return {name: read_rows(weights, rule.parameter, stored[name][chosen[name]]) for name in rule.tensors}
 
 
 def check_layout(trained: CheckedCheckpoint) -> bool:

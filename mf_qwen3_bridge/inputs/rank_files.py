@@ -7,6 +7,8 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names, refuse
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import Box
@@ -45,10 +47,7 @@ class Sharding:
         Mirrors ``mindspore/parallel/_tensor.py`` (2.7 to 2.9).
         """
         sizes = self.device_matrix[::-1]  # counted from the right, as tensor_map does
-        position = []
-        for size in sizes:
-            device, coordinate = divmod(device, size)
-            position.append(coordinate)
+        position = [int(number) for number in np.unravel_index(device, self.device_matrix)[::-1]]
         places = [(position[axis], sizes[axis]) if axis >= 0 else (0, 1) for axis in self.tensor_map]
         if self.optimizer_shards and places:
             copy, copies = 0, 1

@@ -84,7 +84,7 @@ def _is_wrong_export(
         for row, expected in zip(chosen[part], mine[part]):
             number = number_of[true_rows[part][row]]
             index = int(np.searchsorted(starts, number, "right")) - 1
-            found = detection.read_rows(right, rule, rule.tensors[index], [number - starts[index]])
+            found = detection.read_rows(right, rule.tensors[index], [number - starts[index]])
             if not np.array_equal(found[0], expected):
                 return False
     return True
