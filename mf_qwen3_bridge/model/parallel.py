@@ -32,10 +32,7 @@ class Rank:
 
     @property
     def rotates_router(self) -> bool:
-        """Whether the router's rows begin with this process's experts: unless tokens are sent to experts by number.
-
-        Mirrors ``Router.weight_loader`` of ``mindformers/parallel_core/inference/transformer/moe/router.py``.
-        """
+        """Whether the router's rows begin with this process's experts: unless tokens are sent to experts by number."""
         return self.expert_parallel > 1 and not self.uses_all_to_all
 
 

@@ -55,12 +55,11 @@ def _clip(view: View, other: View, start: int, stop: int, width: int) -> Iterato
     axis = max(across, key=lambda axis: view.strides[axis])
     length, stride = view.shape[axis], view.strides[axis]
     inner = last - row - stride * (length - 1)  # from an entry's first row to its last
-    # Entries that are inside as a whole, and one at a time those that may be inside in part.
+    # Entries that are inside as a whole, and one at a time the others: those of several rows may be inside in part.
     first = min(max(-(-(start - row) // stride), 0), length)
     after = max(min(-(-(stop - inner - row) // stride), length), first)
-    before = range(min(max(-(-(start - inner - row) // stride), 0), first), first)
-    beyond = range(after, max(min(-(-(stop - row) // stride), length), after))
-    for begin, end in [*((i, i + 1) for i in before), (first, after), *((i, i + 1) for i in beyond)]:
+    others = [*range(first), *range(after, length)] if inner else []
+    for begin, end in sorted([(first, after), *((i, i + 1) for i in others)]):
         where = (*[slice(None)] * axis, slice(begin, end))
         if begin < end:
             yield from _clip(view[where], other[where], start, stop, width)
