@@ -14,7 +14,7 @@ from mf_qwen3_bridge.inputs.identify import Weights, open_weights
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.model.layouts import Box, Layout
 from mf_qwen3_bridge.model.parallel import WHOLE
-from mf_qwen3_bridge.model.rules import HF, Dialect, RowsRule, shares
+from mf_qwen3_bridge.model.rules import HF, Dialect, RowsRule, model_rules, shares
 from mf_qwen3_bridge.transfer.plan import Target
 
 # Rows of each part of a fused parameter that are compared.
@@ -122,12 +122,11 @@ def check_layout(trained: CheckedCheckpoint) -> bool:
     layout, base = trained.dialect.layout, _base(trained)
     if layout is None or base is None:
         return False
-    first: dict[str, RowsRule] = {}  # of the first layer QKV, and in dense models gate/up; experts have one layout
-    for rule in trained.rules:
-        if isinstance(rule, RowsRule) and rule.fuses:
-            first.setdefault(rule.fuses, rule)
+    of_first_layer = model_rules(replace(trained.spec, num_layers=1))
+    # QKV, and in dense models gate/up; experts have one layout.
+    fused = [rule for rule in of_first_layer if isinstance(rule, RowsRule) and rule.fuses]
     problems, shown = [], []
-    for rule in first.values():
+    for rule in fused:
         shapes = [tensor.shape if (tensor := base.source.tensors.get(part)) else None for part in rule.tensors]
         if shapes != [(rows, *rule.columns) for rows in rule.rows]:
             return False

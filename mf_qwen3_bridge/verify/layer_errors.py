@@ -122,17 +122,14 @@ def tokens_for(model: CheckedCheckpoint, most: int = NUM_TOKENS) -> list[int]:
 def layers_that_fit(model: CheckedCheckpoint) -> int:
     """How many layers fit into half of the free memory, in float32, with embedding and output layer; at least one."""
     targets = model.plan(INFER, "F32").targets
-    layers = [0] * model.spec.num_layers
-    for target in targets:
-        if (number := layer_of(target.name)) is not None:
-            layers[number] += target.nbytes
-    fixed = sum(target.nbytes for target in targets) - sum(layers)
+    layer = sum(target.nbytes for target in targets if layer_of(target.name) == 0)  # others are as large
+    fixed = sum(target.nbytes for target in targets if layer_of(target.name) is None)
     available = _available_memory()
     budget = _SHARE_OF_MEMORY * available - fixed - max(target.nbytes for target in targets)
-    count = min(len(layers), int(budget // max(layers)))
+    count = min(model.spec.num_layers, int(budget // layer))
     if count < 1:
         raise BridgeError(
-            f"one layer of {model.source.path} takes {size_text(fixed + max(layers))} with the embedding, "
+            f"one layer of {model.source.path} takes {size_text(fixed + layer)} with the embedding, "
             f"in float32, and {size_text(available)} are free: --layers 1 tries it all the same"
         )
     return count
