@@ -34,7 +34,7 @@ def read_document(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
 
 
 def _plain(value: Any, numbers: Iterator[int]) -> Any:
-    """A copy of a value, each of whose values takes one of ``numbers``, once for each time that it occurs.
+    """A copy of a value; ``numbers`` counts the values in it, those that occur several times each time.
 
     Raises ValueError for what can't be printed or is too much, RecursionError for what contains itself.
     """
