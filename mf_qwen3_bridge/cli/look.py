@@ -101,7 +101,9 @@ def _verify_one(path: Path, config: Path | None) -> None:
     has_config = (path / "config.json").is_file()
     weights = check_trained(open_source(path), path, config) if has_config else open_weights(path, config)
     statistics = weight_statistics.measure(weights)
-    click.echo(f"checkpoint  {weights.dialect}, {len(weights.source.tensors)} tensors")
+    is_assumed = not (weights.dialect.is_hf or weights.source.declared_layout or config)
+    note = ", its layout assumed: nothing declares it" if is_assumed else ""
+    click.echo(f"checkpoint  {weights.dialect}, {len(weights.source.tensors)} tensors{note}")
     headers = ["tensors", "number", "RMS: least, median, greatest", "mean", "values"]
     click.echo(table(headers, weight_statistics.rows(statistics), "simple"))
     for line in weight_statistics.outliers(statistics):

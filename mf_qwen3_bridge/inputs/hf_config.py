@@ -67,6 +67,8 @@ def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) 
         raise BridgeError(f"{model_dir} is not a directory: give the one you downloaded, that holds config.json")
     path = model_dir / "config.json"
     if not path.is_file():
+        if (model_dir / "adapter_config.json").is_file():
+            raise BridgeError(f"{model_dir} holds a LoRA adapter, not a model: merge it into its base model first")
         meant = directory_meant(model_dir, path.name)
         remedy = f"give {meant}" if meant else "copy it from where the checkpoint came from"
         raise BridgeError(f"{path} is missing: {remedy}")

@@ -47,7 +47,7 @@ class Weights:
     def first_layers(self, num_layers: int) -> Weights:
         """The same weights with the first layers only; BridgeError if there are not so many."""
         if num_layers > self.spec.num_layers:
-            raise BridgeError(f"{self.source.path} has {self.spec.num_layers} layers")
+            raise BridgeError(f"{self.source.path} has {self.spec.num_layers} layers: choose as many or fewer")
         smaller = replace(self, spec=replace(self.spec, num_layers=num_layers))
         kept = {place.tensor for rule in smaller.rules for place in rule.places(self.dialect)}
         kept.add(self.dialect.name(OUTPUT))  # stays if it is stored although it is tied

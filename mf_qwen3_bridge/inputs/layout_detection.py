@@ -126,6 +126,7 @@ def check_layout(trained: CheckedCheckpoint) -> bool:
     # QKV, and in dense models gate/up; experts have one layout.
     fused = [rule for rule in of_first_layer if isinstance(rule, RowsRule) and rule.fuses]
     problems, shown = [], []
+    word = "declared" if trained.layout_is_declared else "assumed"
     for rule in fused:
         shapes = [tensor.shape if (tensor := base.source.tensors.get(part)) else None for part in rule.tensors]
         if shapes != [(rows, *rule.columns) for rows in rule.rows]:
@@ -136,9 +137,9 @@ def check_layout(trained: CheckedCheckpoint) -> bool:
         best = max(alike, key=lambda candidate: alike[candidate])
         shown.append(alike[mine] > _ALIKE)
         if alike[best] > _ALIKE and alike[mine] < _MARGIN * alike[best]:
-            found = f"assumed {describe(mine)}\nits rows are like those of {trained.hf_dir} if it is {describe(best)}"
+            found = f"{word} {describe(mine)}\nits rows are like those of {trained.hf_dir} if it is {describe(best)}"
             problems.append(Problem(f"layout of {rule.fuses}", found, _remedy(rule.fuses, best)))
-    refuse(f"{trained.source.path} is in another layout than assumed", problems)
+    refuse(f"{trained.source.path} is in another layout than {word}", problems)
     return all(shown)
 
 

@@ -55,8 +55,10 @@ def _open_directory(path: Path) -> Source:
     """A file, or what the index of a directory lists, or without an index all of its ``*.safetensors``."""
     if path.is_file():
         return Source(path, *read_header(path))
-    if path.name.endswith(UNFINISHED_SUFFIX):
-        raise BridgeError(f"{path} is not finished: give the command that makes it again, and it goes on")
+    is_unfinished = path.name.endswith(UNFINISHED_SUFFIX)
+    unfinished = path if is_unfinished else path.parent / f"{path.name}{UNFINISHED_SUFFIX}"
+    if is_unfinished or (unfinished.is_dir() and not path.exists()):
+        raise BridgeError(f"{unfinished} is not finished: give the command that was writing it again; it continues")
     if not path.is_dir():
         raise BridgeError(f"{path} does not exist: give a safetensors file or a directory of them")
     for name in (HF_INDEX, MINDFORMERS_INDEX):
@@ -70,6 +72,11 @@ def _open_directory(path: Path) -> Source:
     files = sorted(file for file in path.glob("*.safetensors") if file.name != HYPER_PARAMETERS)
     if not files:
         raise BridgeError(f"no *.safetensors in {path}{_what_else_is_there(path)}")
+    steps = {(int(step[1]), int(step[2])): file for file in files if (step := _STEP.fullmatch(file.name))}
+    if len(steps) > 1:
+        found = ", ".join(f"{epoch}_{step}" for epoch, step in sorted(steps))
+        problem = Problem("steps", found, f"give one of them, such as {steps[max(steps)]}")
+        raise BridgeError(f"{path} holds several checkpoints", [problem])
     missing = "missing, by the number in the other files' names"
     absent = (Problem(name, missing, "copy the file") for name in _absent_shards(files))
     refuse(f"{path} is not a whole checkpoint", absent)
@@ -90,7 +97,7 @@ def _open_files(path: Path, files: Iterable[Path]) -> Source:
             continue
         for name in tensors.keys() & found.keys():
             found_in = f"both in {tensors[name].file.name} and {file.name}"
-            twice[found_in, "remove the file that is stale"].append(name)
+            twice[found_in, "find out which file is of this checkpoint, and move the other away"].append(name)
         all_metadata.append(file_metadata)
         tensors |= found
     refuse(f"{path} is not a whole checkpoint", [*problems, *folded_problems(twice)])
@@ -154,6 +161,8 @@ def stale_files(source: Source) -> list[Path]:
     return sorted(found - set(source.files) - {source.path / HYPER_PARAMETERS})
 
 
+# What a training run saves of an epoch and a step.
+_STEP = re.compile(r".*-(\d+)_(\d+)\.safetensors")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
 
@@ -173,8 +182,12 @@ def _what_else_is_there(path: Path) -> str:
     hint = f"; it holds {', '.join(pickled[:3])}: only safetensors are read" if pickled else ""
     below = sorted({file.parent.name for file in path.glob("*/*.safetensors")})
     if below and below[0].startswith("rank_"):
-        hint += f"; {', '.join(below[:3])} in it do: what the ranks of a training run saved, which mf-qwen3 unify "
-        return hint + "merges, given their strategy files"
+        if len(below) == 1:
+            return f"{hint}; its {below[0]} does: a run on one card saves the whole model in one file, give that"
+        hint += (
+            f"; its {below[0]} to rank_{len(below) - 1} do: what the ranks of a run saved. mf-qwen3 export and unify "
+        )
+        return hint + "take it as --mindspore_ckpt_dir, with the run's --src_strategy_dirs"
     if meant := directory_meant(path, "*.safetensors"):
         return f"{hint}; give {meant}"
-    return f"{hint}; {', '.join(below[:3])} in it do" if below else hint
+    return f"{hint}; its {', '.join(below[:3])} do" if below else hint

@@ -43,7 +43,8 @@ def read_strategies(directory: Path) -> Strategies:
     files = sorted(directory.glob("*.ckpt"))
     if not files:
         what = "holds no ckpt_strategy_rank_N.ckpt" if directory.is_dir() else "does not exist"
-        raise BridgeError(f"{directory} {what}: give the run's strategy folder")
+        remedy = "give the run's strategy folder; a run on one card has none: give its file as --input_path"
+        raise BridgeError(f"{directory} {what}: {remedy}")
     stages: dict[int, tuple[Path, dict[str, Sharding]]] = {}
     problems = []
     for file in files:

@@ -141,7 +141,9 @@ def _device_target(requested: str) -> str:
         raise BridgeError(f"device_target {requested!r}: auto, Ascend or CPU")
     chosen = "Ascend" if ms.get_context("device_target") == "Ascend" else "CPU"
     if requested == "Ascend" != chosen:
-        raise BridgeError("MindSpore found no Ascend NPU, or this process computes on the CPU already")
+        raise BridgeError(
+            "MindSpore found no Ascend NPU (see mf-qwen3 doctor), or this process computes on the CPU already"
+        )
     return chosen if requested == "auto" else requested
 
 

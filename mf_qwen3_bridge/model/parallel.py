@@ -89,7 +89,8 @@ class ParallelConfig:
             yield Problem("expert parallel", str(self.expert_parallel), "the model has no experts: leave it out")
         if spec.is_moe and not training and self.world_size % self.expert_parallel:
             found = f"{self.expert_parallel}, number of processes {self.world_size}"
-            remedy = "it has to divide them: start more with msrun, or name their number with --tp"
+            fitting = ", ".join(str(n) for n in range(1, self.world_size + 1) if self.world_size % n == 0)
+            remedy = f"it has to divide them: use {fitting}, or another number of processes (--tp, msrun)"
             yield Problem("expert parallel", found, remedy)
             return
         for name, size_name, size in self._undivided(spec, training):

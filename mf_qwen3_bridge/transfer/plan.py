@@ -265,4 +265,6 @@ def _remedy_for_leftover(name: str) -> str:
         return "MindFormers' Qwen3 has no such bias; the checkpoint is of another architecture"
     if any(mark in name for mark in ("weight_scale", "qweight", "qzeros", "scales", "g_idx", "scale_inv")):
         return "the checkpoint is quantised; use the unquantised (bf16) one"
+    if "lora" in name.lower():
+        return "it is of a LoRA adapter: merge the adapter into the model first"
     return "was it renamed, or is it of another model?"

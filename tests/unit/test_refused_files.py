@@ -314,3 +314,44 @@ def test_files_that_declare_different_layouts(tmp_path, capsys, key, other):
         text = refusal(capsys, *command)
         assert "declare different layouts" in text and value in text and (other or {key: "none"})[key] in text
     assert not (tmp_path / "out").exists()
+
+
+def test_files_of_several_steps_are_no_one_checkpoint(tmp_path: Path):
+    """As the trainer leaves them; each of them is a whole one, and none is stale."""
+    for step in ("1_100", "1_20"):
+        write(tmp_path / step, random_tensors(SPEC, TRAIN))
+        (tmp_path / "rank_0").mkdir(exist_ok=True)
+        (tmp_path / step / "model.safetensors").rename(tmp_path / "rank_0" / f"qwen3_rank_0-{step}.safetensors")
+        (tmp_path / step).rmdir()
+    for directory in (tmp_path / "rank_0", tmp_path):
+        with pytest.raises(BridgeError) as error:
+            inspect(directory)
+        (problem,) = error.value.problems
+        assert (problem.subject, problem.found) == ("steps", "1_20, 1_100")
+        assert problem.remedy == f"give one of them, such as {tmp_path / 'rank_0' / 'qwen3_rank_0-1_100.safetensors'}"
+    with pytest.raises(BridgeError, match="its rank_0 does: a run on one card saves the whole model in one file"):
+        open_source(tmp_path)
+
+
+def test_ranks_of_a_parallel_run_are_named_with_what_to_do(tmp_path: Path):
+    for rank in range(3):
+        write(tmp_path / f"rank_{rank}", random_tensors(SPEC, TRAIN))
+    with pytest.raises(BridgeError, match="its rank_0 to rank_2 do: what the ranks of a run saved"):
+        open_source(tmp_path)
+
+
+def test_a_lora_is_named(tmp_path: Path):
+    lora = {"model.layers.0.self_attn.q_proj.lora_A.weight": random_tensors()["model.norm.weight"]}
+    with pytest.raises(BridgeError, match="it is of a LoRA adapter: merge the adapter"):
+        check(write(tmp_path / "both", random_tensors() | lora, hf_config())).plan(HF)
+    adapter = write(tmp_path / "adapter", lora)
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(BridgeError, match="holds a LoRA adapter, not a model"):
+        check(adapter)
+
+
+def test_the_name_of_what_is_not_finished_yet(tmp_path: Path):
+    (tmp_path / "out.incomplete").mkdir()
+    for name in ("out", "out.incomplete"):
+        with pytest.raises(BridgeError, match=r"out\.incomplete is not finished"):
+            open_source(tmp_path / name)

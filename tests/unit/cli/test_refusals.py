@@ -281,7 +281,7 @@ def test_an_unfinished_checkpoint_is_no_source(tmp_path, call, command, source):
     renamed = ["begun.incomplete" if word == str(source.weights) else word for word in arguments]
     result = call(*renamed, command=click_command)
     assert result.code == 2
-    assert "begun.incomplete is not finished: give the command that makes it again" in result.err
+    assert "begun.incomplete is not finished: give the command that was writing it again" in result.err
     assert everything(tmp_path) == before
 
 

@@ -217,6 +217,7 @@ def test_no_strategy_files(tmp_path, call, tp2, name):
     result = call(name, *folders, *output)
     assert result.code == 2
     assert f"{tmp_path / 'strategy'} holds no ckpt_strategy_rank_N.ckpt: give the run's strategy folder" in result.err
+    assert "a run on one card has none" in result.err
     assert names(tmp_path) == {"ranks", "strategy"}
 
 
