@@ -97,7 +97,8 @@ def open_rank_files(
     if len(sizes) != 1:
         raise BridgeError(f"the strategy files are not of one run: stages of {sorted(sizes)} devices; remove old ones")
     (num_devices,) = sizes
-    files = _files_of(directory, num_devices * len(strategies), file_suffix)
+    num_ranks = num_devices * len(strategies)
+    files = _files_of(directory, num_ranks, file_suffix)
     found: dict[str, dict[int, TensorInfo]] = {}
     problems: list[Problem] = []
     metadata: list[dict[str, str]] = []
@@ -134,6 +135,10 @@ def open_rank_files(
                 whole[name] = _assemble(sharding, mine)
             except ValueError as error:
                 problems.append(Problem(name, str(error), "is a rank's file of another step or run, or missing?"))
+    if problems:  # else what these ranks held is in others' files too
+        remedy = "copy it from the machine that saved it"
+        absent = (Problem(f"rank_{r}", "not there", remedy) for r in range(num_ranks) if r not in files)
+        problems = [*absent, *problems]
     refuse(f"{directory} does not hold what the strategy files declare", _fold(problems))
     shared = set.intersection(*(set(entry.items()) for entry in metadata)) - {("remove_redundancy", "True")}
     unlisted = {name: ranks[0] for name, ranks in found.items() if name not in listed and 0 in ranks}
@@ -206,7 +211,7 @@ def _assemble(sharding: Sharding, tensors: Mapping[int, TensorInfo]) -> TensorIn
     for device, tensor in tensors.items():
         blocks.setdefault(places[device], tensor)
     if missing := len(set(places)) - len(blocks):
-        raise ValueError(f"{missing} of its {len(set(places))} blocks are in no rank's file")
+        raise ValueError(f"{missing} of its {len(set(places))} blocks in no rank's file")
     shape = tuple(length * parts for length, (_, parts) in zip(some.shape, places[0]))
     shards = tuple(Shard(tensor, _box(some.shape, place)) for place, tensor in sorted(blocks.items()))
     return TensorInfo(some.name, shape, some.dtype, some.file, some.start, some.nbytes * len(blocks), shards)

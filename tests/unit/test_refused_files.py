@@ -197,7 +197,7 @@ def test_an_optimizers_state_that_is_not_whole_does_not_matter_to_an_export(tmp_
     strategies = two_ranks(tmp_path / "ranks", tensors | state)
     held = contents(tmp_path / "ranks" / "rank_1")
     write(tmp_path / "ranks" / "rank_1", {name: held[name] for name in tensors})
-    with pytest.raises(BridgeError, match="blocks are in no rank's file"):
+    with pytest.raises(BridgeError, match="blocks in no rank's file"):
         open_rank_files(tmp_path / "ranks", strategies)
     assert open_rank_files(tmp_path / "ranks", strategies, weights_only=True).tensors.keys() == tensors.keys()
 

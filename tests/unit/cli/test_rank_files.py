@@ -178,10 +178,11 @@ def test_a_missing_rank(tp2):
     shutil.rmtree(tp2.directory / "rank_1")
     text = tp2.refusal()
     assert f"{tp2.directory} does not hold what the strategy files declare" in text
-    assert "1 of its 2 blocks are in no rank's file" in unwrapped(text)
+    assert "1 of its 2 blocks in no rank's file" in unwrapped(text)
     assert "is a rank's file of another step or run, or missing?" in unwrapped(text)
     assert "decoder.layers.{0..1}.mlp.linear_fc1.weight" in unwrapped(text)
     assert "layernorm" not in text  # rank 0 has all of it
+    assert "| rank_1 " in text and "copy it from the machine that saved it" in unwrapped(text)
 
 
 def test_a_rank_that_others_can_stand_in_for(tmp_path):
@@ -195,7 +196,7 @@ def test_a_rank_that_others_can_stand_in_for(tmp_path):
 def test_a_rank_that_no_other_can_stand_in_for(tmp_path):
     ranks = save_ranks(tmp_path / "ranks", fused(random_tensors()), DP2_TP2, has_redundancy=False)
     shutil.rmtree(tmp_path / "ranks" / "rank_1")
-    assert "of its 2 blocks are in no rank's file" in unwrapped(ranks.refusal())
+    assert "of its 2 blocks in no rank's file" in unwrapped(ranks.refusal())
     assert "in no rank's file" in unwrapped(ranks.refusal())
 
 
@@ -245,7 +246,7 @@ def test_a_block_that_is_missing(tp2):
     text = tp2.refusal()
     assert num_rows(text) == 1
     assert "decoder.layers.1.mlp.linear_fc1.weight" in unwrapped(text)
-    assert "1 of its 2 blocks are in no rank's file" in unwrapped(text)
+    assert "1 of its 2 blocks in no rank's file" in unwrapped(text)
 
 
 def test_a_parameter_that_no_rank_has(tp2):
