@@ -30,9 +30,10 @@ SIZE = 9 * BLOCK_BYTES + 123
 
 
 def pages(address: int) -> np.ndarray:
-    """Random bytes that begin ``address`` bytes after a page does."""
-    memory = np.random.default_rng(0).integers(0, 256, 12 * BLOCK_BYTES, np.uint8)
+    """The same random bytes each time, in memory that begins ``address`` bytes after a page does."""
+    memory = np.empty(12 * BLOCK_BYTES, np.uint8)
     start = -memory.ctypes.data % BLOCK_BYTES + address
+    memory[start : start + SIZE] = np.random.default_rng(0).integers(0, 256, SIZE, np.uint8)
     return memory[start : start + SIZE]
 
 
