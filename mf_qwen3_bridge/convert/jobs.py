@@ -33,8 +33,8 @@ _COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# The dtypes of the command line, as safetensors and as a config.json spell them.
-_STORED: Mapping[str | None, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+# The dtypes of the command line, as safetensors and as a config.json spell them. None: as in the checkpoint.
+_STORED: Mapping[str | None, str | None] = {None: None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _DECLARED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -46,7 +46,7 @@ def to_mindformers(model: CheckedCheckpoint, target: Dialect, output: Path, dtyp
     """
     blocks = ParallelConfig(target.layout.tensor_parallel if target.layout else 1)
     _refuse(blocks.problems(model.spec, training=True))
-    plan = model.plan(target, _STORED.get(dtype))
+    plan = model.plan(target, _STORED[dtype])
     files, index = mindformers_files(plan)
     return _job(model, plan, output, [Part.of(plan, files)], index)
 
@@ -69,7 +69,7 @@ def to_hf(
     """
     if model.dialect.is_hf:
         raise BridgeError(f"{model.source.path} holds Hugging Face weights already")
-    plan = model.plan(HF, _STORED.get(dtype))
+    plan = model.plan(HF, _STORED[dtype])
     if write_tied_output and model.spec.tie_word_embeddings:
         plan = _with_output_layer(plan)
     files, index = hf_files(plan, max_shard_bytes)
@@ -143,11 +143,11 @@ def to_ranks(
     _refuse(parallel.problems(model.spec, training=not is_for_inference))
     kind = "qwen3_moe" if model.spec.is_moe else "qwen3"
     count = parallel.world_size if is_for_inference else training_ranks.world_size(parallel)
-    whole = model.plan(target, _STORED.get(dtype))
+    whole = model.plan(target, _STORED[dtype])
 
     def plan_of(number: int) -> Plan:
         if is_for_inference:
-            return model.plan(target, _STORED.get(dtype), parallel.rank(number))
+            return model.plan(target, _STORED[dtype], parallel.rank(number))
         return write_slices(whole, dict(training_ranks.boxes(model.rules, target, parallel, number)))
 
     parts = []

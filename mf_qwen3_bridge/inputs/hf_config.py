@@ -42,7 +42,6 @@ def _are_tokens(value: Any) -> bool:
 # Which values of a key are accepted, beside null, and what to do about others.
 _ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "attention_bias": (not_, "MindFormers' Qwen3, as every released one, has no bias in the attention output (o_proj)"),
-    "hidden_act": (lambda value: value == "silu", "Qwen3 uses silu"),
     "partial_rotary_factor": (lambda value: value == 1, "Qwen3 rotates whole heads"),
     "rms_norm_eps": (_is_number, "a number, such as 1e-06"),
     "initializer_range": (_is_number, "a number, such as 0.02"),
@@ -155,6 +154,8 @@ def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         yield "quantization_config", f"quant_method {method!r}", "use the unquantised (bf16) checkpoint of this model"
+    if raw.get("hidden_act", "silu") != "silu":  # null is no activation, in transformers either
+        yield "hidden_act", repr(raw["hidden_act"]), "Qwen3 uses silu"
     for key, (is_accepted, remedy) in (_ACCEPTED_OF_MOE if is_moe else _ACCEPTED).items():
         if raw.get(key) is not None and not is_accepted(raw[key]):
             yield key, repr(raw[key]), remedy

@@ -154,6 +154,7 @@ def test_fields_that_transformers_supplies():
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate"),
         ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta"),
         ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_act": None}, "hidden_act"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_key_value_heads": 7}, "num_key_value_heads"),
         ({"head_dim": 127}, "head_dim"),

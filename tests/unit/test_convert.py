@@ -308,3 +308,10 @@ def test_dialects_of_hugging_face(tmp_path):
 
 def test_default_sizes_of_files():
     assert (files_module.HF_SHARD_BYTES, files_module.MINDFORMERS_FILE_BYTES) == (5_000_000_000, 3 << 30)
+
+
+def test_a_dtype_of_another_spelling_is_not_taken_for_none(tmp_path: Path):
+    """The weights would keep theirs, while config.json declared the other."""
+    model = check(write(tmp_path / "hf", random_tensors(), hf_config()))
+    with pytest.raises(KeyError, match="bfloat16"):
+        to_mindformers(model, TRAIN, tmp_path / "out", "bfloat16")
