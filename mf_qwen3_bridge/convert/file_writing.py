@@ -43,23 +43,20 @@ class WritableFile:
         """
         head = -start % BLOCK_BYTES
         stop = head + max(data.size - head, 0) // BLOCK_BYTES * BLOCK_BYTES
-        if stop <= head or (data.ctypes.data + head) % BLOCK_BYTES:
-            head = stop = data.size
+        if self._direct is None or stop <= head or (data.ctypes.data + head) % BLOCK_BYTES:
+            _write_all(self._buffered, start, data)
+            return
         _write_all(self._buffered, start, data[:head])
-        self._write_blocks(start + head, data[head:stop])
+        try:
+            _write_all(self._direct, start + head, data[head:stop])
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # which is what a file system says whose blocks are larger
+                raise
+            _write_all(self._buffered, start + head, data[head:stop])
         _write_all(self._buffered, start + stop, data[stop:])
 
-    def _write_blocks(self, start: int, data: np.ndarray) -> None:
-        if self._direct is not None and data.size:
-            try:
-                return _write_all(self._direct, start, data)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # which is what a file system says whose blocks are larger
-                    raise
-        _write_all(self._buffered, start, data)
-
     def holds(self, start: int, data: np.ndarray) -> bool:
-        """Whether it had these bytes at ``start`` when it was opened, or has them now."""
+        """Whether these bytes are at ``start`` already; looks no further than the file went when it was opened."""
         if start + data.size > self.present:
             return False
         begin, length = 0, BLOCK_BYTES  # a block shows it, as a rule
