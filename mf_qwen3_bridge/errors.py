@@ -89,6 +89,11 @@ def fold_names(names: Iterable[str]) -> list[str]:
     return folded
 
 
+def first_names(names: Sequence[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def folded_problems(names_of: Mapping[tuple[str, str], Iterable[str]]) -> Iterator[Problem]:
     """From (found, remedy) -> tensor names, a problem for each of :func:`fold_names`."""
     for (found, remedy), names in names_of.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 
 if TYPE_CHECKING:
     from mf_qwen3_bridge.convert.run import Job
@@ -147,8 +147,7 @@ def convert(
         if value and sizes.get(size, value) != value
     ]
     problems += yaml.slice_problems() if (tp or ep) and is_for_training else ()
-    if problems:
-        raise BridgeError(f"--tp and --ep do not cut what a run with {config} reads", problems)
+    refuse(f"--tp and --ep do not cut what a run with {config} reads", problems)
     trained = model.yaml_layout or TRAINING_DEFAULT
     target = INFER if layout == "infer" else Dialect(trained.on(tp or trained.tensor_parallel))
     if tp or ep:

@@ -1,7 +1,7 @@
 """From a checked model to the directory that is to be made of it."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from mf_qwen3_bridge.convert.file_layout import HF_SHARD_BYTES, hf_files, mindformers_files, output_file, rank_file
 from mf_qwen3_bridge.convert.run import Job, Part
-from mf_qwen3_bridge.errors import BridgeError, Problem
+from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.inputs.source import HYPER_PARAMETERS, Source
@@ -33,6 +33,7 @@ _COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_UNDIVIDED = "the model can't be divided like this"
 # The dtypes of the command line, as safetensors and as a config.json spell them. None: as in the checkpoint.
 _STORED: Mapping[str | None, str | None] = {None: None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _DECLARED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -45,7 +46,7 @@ def to_mindformers(model: CheckedCheckpoint, target: Dialect, output: Path, dtyp
     run's tensor parallel size, on which a contiguous layout depends, doesn't divide the model.
     """
     blocks = ParallelConfig(target.layout.tensor_parallel if target.layout else 1)
-    _refuse(blocks.problems(model.spec, training=True))
+    refuse(_UNDIVIDED, blocks.problems(model.spec, training=True))
     plan = model.plan(target, _STORED[dtype])
     files, index = mindformers_files(plan)
     return _job(model, plan, output, [Part.of(plan, files)], index)
@@ -140,7 +141,7 @@ def to_ranks(
     don't divide the model; the rest is as for :func:`to_mindformers`.
     """
     is_for_inference = target == INFER
-    _refuse(parallel.problems(model.spec, training=not is_for_inference))
+    refuse(_UNDIVIDED, parallel.problems(model.spec, training=not is_for_inference))
     kind = "qwen3_moe" if model.spec.is_moe else "qwen3"
     count = parallel.world_size if is_for_inference else training_ranks.world_size(parallel)
     whole = model.plan(target, _STORED[dtype])
@@ -170,11 +171,6 @@ def truncate(model: CheckedCheckpoint, num_layers: int, output: Path) -> Job:
         config["layer_types"] = config["layer_types"][:num_layers]
     others["config.json"] = json.dumps(config, indent=2).encode()
     return _job(smaller, plan, output, [Part.of(plan, files)], others)
-
-
-def _refuse(problems: Iterable[Problem]) -> None:
-    if found := list(problems):
-        raise BridgeError("the model can't be divided like this", found)
 
 
 def unify(source: Source, output: Path) -> Job:

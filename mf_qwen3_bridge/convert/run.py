@@ -18,7 +18,7 @@ from mf_qwen3_bridge import __version__
 from mf_qwen3_bridge.convert.file_layout import OutputFile
 from mf_qwen3_bridge.convert.output_directory import OutputDirectory
 from mf_qwen3_bridge.convert.workers import ALONE, Worker, Workers
-from mf_qwen3_bridge.errors import BridgeError, fold_names, folded_problems
+from mf_qwen3_bridge.errors import first_names, fold_names, folded_problems, refuse
 from mf_qwen3_bridge.transfer.copying import BUFFER_BYTES, Made, Transfer
 from mf_qwen3_bridge.transfer.plan import Plan, check_values
 from mf_qwen3_bridge.transfer.progress import progress_bar, size_text
@@ -248,8 +248,7 @@ def _check_values(findings: Findings) -> None:
     for (dtype, narrower), casts in findings.casts.items():
         remedy = "use fp32" if narrower == "BF16" else "use bf16, which has float32's range, or fp32"
         overflowed[f"{dtype} values too large for {narrower}", remedy] = casts.overflowed
-    if problems := list(folded_problems(overflowed)):
-        raise BridgeError("not all values fit the new dtype", problems)
+    refuse("not all values fit the new dtype", folded_problems(overflowed))
 
 
 def describe(job: Job) -> Iterator[str]:
@@ -260,9 +259,7 @@ def describe(job: Job) -> Iterator[str]:
     files = "1 file" if len(job.files) == 1 else f"{len(job.files)} files"
     yield f"from        {job.source}, {job.num_source_tensors} tensors"
     yield f"to          {job.target}, {job.num_tensors} tensors{ranks}, {size_text(directory.nbytes)} in {files}"
-    names = fold_names([*directory.files, *job.others])
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    yield f"            {directory.path}: {', '.join(names[:8])}{more}"
+    yield f"            {directory.path}: {first_names(fold_names([*directory.files, *job.others]), 8)}"
     yield f"largest     {largest.name} {largest.shape} {largest.dtype}, {size_text(largest.nbytes)}"
     yield f"memory      at most {size_text(BUFFER_BYTES)} of buffers"
     if job.ignored:

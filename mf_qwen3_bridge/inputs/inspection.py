@@ -7,11 +7,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names
+from mf_qwen3_bridge.errors import BridgeError, Problem, first_names, fold_names
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_json
 from mf_qwen3_bridge.inputs.identify import dialect_of, numbers_of, spec_of
 from mf_qwen3_bridge.inputs.opening import open_source, stale_files
-from mf_qwen3_bridge.inputs.rank_files import rank_directories, some
+from mf_qwen3_bridge.inputs.rank_files import rank_directories
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT
 from mf_qwen3_bridge.model.parameters import OUTPUT, is_training_state
@@ -164,5 +164,5 @@ def lines(inspection: Inspection) -> Iterator[str]:
     yield f"tensors     {len(inspection.tensors)} ({dtypes}), {size_text(inspection.nbytes)} in {where}"
     yield f"parameters  {inspection.parameters:,}" + (" on all ranks, copies included" if inspection.ranks else "")
     if inspection.state:
-        yield f"state       of a training run: {some(inspection.state)}"
+        yield f"state       of a training run: {first_names(inspection.state)}"
     yield from (f"unusual     {note}" for note in inspection.unusual)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, folded_problems, refuse
 from mf_qwen3_bridge.inputs.documents import directory_meant
-from mf_qwen3_bridge.inputs.rank_files import open_rank_files
+from mf_qwen3_bridge.inputs.rank_files import open_rank_files, rank_directories
 from mf_qwen3_bridge.inputs.source import HF_INDEX, HYPER_PARAMETERS, MINDFORMERS_INDEX, UNFINISHED_SUFFIX, Source
 from mf_qwen3_bridge.inputs.strategies import read_strategies
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo, read_header
@@ -181,13 +181,11 @@ def _what_else_is_there(path: Path) -> str:
     pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(kind))
     hint = f"; it holds {', '.join(pickled[:3])}: only safetensors are read" if pickled else ""
     below = sorted({file.parent.name for file in path.glob("*/*.safetensors")})
-    if below and below[0].startswith("rank_"):
-        if len(below) == 1:
-            return f"{hint}; its {below[0]} does: a run on one card saves the whole model in one file, give that"
-        hint += (
-            f"; its {below[0]} to rank_{len(below) - 1} do: what the ranks of a run saved. mf-qwen3 export and unify "
-        )
-        return hint + "take it as --mindspore_ckpt_dir, with the run's --src_strategy_dirs"
+    if ranks := [rank for rank, directory in rank_directories(path).items() if directory.name in below]:
+        if len(ranks) == 1:
+            return f"{hint}; its rank_{ranks[0]} does: a run on one card saves the whole model in one file, give that"
+        hint += f"; its rank_{ranks[0]} to rank_{ranks[-1]} do: what the ranks of a run saved. mf-qwen3 export and "
+        return hint + "unify take it as --mindspore_ckpt_dir, with the run's --src_strategy_dirs"
     if meant := directory_meant(path, "*.safetensors"):
         return f"{hint}; give {meant}"
     return f"{hint}; its {', '.join(below[:3])} do" if below else hint

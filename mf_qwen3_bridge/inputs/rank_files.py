@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mf_qwen3_bridge.errors import BridgeError, Problem, fold_names, refuse
+from mf_qwen3_bridge.errors import BridgeError, Problem, first_names, fold_names, refuse
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import Box
 from mf_qwen3_bridge.model.parameters import is_counter, is_fused_qkv, is_training_state
@@ -151,12 +151,7 @@ def _fold(problems: Iterable[Problem]) -> list[Problem]:
     rows: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         rows.setdefault((problem.found, problem.remedy), []).append(problem.subject)
-    return [Problem(some(fold_names(names)), *row) for row, names in rows.items()]
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return [Problem(first_names(fold_names(names)), *row) for row, names in rows.items()]
 
 
 def rank_directories(path: Path) -> dict[int, Path]:

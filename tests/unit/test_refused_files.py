@@ -334,9 +334,9 @@ def test_files_of_several_steps_are_no_one_checkpoint(tmp_path: Path):
 
 
 def test_ranks_of_a_parallel_run_are_named_with_what_to_do(tmp_path: Path):
-    for rank in range(3):
+    for rank in (0, 2, 10):  # those of this machine
         write(tmp_path / f"rank_{rank}", random_tensors(SPEC, TRAIN))
-    with pytest.raises(BridgeError, match="its rank_0 to rank_2 do: what the ranks of a run saved"):
+    with pytest.raises(BridgeError, match="its rank_0 to rank_10 do: what the ranks of a run saved"):
         open_source(tmp_path)
 
 
