@@ -31,6 +31,7 @@ from mf_qwen3_bridge.transfer.values import Casts, casts_of, largest_magnitude
 class Part:
     """A plan, the files that its targets are written to, and how many bytes and which files it reads.
 
+    ``recipes`` is a digest of how computed sources are computed.
     ``make_plan`` returns the plan, because of many parts not all are kept in memory.
     """
 
@@ -38,12 +39,16 @@ class Part:
     files: Sequence[OutputFile]
     source_nbytes: int
     sources: frozenset[Path]
+    recipes: str
 
     @classmethod
     def of(cls, plan: Plan, files: Sequence[OutputFile], make_plan: Callable[[], Plan] | None = None) -> Part:
         """The part that writes ``plan`` to ``files``; the plan is not kept if ``make_plan`` makes it again."""
-        sources = frozenset(copy.source.file for copy in plan.copies)
-        return cls(make_plan or (lambda: plan), files, plan.source_nbytes, sources)
+        sources = {copy.source for copy in plan.copies}
+        files_read = frozenset(file for source in sources for file in source.files)
+        computed = sorted(repr(source) for source in sources if source.computed)
+        recipes = hashlib.sha256("\n".join(computed).encode()).hexdigest()
+        return cls(make_plan or (lambda: plan), files, plan.source_nbytes, files_read, recipes)
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class Job:
             "from": self.source,
             "to": self.target,
             "sources": {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in sources},
+            "computed": [part.recipes for part in self.parts],
             "tensors": {file.name: hashlib.sha256(file.header).hexdigest() for file in self.files},
             "other files": {name: hashlib.sha256(content).hexdigest() for name, content in self.others.items()},
         }

@@ -59,8 +59,7 @@ class Source:
     @cached_property
     def files(self) -> list[Path]:
         """The files that hold its tensors."""
-        shards = (shard.tensor.file for tensor in self.tensors.values() for shard in tensor.shards)
-        return sorted({*shards, *(tensor.file for tensor in self.tensors.values())})
+        return sorted({file for tensor in self.tensors.values() for file in tensor.files})
 
     @cached_property
     def is_hf(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -54,7 +55,7 @@ def load_network(network: Any, model: CheckedCheckpoint, *, use_training_convers
                 f"--use_training_conversion converts Hugging Face weights; {model.source.path} holds MindFormers' "
                 "already: leave the flag out"
             )
-        converted = conversion.convert_weight_dict(network, load_checkpoint(model.source.files))
+        converted = conversion.convert_weight_dict(network, _hf_weights(model, plan, parameters))
         _check_loaded(*ms.load_param_into_net(network, converted))
         check_values({target.name: _magnitudes(parameters[target.name], target) for target in plan.targets}, plan)
     else:
@@ -62,6 +63,23 @@ def load_network(network: Any, model: CheckedCheckpoint, *, use_training_convers
     network.process_weights_after_loading(network.model)  # as upstream's load_weights ends
     FILLED.add(network)
     return plan
+
+
+def _hf_weights(
+    model: CheckedCheckpoint, plan: Plan, parameters: Mapping[str, ms.Parameter]
+) -> dict[str, ms.Parameter]:
+    """A checkpoint's weights under Hugging Face's names; what is computed in the dtype of the parameter it goes to."""
+    if not any(tensor.computed for tensor in model.source.tensors.values()):
+        return load_checkpoint(model.source.files)
+    spelling = {dtype: name for name, dtype in DTYPES.items()}
+    dtypes = {copy.source.name: _NUMPY_DTYPES[parameters[t.name].dtype] for t in plan.targets for copy in t.copies}
+    weights = {}
+    with Transfer() as transfer:
+        for target in model.plan(model.dialect).targets:
+            if model.source.tensors[target.name].computed and target.name in dtypes:
+                target = replace(target, dtype=spelling[dtypes[target.name]])
+            weights[target.name] = conversion.to_parameter(target.name, target.make(transfer))
+    return weights
 
 
 def load_arrays(network: Any, arrays: Mapping[str, Any]) -> None:

@@ -5,6 +5,8 @@ from dataclasses import replace
 from itertools import pairwise
 from math import prod
 
+import numpy as np
+
 from mf_qwen3_bridge.model.layouts import Box, View
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 from mf_qwen3_bridge.transfer.tiles import Copy
@@ -86,3 +88,36 @@ def from_range(tensor: TensorInfo, start: int, size: int) -> Iterator[Copy]:
         is_part = end - begin < width
         view = whole[row, column : column + end - begin] if is_part else whole[row : end // width]
         yield from from_shards(Copy(tensor, view, tensor.name, replace(View.whole(view.shape), offset=begin - start)))
+
+
+# Of a region that is computed at a time, by each thread.
+_REGION_ELEMENTS = 256 << 10
+
+
+def regions(
+    starts: np.ndarray, out: np.ndarray, width: int
+) -> Iterator[tuple[tuple[np.ndarray, tuple[int, int]], np.ndarray]]:
+    """Cuts runs of a tensor's elements into regions of its rows, which have ``width`` elements.
+
+    Args:
+        starts: the index of each run's first element, ascending.
+        out: (runs, elements of each).
+
+    Yields:
+        ((row numbers, (start, stop) of the columns), the part of ``out`` that holds them, in the same shape).
+    """
+    rows, columns = np.divmod(starts, width)
+    length = out.shape[1]
+    if (columns == columns[0]).all() and columns[0] + length <= width:
+        step, first = max(1, _REGION_ELEMENTS // length), int(columns[0])
+        for begin in range(0, len(rows), step):
+            yield (rows[begin : begin + step], (first, first + length)), out[begin : begin + step]
+        return
+    for row, column, run in zip(rows, columns, out):
+        head = min(-column % width, length)
+        body = head + (length - head) // width * width
+        for begin, end, count in ((0, head, 1), (head, body, (body - head) // width), (body, length, 1)):
+            if end > begin:
+                place = run[begin:end].reshape(count, -1)
+                first = row * width + column + begin
+                yield from regions(first + np.arange(count) * width, place, width)

@@ -12,9 +12,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from mf_qwen3_bridge.transfer.blocks import from_range
+from mf_qwen3_bridge.transfer.blocks import from_range, regions
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, TensorInfo
-from mf_qwen3_bridge.transfer.tiles import Copy, Tile, reads, tiles, writes
+from mf_qwen3_bridge.transfer.tiles import PAGE_BYTES, Copy, Tile, reads, tiles, writes
 from mf_qwen3_bridge.transfer.values import largest_magnitude
 
 # Of all threads together; an expert of the largest model, read and transposed, takes 48 MiB.
@@ -109,12 +109,12 @@ class Transfer(ExitStack):
         return largest
 
     def _fill(self, tile: Tile, target: np.ndarray) -> list[tuple[TensorInfo, float]]:
-        if _is_stored_as(target.dtype, tile):  # then from the file into the target itself
+        if _is_read_as(target.dtype, tile):  # then from the file into the target itself
             place = tile[0].target_view.of(target)
             self.read(tile[0].source, tile[0].source_view.offset, place)
             return [(tile[0].source, largest_magnitude(place))]
         magnitudes = []
-        with self._loaded(tile) as (elements_of, _):
+        with self._loaded(tile, target.dtype) as (elements_of, _):
             for copy, elements in elements_of.items():
                 place = copy.target_view.of(target)
                 copy_elements(elements, place)
@@ -143,8 +143,9 @@ class Transfer(ExitStack):
         def work(tile: Tile) -> list[Result]:
             stretches = writes(tile)
             sizes = [(stretch.size, DTYPES[dtypes[copies[0].target]]) for copies, stretch in stretches]
-            is_made_by_reading = _is_stored_as(sizes[0][1], tile)
-            with self._loaded(tile, () if is_made_by_reading else sizes) as (elements_of, arrays):
+            is_made_by_reading = _is_read_as(sizes[0][1], tile)
+            more = () if is_made_by_reading else sizes
+            with self._loaded(tile, sizes[0][1], more) as (elements_of, arrays):
                 if is_made_by_reading:
                     arrays = [elements_of[tile[0]].reshape(-1)]
                 results = []
@@ -175,23 +176,35 @@ class Transfer(ExitStack):
             yield pending.popleft().result()
 
     @contextmanager
-    def _loaded(self, tile: Tile, more: Sizes = ()) -> Iterator[tuple[dict[Copy, np.ndarray], list[np.ndarray]]]:
-        """Reads the sources of a tile, each byte once: for each copy its elements, as they are stored.
+    def _loaded(
+        self, tile: Tile, computed: np.dtype | None = None, more: Sizes = ()
+    ) -> Iterator[tuple[dict[Copy, np.ndarray], list[np.ndarray]]]:
+        """Reads the sources of a tile, each byte once: for each copy its elements, in the dtype of the source.
 
-        Lends an array for each of ``more`` as well.
+        Args:
+            tile: the copies.
+            computed: the dtype of elements that are computed, if not the source's; they are rounded once.
+            more: arrays to lend as well.
         """
         stretches = reads(tile)
-        sizes = [(stretch.size, DTYPES[copies[0].source.dtype]) for copies, stretch in stretches]
+        sources = [copies[0].source for copies, _ in stretches]
+        dtypes = [computed if computed and source.computed else DTYPES[source.dtype] for source in sources]
+        sizes = [(stretch.size, dtype) for (_, stretch), dtype in zip(stretches, dtypes)]
         with self._buffers.lend([*sizes, *more]) as arrays:
             elements_of: dict[Copy, np.ndarray] = {}
             for (copies, stretch), array in zip(stretches, arrays):
-                for start, run in stretch.runs(array):
-                    self.read(copies[0].source, start, run)
+                self._read_runs(copies[0].source, stretch.starts, array.reshape(len(stretch.starts), -1))
                 elements_of |= {copy: view.of(array) for copy, view in zip(copies, stretch.views)}
             yield elements_of, arrays[len(stretches) :]
 
     def read(self, source: TensorInfo, start: int, out: np.ndarray) -> None:
-        """Fills a C-contiguous array with the elements of a tensor, from element ``start`` on."""
+        """Fills a C-contiguous array with the elements of a tensor, from element ``start`` on.
+
+        The array has the tensor's dtype; if the tensor is computed, any, to which the elements are rounded.
+        """
+        if source.computed:
+            self._read_runs(source, np.array([start]), out.reshape(1, -1))
+            return
         if source.shards:
             for copy in from_range(source, start, out.size):
                 rows = range(copy.source_view.shape[0])
@@ -201,10 +214,41 @@ class Transfer(ExitStack):
         memory = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         self._reader.read(source, start * out.itemsize, memory)
 
+    def _read_runs(self, source: TensorInfo, starts: np.ndarray, out: np.ndarray) -> None:
+        """Fills (runs, elements of each) with runs of a tensor's elements that begin at ``starts``."""
+        if source.computed is None:
+            for start, run in zip(starts.tolist(), out):
+                self.read(source, start, run)
+            return
+        for region, place in regions(starts, out, source.width):
+            copy_elements(self._read_region(source, *region, out.dtype), place)
 
-def _is_stored_as(dtype: np.dtype, tile: Tile) -> bool:
-    """Whether a tile is one run of elements that are stored in this dtype, in the order of the target."""
-    return len(tile) == 1 and tile[0].is_plain_copy and DTYPES[tile[0].source.dtype] == dtype
+    def _read_region(
+        self, tensor: TensorInfo, rows: np.ndarray, columns: tuple[int, int], dtype: np.dtype
+    ) -> np.ndarray:
+        """A region of a tensor's rows; computed elements are float32, and those they depend on are of ``dtype``."""
+        if tensor.computed:
+
+            def read(other: TensorInfo, rows: np.ndarray, columns: tuple[int, int]) -> np.ndarray:
+                elements = self._read_region(other, rows, columns, dtype)
+                return elements.astype(dtype) if other.computed else elements
+
+            return tensor.computed.region(rows, columns, read)
+        start, stop = columns
+        gaps = (rows[1:] - rows[:-1]) * tensor.width - (stop - start)
+        if (gaps * DTYPES[tensor.dtype].itemsize < PAGE_BYTES).all():  # one read is faster, and disks read whole pages
+            block = np.empty((rows[-1] - rows[0] + 1, tensor.width), DTYPES[tensor.dtype])
+            self.read(tensor, int(rows[0]) * tensor.width, block)
+            return block[rows - rows[0], start:stop] if len(rows) < len(block) else block[:, start:stop]
+        result = np.empty((len(rows), stop - start), DTYPES[tensor.dtype])
+        self._read_runs(tensor, rows * tensor.width + start, result)
+        return result
+
+
+def _is_read_as(dtype: np.dtype, tile: Tile) -> bool:
+    """Whether a tile is one run of elements that are read in this dtype, in the order of the target."""
+    source = tile[0].source
+    return len(tile) == 1 and tile[0].is_plain_copy and (source.computed is not None or DTYPES[source.dtype] == dtype)
 
 
 def copy_elements(source: np.ndarray, target: np.ndarray) -> None:

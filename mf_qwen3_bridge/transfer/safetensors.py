@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -47,10 +48,13 @@ class TensorInfo:
     """A tensor in a safetensors file, not read yet.
 
     Attributes:
-        dtype: its dtype as safetensors spells it, such as ``BF16``.
+        dtype: its dtype as safetensors spells it, such as ``BF16``; of a computed tensor, the one to round to unless
+            another is asked for.
         start, nbytes: offset of its first byte in the file, and its size in bytes.
         shards: the blocks that cover it, if these are stored instead of the whole; ``file`` and ``start`` are then
             those of one of them.
+        computed: how its elements are computed, if they are not stored as they are; ``file`` and ``start`` are then
+            those of the first tensor that they are computed from.
     """
 
     name: str
@@ -60,6 +64,34 @@ class TensorInfo:
     start: int
     nbytes: int
     shards: tuple[Shard, ...] = ()
+    computed: Computed | None = field(default=None, compare=False)
+
+    @property
+    def width(self) -> int:
+        """Elements of a row: tensors of more than two axes are seen as their rows one after the other."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """The files that hold what it is made of."""
+        parts = [shard.tensor for shard in self.shards] or (self.computed.tensors if self.computed else ())
+        return frozenset({self.file}).union(*(part.files for part in parts))
+
+
+# Reads a region of a tensor that is seen as rows: their numbers, in ascending order, and (start, stop) of the columns.
+# Gives (rows, columns) in the tensor's dtype; a computed tensor's elements in the dtype that it is asked for.
+ReadRegion = Callable[[TensorInfo, np.ndarray, tuple[int, int]], np.ndarray]
+
+
+class Computed(Protocol):
+    """How the elements of a tensor are computed from others that are stored: from a quantised weight and its scales."""
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """What it is computed from."""
+
+    def region(self, rows: np.ndarray, columns: tuple[int, int], read: ReadRegion) -> np.ndarray:
+        """The elements of a region, float32 (rows, columns), computed from what ``read`` gives of :attr:`tensors`."""
 
 
 class Shard(NamedTuple):

@@ -21,7 +21,7 @@ _COST_LIMIT = 1.25
 # A call of the operating system takes as long as reading so many bytes.
 _BYTES_PER_RUN = 8 << 10
 # A disk reads whole pages: a gap between two runs of wanted bytes is skipped if it is a page at least.
-_PAGE_BYTES = 4096
+PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _divisions(tile: Tile, nbytes: int) -> Iterator[list[Tile]]:
     for axis, (length, *others) in enumerate(zip(*shapes)):
         if length > 1 and all(other == length for other in others):
             step = max(1, length // -(-nbytes // TILE_BYTES))
-            pages = max(_PAGE_BYTES // gcd(_PAGE_BYTES, c.target_view.strides[axis] * c.itemsize) for c in tile)
+            pages = max(PAGE_BYTES // gcd(PAGE_BYTES, c.target_view.strides[axis] * c.itemsize) for c in tile)
             step -= step % pages if step > pages else 0  # pieces end where a page does, if they can
             yield [tuple(copy.cut(axis, start, start + step) for copy in tile) for start in range(0, length, step)]
 
@@ -157,7 +157,7 @@ class Stretch:
 
 def reads(tile: Tile) -> list[tuple[Tile, Stretch]]:
     """The stretches of sources that a tile reads, each with the copies that it is for; short gaps are read too."""
-    gap = (_PAGE_BYTES - 1) // tile[0].itemsize
+    gap = 0 if any(copy.source.computed for copy in tile) else (PAGE_BYTES - 1) // tile[0].itemsize
     return _stretches([(copy.source, copy, copy.source_view) for copy in tile], gap)
 
 

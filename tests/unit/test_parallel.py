@@ -172,7 +172,7 @@ def test_nothing_is_read_that_a_rank_does_not_need(tmp_path, read, spec, paralle
 @pytest.mark.parametrize("spec", [SPEC, MOE_SPEC], ids=["dense", "moe"])
 def test_a_mindformers_checkpoint_is_read_once(tmp_path, monkeypatch, read, source, spec):
     """Gate and up of an expert are in one tensor, in the order of the network: they are not read apart."""
-    monkeypatch.setattr(tiles, "_PAGE_BYTES", 1)
+    monkeypatch.setattr(tiles, "PAGE_BYTES", 1)
     directory = write(tmp_path, random_tensors(spec, dialect=source))
     plan = plan_of(directory, spec, ParallelConfig(), 0, source)
     for target in plan.targets:
@@ -196,7 +196,7 @@ def test_pieces_of_any_size_make_the_same(tmp_path, monkeypatch, piece_bytes, pa
         whole = {target.name: target.make() for target in plan.targets}
         with monkeypatch.context() as patch:
             patch.setattr(tiles, "TILE_BYTES", piece_bytes)
-            patch.setattr(tiles, "_PAGE_BYTES", page_bytes)
+            patch.setattr(tiles, "PAGE_BYTES", page_bytes)
             for target in plan.targets:
                 assert target.make().tobytes() == whole[target.name].tobytes(), target.name
 

@@ -61,7 +61,7 @@ def test_every_element_moves_once(source, target, is_moe, tile_bytes, page_bytes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles_module, "TILE_BYTES", tile_bytes)
         patch.setattr(tiles_module, "_LARGEST_TILE_BYTES", 4 * tile_bytes)
-        patch.setattr(tiles_module, "_PAGE_BYTES", page_bytes)
+        patch.setattr(tiles_module, "PAGE_BYTES", page_bytes)
         for tile in tiles(copies, to_files):
             check_tile(tile, sizes, moved)
     for name in sizes:
