@@ -8,20 +8,33 @@ from typing import TYPE_CHECKING, Any
 from mf_qwen3_bridge.errors import BridgeError, Problem
 
 if TYPE_CHECKING:
+    from mf_qwen3_bridge.mindformers.in_memory import load, weights
     from mf_qwen3_bridge.mindformers.infer import from_pretrained
     from mf_qwen3_bridge.mindformers.load import load_checkpoint
     from mf_qwen3_bridge.mindformers.patching.patch import patch, unpatch
     from mf_qwen3_bridge.mindformers.verify_network import verify_network
 
 __version__ = "0.1.0"
-__all__ = ["BridgeError", "Problem", "from_pretrained", "load_checkpoint", "patch", "unpatch", "verify_network"]
+__all__ = [
+    "BridgeError",
+    "Problem",
+    "from_pretrained",
+    "load",
+    "load_checkpoint",
+    "patch",
+    "unpatch",
+    "verify_network",
+    "weights",
+]
 
 _LAZY = {
     "from_pretrained": "infer",
+    "load": "in_memory",
     "load_checkpoint": "load",
     "patch": "patching.patch",
     "unpatch": "patching.patch",
     "verify_network": "verify_network",
+    "weights": "in_memory",
 }
 
 

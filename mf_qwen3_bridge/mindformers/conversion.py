@@ -20,7 +20,7 @@ from mf_qwen3_bridge.errors import BridgeError, folded_problems, refuse
 from mf_qwen3_bridge.mindformers.network import rank_of
 from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT, Layout, View
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
-from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, hf_dialect, model_rules, shares
+from mf_qwen3_bridge.model.rules import HF_STACKED, INFER, hf_dialect, model_rules, shares
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.copying import copy_elements
 from mf_qwen3_bridge.transfer.plan import make_plan
@@ -78,7 +78,7 @@ def convert_weight_dict(
         BridgeError: tensors are missing, left over or of a wrong shape (all are listed), or there is no config.
         TimeoutError: another process never delivered a tensor.
     """
-    spec = _read_spec(owner, model_config)
+    spec = read_spec(owner, model_config)
     arrays = {name: _to_numpy(value) for name, value in source_dict.items()}
     if condition is not None:
         logic, arrays = TrainingConversion(spec, TRAINING_DEFAULT), _unstack_experts(spec, arrays)
@@ -98,7 +98,7 @@ def convert_map_dict(
     Raises:
         BridgeError: the map lacks parts of a fused parameter.
     """
-    spec = _read_spec(owner, model_config)
+    spec = read_spec(owner, model_config)
     files = _unstack_experts(spec, source_dict, lambda file, view: file)
     missing = [name for rule in model_rules(spec) for name in rule.tensors if name not in files]
     problems = folded_problems({("not in the map", "use the index that came with the checkpoint"): missing})
@@ -123,18 +123,6 @@ def obtain_name_map(owner: Any, load_checkpoint_files: Iterable[str | Path]) -> 
     )
 
 
-def rename_to_hf(network: Any, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Names weights (arrays, Tensors, slices of a safetensors file) as Hugging Face does, not as ``convert_name``."""
-    spec = _read_spec(network, None)
-    places = (place for rule in model_rules(spec) for dialect in (HF, HF_STACKED) for place in rule.places(dialect))
-    names = {place.tensor for place in places}
-    hf_name = {TrainingConversion(spec, INFERENCE).convert_name(name): name for name in names}
-    return {
-        hf_name.get(name, name): _to_numpy(value[:] if hasattr(value, "get_shape") else value)
-        for name, value in values.items()
-    }
-
-
 def describe_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, TensorInfo]:
     """Describes arrays in memory as a file's header would."""
     spelling = {dtype.name: name for name, dtype in DTYPES.items()}
@@ -157,7 +145,7 @@ def _to_numpy(value: Any) -> np.ndarray:
     return value.asnumpy() if isinstance(value, ms.Tensor) else np.asarray(value)
 
 
-def _read_spec(owner: Any, model_config: Any) -> ModelSpec:
+def read_spec(owner: Any, model_config: Any) -> ModelSpec:
     """The model's numbers: of a network, or of the config that was passed with a call on its class."""
     config = model_config if isinstance(owner, type) else owner.config
     if config is None:

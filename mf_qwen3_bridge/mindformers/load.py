@@ -25,7 +25,7 @@ from mf_qwen3_bridge.transfer.values import largest_magnitude
 # Networks that the functions below have filled.
 FILLED: WeakSet[Any] = WeakSet()
 
-_NUMPY_DTYPES = {ms.float32: DTYPES["F32"], ms.float16: DTYPES["F16"], ms.bfloat16: DTYPES["BF16"]}
+NUMPY_DTYPES = {ms.float32: DTYPES["F32"], ms.float16: DTYPES["F16"], ms.bfloat16: DTYPES["BF16"]}
 
 
 def load_network(network: Any, model: CheckedCheckpoint, *, use_training_conversion: bool = False) -> Plan:
@@ -72,7 +72,7 @@ def _hf_weights(
     if not any(tensor.computed for tensor in model.source.tensors.values()):
         return load_checkpoint(model.source.files)
     spelling = {dtype: name for name, dtype in DTYPES.items()}
-    dtypes = {copy.source.name: _NUMPY_DTYPES[parameters[t.name].dtype] for t in plan.targets for copy in t.copies}
+    dtypes = {copy.source.name: NUMPY_DTYPES[parameters[t.name].dtype] for t in plan.targets for copy in t.copies}
     weights = {}
     with Transfer() as transfer:
         for target in model.plan(model.dialect).targets:
@@ -80,21 +80,6 @@ def _hf_weights(
                 target = replace(target, dtype=spelling[dtypes[target.name]])
             weights[target.name] = conversion.to_parameter(target.name, target.make(transfer))
     return weights
-
-
-def load_arrays(network: Any, arrays: Mapping[str, Any]) -> None:
-    """Fills an inference network with weights that are in memory, by way of MindFormers' training class.
-
-    ``arrays`` are arrays, Tensors, or slices of an open safetensors file, under Hugging Face's names or what upstream's
-    ``convert_name`` returns for them. Raises BridgeError as :func:`load_network`.
-    """
-    values = conversion.rename_to_hf(network, arrays)
-    converted = conversion.convert_weight_dict(network, values)
-    infos = conversion.describe_arrays(values)
-    check_values({name: {infos[name]: largest_magnitude(value)} for name, value in values.items()})
-    _check_loaded(*ms.load_param_into_net(network, converted))
-    network.process_weights_after_loading(network.model)
-    FILLED.add(network)
 
 
 def _magnitudes(parameter: ms.Parameter, target: Target) -> dict[TensorInfo, float]:
@@ -118,7 +103,7 @@ def fill_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None:
     with progress_bar("loading", plan.source_nbytes) as advance, Transfer(advance) as transfer:
         for target in plan.targets:
             parameter = parameters[target.name]
-            array = np.empty(target.shape, _NUMPY_DTYPES[parameter.dtype])
+            array = np.empty(target.shape, NUMPY_DTYPES[parameter.dtype])
             magnitudes[target.name] = transfer.fill(array, target.copies)
             parameter.set_data(ms.Tensor.from_numpy(array), parameter.sliced)
     check_values(magnitudes, plan)
@@ -136,7 +121,7 @@ def check_parameters(parameters: Mapping[str, ms.Parameter], plan: Plan) -> None
             wrong["in the checkpoint, not in the network", remedy].append(name)
         elif (shape := tuple(parameters[name].shape)) != shapes[name]:
             wrong[f"shape {shapes[name]} in the checkpoint, {shape} in the network", remedy].append(name)
-        if name in parameters and (dtype := parameters[name].dtype) not in _NUMPY_DTYPES:
+        if name in parameters and (dtype := parameters[name].dtype) not in NUMPY_DTYPES:
             wrong[f"the network holds it as {dtype}", "use float32, float16 or bfloat16"].append(name)
     refuse("the checkpoint does not fit the network", folded_problems(wrong))
 

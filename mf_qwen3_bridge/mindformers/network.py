@@ -47,6 +47,7 @@ CLASSES: dict[str, tuple[type, type]] = {
     "qwen3": (Qwen3Config, InferenceQwen3ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, InferenceQwen3MoeForCausalLM),
 }
+INFERENCE_NETWORKS: tuple[Any, ...] = tuple(network_class for _, network_class in CLASSES.values())
 # Ascend: as in upstream's predict_qwen3.yaml and predict_qwen3_moe.yaml.
 # A CPU is faster in float32, and has no bfloat16 arithmetic of its own.
 _DTYPE = {"Ascend": "bfloat16", "CPU": "float32"}

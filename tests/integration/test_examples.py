@@ -16,10 +16,12 @@ from tests.support.commands import ROOT
 FUNCTIONS = [name for name in mf_qwen3_bridge.__all__ if inspect.isfunction(getattr(mf_qwen3_bridge, name))]
 PRINTED = {
     "from_pretrained": "Weights move from Hugging Face to MindFormers",
+    "load": "errors up to",
     "load_checkpoint": "model.norm.weight (96,) BFloat16",
     "patch": "([], [])",
     "unpatch": "True",
     "verify_network": "errors up to",
+    "weights": "model.norm.weight (96,) float32",
 }
 
 

@@ -21,15 +21,15 @@ from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check_against_co
 from mf_qwen3_bridge.inputs.source import HF_INDEX, HYPER_PARAMETERS, LAYOUT_KEY
 from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.cpu.device import inference_device
-from mf_qwen3_bridge.mindformers.load import FILLED, load_arrays, load_network
+from mf_qwen3_bridge.mindformers.in_memory import load
+from mf_qwen3_bridge.mindformers.load import FILLED, load_network
 from mf_qwen3_bridge.mindformers.load_training import load_training_network
-from mf_qwen3_bridge.mindformers.network import CLASSES, check_token_ids
+from mf_qwen3_bridge.mindformers.network import INFERENCE_NETWORKS, check_token_ids
 from mf_qwen3_bridge.mindformers.patching.configs import declared_layout_flags
 from mf_qwen3_bridge.mindformers.replacements import HOOKS
 from mf_qwen3_bridge.model.parameters import is_hf_name
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo, read_header
 
-INFERENCE_NETWORKS: tuple[Any, ...] = tuple(network_class for _, network_class in CLASSES.values())
 NETWORKS = (*INFERENCE_NETWORKS, TrainingQwen3ForCausalLM, TrainingQwen3MoeForCausalLM)
 
 
@@ -62,7 +62,7 @@ def load_weights(
     Args:
         weights_path: a directory or file of Hugging Face's weights, or of MindFormers' if metadata or YAML declare
             their layout.
-        weights: (name, array) of each tensor, where there is no such path: see :func:`load_arrays`.
+        weights: (name, array) of each tensor, where there is no such path: see :func:`load`.
 
     Raises:
         BridgeError: the weights are not whole, do not fit the network, or neither argument names any.
@@ -70,7 +70,7 @@ def load_weights(
     if weights_path and Path(weights_path).exists():
         load_network(network, check_against_network(network, Path(weights_path)))
     elif weights is not None:
-        load_arrays(network, dict(weights))
+        load(network, weights)
     else:
         raise BridgeError(f"weights_path {str(weights_path)!r} does not exist, and no weights are given")
 
