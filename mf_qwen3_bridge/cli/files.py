@@ -92,6 +92,8 @@ _export_options = _options(
     click.option("--dtype", type=_DTYPE, default="bf16", show_default=True, help="Of the tensors that are written."),
     click.option("--max_shard_size", default="5GB", show_default=True, metavar="SIZE", help="Of a Hugging Face file."),
     click.option("--write_tied_lm_head", is_flag=True, help="Store lm_head although it is tied to the embedding."),
+    click.option("--lora", type=click.Choice(["merge", "adapter"]), help="Of a LoRA run: what to write."),
+    click.option("--lora_alpha", type=click.FloatRange(0, min_open=True), metavar="N", help="If no file declares it."),
     _dry_run,
 )
 
@@ -251,7 +253,9 @@ def unify(
 )
 @_without_effect("max_worker", "one process converts, with several threads", type=click.IntRange(1), metavar="N")
 @_without_effect("qkv_concat", "MindFormers' Qwen3 always fuses q, k and v", type=bool, metavar="BOOL")
-@_without_effect("is_lora", "tensors of a LoRA are found by their names, and refused", type=bool, metavar="BOOL")
+@_without_effect(
+    "is_lora", "a LoRA is found by its tensors' names; --lora says what to write of it", type=bool, metavar="BOOL"
+)
 @_export_options
 def convert_weight(kind: str, input_path: Path, output_path: Path, is_reversed: bool, **options: Any) -> None:
     """Convert Hugging Face to MindFormers (training layout) or, with --reversed, a merged training checkpoint back.
@@ -268,7 +272,8 @@ def convert_weight(kind: str, input_path: Path, output_path: Path, is_reversed: 
         found = "has experts (qwen3-moe)" if source.has_experts else "has no experts (qwen3)"
         raise BridgeError(f"--model {kind}: {input_path} {found}")
     context = click.get_current_context()
-    for name in () if is_reversed else ("max_shard_size", "write_tied_lm_head", *LAYOUT_OPTIONS, "model_parallel"):
+    of_reversed = ("max_shard_size", "write_tied_lm_head", *LAYOUT_OPTIONS, "model_parallel", "lora", "lora_alpha")
+    for name in () if is_reversed else of_reversed:
         if context.get_parameter_source(name) != ParameterSource.DEFAULT:
             raise click.UsageError(f"--{name} needs --reversed")
     if is_reversed:
@@ -290,6 +295,12 @@ def _export(source: Source, output_path: Path, options: Mapping[str, Any]) -> No
     from mf_qwen3_bridge.inputs.preflight import check_trained
 
     numbers = _numbers(options)
+    if source.lora:
+        _export_lora(source, output_path, options)
+        return
+    for name in ("lora", "lora_alpha"):
+        if options[name] is not None:
+            raise BridgeError(f"--{name}: {source.path} is not of a LoRA run, it holds no lora tensors")
     model = check_trained(source, options["hf_config"], options["config"], numbers, options["model_parallel"])
     job = jobs.to_hf(
         model,
@@ -300,6 +311,39 @@ def _export(source: Source, output_path: Path, options: Mapping[str, Any]) -> No
         layout_is_shown=check_layout(model),
     )
     make(job, options["dry_run"])
+
+
+def _export_lora(source: Source, output_path: Path, options: Mapping[str, Any]) -> None:
+    from mf_qwen3_bridge.convert import jobs
+    from mf_qwen3_bridge.convert.file_layout import parse_size
+    from mf_qwen3_bridge.inputs.layout_detection import check_layout
+    from mf_qwen3_bridge.inputs.lora_runs import read_lora_run
+    from mf_qwen3_bridge.inputs.preflight import check, check_for_adapter, check_trained
+
+    is_merged = options["lora"] == "merge"
+    if options["lora"] is None:
+        raise BridgeError(
+            f"{source.path} is of a LoRA run. Choose what to write: --lora merge, the whole model with the adapter "
+            "merged into its weights, or --lora adapter, a PEFT adapter for the model that the run began with"
+        )
+    run = read_lora_run(source, options["config"], options["lora_alpha"])
+    given = options["hf_config"], options["config"], _numbers(options), options["model_parallel"]
+    model = check_trained(run.base, *given) if run.has_base else check_for_adapter(source, *given)
+    layout_is_shown = run.has_base and check_layout(model)
+    run.check_trained(run.plan(model))
+    if is_merged:
+        sizes = parse_size(options["max_shard_size"]), options["write_tied_lm_head"]
+        merged = (
+            replace(model, source=run.merged()) if run.has_base else run.merged_into(check(model.hf_dir), model.dialect)
+        )
+        job = jobs.to_hf(merged, output_path, options["dtype"], *sizes, layout_is_shown=layout_is_shown)
+        scaling = f"merged: LoRA of rank {run.rank}, alpha {run.alpha:g}"
+        job = replace(job, notes=(scaling, *job.notes))
+    else:
+        is_asked = click.get_current_context().get_parameter_source("dtype") != ParameterSource.DEFAULT
+        dtype = options["dtype"] if is_asked else None
+        job = jobs.to_peft(run, model, output_path, dtype, options["hf_config"])
+    make(replace(job, warning="" if layout_is_shown else jobs.layout_warning(model)), options["dry_run"])
 
 
 def make(job: Job, dry_run: bool) -> None:

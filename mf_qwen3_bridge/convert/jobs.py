@@ -11,11 +11,13 @@ from mf_qwen3_bridge.convert.file_layout import HF_SHARD_BYTES, hf_files, mindfo
 from mf_qwen3_bridge.convert.run import Job, Part
 from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
+from mf_qwen3_bridge.inputs.lora_runs import LoraRun, lora_config_file
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.inputs.source import HYPER_PARAMETERS, Source
 from mf_qwen3_bridge.model import training_ranks
+from mf_qwen3_bridge.model.lora import peft_module
 from mf_qwen3_bridge.model.parallel import ParallelConfig
-from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT
+from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT, is_counter
 from mf_qwen3_bridge.model.rules import HF, INFER, Dialect
 from mf_qwen3_bridge.transfer.plan import Plan, Target, write_slices
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, read_bytes
@@ -68,7 +70,7 @@ def to_hf(
         write_tied_output: store ``lm_head`` although it is tied to the embedding.
         layout_is_shown: whether something else than files and YAML shows that the layout is right.
     """
-    if model.dialect.is_hf:
+    if model.dialect.is_hf and not any(tensor.computed for tensor in model.source.tensors.values()):
         raise BridgeError(f"{model.source.path} holds Hugging Face weights already")
     plan = model.plan(HF, _STORED[dtype])
     if write_tied_output and model.spec.tie_word_embeddings:
@@ -88,13 +90,59 @@ def to_hf(
         )
     elif "tokenizer_config.json" not in others:
         notes.append(f"no tokenizer is written: there is none in {model.hf_dir}")
-    warning = (
+    job = _job(model, plan, output, [Part.of(plan, files)], others | index)
+    return replace(job, notes=tuple(notes), warning="" if layout_is_shown else layout_warning(model))
+
+
+def layout_warning(model: CheckedCheckpoint) -> str:
+    """What to tell the user if nothing declares the layout of MindFormers weights; empty if something does."""
+    if model.layout_is_declared:
+        return ""
+    return (
         f"the layout of QKV and gate/up is assumed to be MindFormers' default ({model.dialect.layout}): nothing "
         "declares it. If the training YAML sets other flags, the result computes garbage: give it with --config, or "
         "its flags: --use_contiguous_weight_layout_attention, --use_interleaved_weight_layout_mlp, --model_parallel"
     )
-    job = _job(model, plan, output, [Part.of(plan, files)], others | index)
-    return replace(job, notes=tuple(notes), warning="" if layout_is_shown or model.layout_is_declared else warning)
+
+
+def to_peft(
+    run: LoraRun, model: CheckedCheckpoint, output: Path, dtype: str | None = None, base: Path | None = None
+) -> Job:
+    """A PEFT adapter directory of what a LoRA run trained, for the Hugging Face model that it began with.
+
+    Args:
+        run, output: the run; the directory.
+        model: the run's base model, or what is declared of it.
+        dtype: as for :func:`to_mindformers`.
+        base: the Hugging Face directory, for PEFT's ``base_model_name_or_path``.
+    """
+    plan = run.plan(model, _STORED[dtype])
+    adapted = list(dict.fromkeys(peft_module(target.name) for target in plan.targets))
+    alike = {module.rpartition(".")[2] for module in adapted}
+    of_model = {part.removesuffix(".weight") for rule in model.rules for part in rule.tensors}
+    # The last parts of their names, if all modules that have them are adapted; PEFT would adapt the others as well.
+    is_all = all(module in adapted for module in of_model if module.rpartition(".")[2] in alike)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base) if base else None,
+        "r": run.rank,
+        "lora_alpha": int(run.alpha) if run.alpha == int(run.alpha) else run.alpha,
+        "lora_dropout": run.dropout,
+        "target_modules": sorted(alike) if is_all else adapted,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    file = output_file("adapter_model.safetensors", plan.targets, {"format": "pt"})
+    others = {"adapter_config.json": json.dumps(config, indent=2).encode()}
+    ignored = (*filter(is_counter, run.base.tensors), *run.base.left_out)
+    source, count = f"LoRA of rank {run.rank}, alpha {run.alpha:g}, {model.dialect}", len(run.tensors)
+    parts = (Part.of(plan, [file]),)
+    return Job(source, count, "PEFT adapter", output, parts, others, ignored, may_be_zero=True, notes=model.notes)
 
 
 def _job(model: CheckedCheckpoint, plan: Plan, output: Path, parts: Sequence[Part], others: Mapping[str, bytes]) -> Job:
@@ -192,5 +240,7 @@ def unify(source: Source, output: Path) -> Job:
         small = [Target(tensor.name, tensor.shape, tensor.dtype, ()) for tensor in unlisted.values()]
         file = output_file(HYPER_PARAMETERS, small, {"format": "ms"})
         others[file.name] = file.header + b"".join(read_bytes(unlisted[name]) for name in file.tensors)
+    if source.lora and (declared := lora_config_file(source.path)):  # else the merged adapter's alpha is not known
+        others[declared.name] = json.dumps(read_json(declared), indent=2).encode()
     parts, count = (Part.of(plan, files),), len(tensors) + len(unlisted)
     return Job("ranks' files", count, "MindFormers, merged", output, parts, others | index, checks_values=False)

@@ -63,6 +63,7 @@ class Job:
         others: name -> contents of the other files, the index last.
         ignored: names of tensors that are left out because they are not weights.
         checks_values: whether the tensors are weights, which must not be all zero or contain NaN or infinity.
+        may_be_zero: whether they may be all zero nevertheless.
         notes, warning: for the user.
     """
 
@@ -74,6 +75,7 @@ class Job:
     others: Mapping[str, bytes]
     ignored: tuple[str, ...] = ()
     checks_values: bool = True
+    may_be_zero: bool = False
     notes: tuple[str, ...] = ()
     warning: str = ""
 
@@ -198,7 +200,7 @@ def run(job: Job, worker: Worker = ALONE) -> Summary | None:
                 findings.add(Findings.from_json(content))
             if job.checks_values:
                 with directory.discarding():
-                    _check_values(findings)
+                    _check_values(findings, job.may_be_zero)
             directory.complete(job.others)
     seconds = time.monotonic() - started
     return Summary(job.num_tensors, directory.nbytes, seconds, dict(findings.casts), tuple(directory.notes))
@@ -244,12 +246,12 @@ def _look_at_values(made: Made, dtype: str) -> Findings:
     return findings
 
 
-def _check_values(findings: Findings) -> None:
+def _check_values(findings: Findings, may_be_zero: bool) -> None:
     """Refuses invalid weights, and values that do not fit the new dtype."""
     magnitudes: dict[str, dict[TensorInfo, float]] = defaultdict(dict)
     for (target, source), magnitude in findings.magnitudes.items():
         magnitudes[target][source] = magnitude
-    check_values(magnitudes)
+    check_values(magnitudes, may_be_zero=may_be_zero)
     overflowed = {}
     for (dtype, narrower), casts in findings.casts.items():
         remedy = "use fp32" if narrower == "BF16" else "use bf16, which has float32's range, or fp32"

@@ -65,6 +65,7 @@ def open_weights(path: Path, config: Path | None = None) -> Weights:
         BridgeError: files are missing or damaged, or their tensors make no whole Qwen3, or not one of this layout.
     """
     source = open_source(path)
+    refuse_lora(source)
     yaml = read_mindformers_config(None if source.declared_layout else config)
     configured = yaml.layout_of_weights(source.has_experts, source.tensor_parallel)
     dialect = dialect_of(source, configured, yaml.origin, TRAINING_DEFAULT)
@@ -74,6 +75,15 @@ def open_weights(path: Path, config: Path | None = None) -> Weights:
         raise incomplete(source, missing) from None
     refuse(f"{source.path} can't have this layout", block_problems(weights.spec, dialect))
     return weights
+
+
+def refuse_lora(source: Source) -> None:
+    """Refuses weights that a MindFormers run adapts with a LoRA: they are the base model's, which is not what it is."""
+    if source.lora:
+        raise BridgeError(
+            f"{source.path} is of a LoRA run: without its lora tensors the weights are the base model's. Write them as "
+            "one model or as a PEFT adapter first: mf-qwen3 export --lora merge, or --lora adapter"
+        )
 
 
 def incomplete(source: Source, missing: KeyError) -> BridgeError:

@@ -1,7 +1,7 @@
 """What is in a checkpoint, by its headers alone: described, not judged."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -10,11 +10,13 @@ from typing import Any
 from mf_qwen3_bridge.errors import BridgeError, Problem, first_names, fold_names
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_json
 from mf_qwen3_bridge.inputs.identify import dialect_of, numbers_of, spec_of
+from mf_qwen3_bridge.inputs.lora_runs import lora_config_file
 from mf_qwen3_bridge.inputs.opening import open_source, stale_files
 from mf_qwen3_bridge.inputs.rank_files import rank_directories
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT
-from mf_qwen3_bridge.model.parameters import OUTPUT, is_training_state
+from mf_qwen3_bridge.model.lora import adapted_parameter, rank_of
+from mf_qwen3_bridge.model.parameters import OUTPUT, is_counter, is_training_state
 from mf_qwen3_bridge.model.released import RELEASED
 from mf_qwen3_bridge.model.rules import model_rules
 from mf_qwen3_bridge.model.spec import ModelSpec
@@ -35,6 +37,21 @@ class TensorRow:
 
 
 @dataclass(frozen=True)
+class InspectedLora:
+    """A LoRA in a training checkpoint.
+
+    Attributes:
+        ranks: of its matrices; more than one is a fault.
+        parameters: names of the adapted parameters, folded.
+        declared_in: the file in which MindFormers wrote its alpha, if it is found.
+    """
+
+    ranks: tuple[int, ...]
+    parameters: tuple[str, ...]
+    declared_in: str | None
+
+
+@dataclass(frozen=True)
 class Inspection:
     """A checkpoint as its headers show it.
 
@@ -46,6 +63,7 @@ class Inspection:
         tied: whether the output layer is the embedding; None if ranks saved it.
         parameters: number of elements of all weights; those of several ranks are counted for each.
         state: what is of a training run and no weight, folded.
+        lora: what a LoRA run adapts, if it is one's.
     """
 
     path: str
@@ -60,6 +78,7 @@ class Inspection:
     dtypes: dict[str, int]
     files: int
     state: tuple[str, ...]
+    lora: InspectedLora | None
     unusual: tuple[str, ...]
     tensors: tuple[TensorRow, ...]
 
@@ -71,6 +90,8 @@ def inspect(path: Path) -> Inspection:
     """
     ranks = rank_directories(path)
     source = _of_ranks(path, list(ranks.values())) if ranks else open_source(path)
+    lora = _lora_of(source, {name.partition(" (")[0]: tensor for name, tensor in source.tensors.items()})
+    matrices = {name for name in source.tensors if adapted_parameter(name.partition(" (")[0])}
     dialect = dialect_of(source, default=TRAINING_DEFAULT)
     model = "Qwen3-MoE" if source.has_experts else "Qwen3"
     numbers: dict[str, Any] = {}
@@ -81,18 +102,24 @@ def inspect(path: Path) -> Inspection:
             spec = spec_of(source.tensors, dialect)
         except KeyError as missing:
             numbers = {field: number for field, (number, _) in numbers_of(source.tensors, dialect).items()}
-            unusual.append(f"the shapes do not show {missing.args[0]}: a tensor of the first layer is missing or wrong")
+            if lora and all(_is_of_adapter(name, matrices) or is_counter(name) for name in source.tensors):
+                unusual.append("an adapter alone: the base model's weights were not saved with it")
+            else:
+                what = "a tensor of the first layer is missing or wrong"
+                unusual.append(f"the shapes do not show {missing.args[0]}: {what}")
         else:
             numbers = spec.numbers
             untied = replace(spec, tie_word_embeddings=False)
             sizes = {replace(size, tie_word_embeddings=False): name for name, size in RELEASED.items()}
             model = sizes.get(untied, model)
             claims = {place.tensor: rule.parameter for rule in model_rules(spec) for place in rule.places(dialect)}
-            unusual += map(_line, match_tensors(model_rules(spec), source.tensors, dialect).problems)
+            claims |= {name: found[0] for name in matrices if (found := adapted_parameter(name))}
+            others = {name: tensor for name, tensor in source.tensors.items() if not _is_of_adapter(name, matrices)}
+            unusual += map(_line, match_tensors(model_rules(spec), others, dialect).problems)
         unusual += _config_notes(path, numbers)
     unusual += (f"{file.name} is not part of it" for file in stale_files(source))
     bare = {name: name.partition(" (")[0] for name in source.tensors}  # without the rank
-    weights = claims or set(bare.values())
+    weights = {*claims, *matrices} if claims else set(bare.values())
     state = {name for name in source.tensors if name not in claims and is_training_state(bare[name], weights)}
     files = {file: str(file.relative_to(source.directory)) for file in source.files}
     rows = (TensorRow(name, t.dtype, t.shape, files[t.file], claims.get(name)) for name, t in source.tensors.items())
@@ -104,14 +131,29 @@ def inspect(path: Path) -> Inspection:
         model=model,
         numbers=numbers,
         tied=None if ranks else dialect.name(OUTPUT) not in source.tensors,
-        parameters=sum(prod(t.shape) for t in source.tensors.values() if t.name not in state),
+        parameters=sum(prod(t.shape) for n, t in source.tensors.items() if n not in state | matrices),
         nbytes=source.nbytes,
         dtypes=dict(sorted(Counter(t.dtype for t in source.tensors.values()).items())),
         files=len(files),
         state=tuple(fold_names(state)),
+        lora=lora,
         unusual=tuple(unusual),
         tensors=tuple(rows),
     )
+
+
+def _is_of_adapter(name: str, matrices: set[str]) -> bool:
+    """Whether a tensor is a LoRA's matrix, or an optimizer's state of one."""
+    return name in matrices or (is_training_state(name, matrices) and not is_counter(name))
+
+
+def _lora_of(source: Source, tensors: Mapping[str, TensorInfo]) -> InspectedLora | None:
+    found = replace(source, tensors=tensors).lora
+    if not found:
+        return None
+    ranks = {rank_of(pair["a"].shape) for pair in found.values() if "a" in pair}
+    file = lora_config_file(source.path)
+    return InspectedLora(tuple(sorted(ranks)), tuple(fold_names(found)), str(file) if file else None)
 
 
 def _of_ranks(path: Path, ranks: list[Path]) -> Source:
@@ -163,6 +205,11 @@ def lines(inspection: Inspection) -> Iterator[str]:
     where += f" of {inspection.ranks} ranks" if inspection.ranks else ""
     yield f"tensors     {len(inspection.tensors)} ({dtypes}), {size_text(inspection.nbytes)} in {where}"
     yield f"parameters  {inspection.parameters:,}" + (" on all ranks, copies included" if inspection.ranks else "")
+    if lora := inspection.lora:
+        declared = (
+            f"alpha in {lora.declared_in}" if lora.declared_in else "no file beside or above it declares its alpha"
+        )
+        yield f"LoRA        rank {', '.join(map(str, lora.ranks))}; {declared}; of {first_names(lora.parameters)}"
     if inspection.state:
         yield f"state       of a training run: {first_names(inspection.state)}"
     yield from (f"unusual     {note}" for note in inspection.unusual)

@@ -13,8 +13,7 @@ from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.identify import Weights, open_weights
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.model.layouts import Box, Layout
-from mf_qwen3_bridge.model.parallel import WHOLE
-from mf_qwen3_bridge.model.rules import HF, Dialect, RowsRule, model_rules, shares
+from mf_qwen3_bridge.model.rules import RowsRule, fused_rows, model_rules
 from mf_qwen3_bridge.transfer.plan import Target
 
 # Rows of each part of a fused parameter that are compared.
@@ -45,16 +44,6 @@ def describe(arrangement: Layout) -> str:
         return "interleaved"
     blocks = arrangement.tensor_parallel
     return "contiguous" if blocks == 1 else f"contiguous in the blocks of {blocks} tensor parallel ranks"
-
-
-def fused_rows(rule: RowsRule, layout: Layout) -> dict[str, np.ndarray]:
-    """For each part of a fused parameter the numbers of the rows that store it in the parameter: int64 (rows,)."""
-    flat = replace(rule, columns=())
-    parts = {name: np.empty(rows, np.int64) for name, rows in zip(rule.tensors, rule.rows)}
-    numbers = np.arange(sum(rule.rows))
-    for here, there in shares(flat, WHOLE, Dialect(layout), HF):
-        there.view.of(parts[there.tensor])[...] = here.view.of(numbers)
-    return parts
 
 
 def sampled_rows(rule: RowsRule) -> dict[str, np.ndarray]:

@@ -9,9 +9,16 @@ from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs import mindformers_config
-from mf_qwen3_bridge.inputs.disagreements import Sides, computed_rows, declared_by, match_model, number_rows
+from mf_qwen3_bridge.inputs.disagreements import (
+    Sides,
+    block_problems,
+    computed_rows,
+    declared_by,
+    match_model,
+    number_rows,
+)
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_hf_config
-from mf_qwen3_bridge.inputs.identify import Weights, dialect_of, incomplete, numbers_of, spec_of
+from mf_qwen3_bridge.inputs.identify import Weights, dialect_of, incomplete, numbers_of, refuse_lora, spec_of
 from mf_qwen3_bridge.inputs.mindformers_config import MindFormersConfig, read_mindformers_config
 from mf_qwen3_bridge.inputs.opening import open_source, stale_files
 from mf_qwen3_bridge.inputs.source import Source
@@ -123,11 +130,47 @@ def check_trained(
     """
     yaml = read_mindformers_config(config)
     arguments = dict(numbers or {})
-    candidates = (yaml.named_path("pretrained_model_dir"), source.directory)
-    hf_dir = hf_config or next((path for path in candidates if path and (path / "config.json").is_file()), None)
+    hf_dir = hf_config or _named_hf_dir(source, yaml)
     declared = read_hf_config(hf_dir, _additions(yaml, arguments)) if hf_dir else None
     layout = _layout_of_arguments(source, yaml, arguments, model_parallel)
     return _check(source, hf_dir, declared, yaml, arguments, default_layout=TRAINING_DEFAULT, layout=layout)
+
+
+def check_for_adapter(
+    source: Source,
+    hf_config: Path | None = None,
+    config: Path | None = None,
+    numbers: Mapping[str, Any] | None = None,
+    model_parallel: int | None = None,
+) -> CheckedCheckpoint:
+    """Checks what is declared about the model that an adapter is for, of which ``source`` holds no weights.
+
+    The model is that of the Hugging Face directory, whose weights are not opened. Args, Raises: see
+    :func:`check_trained`.
+    """
+    yaml = read_mindformers_config(config)
+    arguments = dict(numbers or {})
+    hf_dir = hf_config or _named_hf_dir(source, yaml)
+    if hf_dir is None:
+        raise BridgeError(f"{source.path} holds an adapter alone: name its base model with --hf_config")
+    declared = read_hf_config(hf_dir, _additions(yaml, arguments))
+    spec = ModelSpec.from_model_config(declared)
+    layout = _layout_of_arguments(source, yaml, arguments, model_parallel)
+    dialect = dialect_of(source, layout, yaml.origin, TRAINING_DEFAULT)
+    if spec.is_moe and dialect.layout:
+        dialect = replace(dialect, layout=dialect.layout.of_experts)
+    sides = {yaml.origin: yaml.model_config, "arguments": arguments}
+    problems = [*number_rows(spec, ["config.json"], sides, {}), *block_problems(spec, dialect)]
+    problems += computed_rows(declared, ["config.json"], sides, yaml.origin if yaml.is_for_training else None)
+    refuse(f"config.json of {hf_dir} contradicts what was declared: change what the table says", problems)
+    is_declared = bool(source.declared_layout or layout)
+    return CheckedCheckpoint(source, dialect, spec, hf_dir, declared, layout_is_declared=is_declared)
+
+
+def _named_hf_dir(source: Source, yaml: MindFormersConfig) -> Path | None:
+    """The YAML's Hugging Face directory, or the one that the weights are in."""
+    candidates = (yaml.named_path("pretrained_model_dir"), source.directory)
+    return next((path for path in candidates if path and (path / "config.json").is_file()), None)
 
 
 def check_against_config(weights: Path, model_config: Mapping[str, Any], origin: str) -> CheckedCheckpoint:
@@ -163,6 +206,7 @@ def _check(
     default_layout: Layout | None = None,
 ) -> CheckedCheckpoint:
     """Holds everything that is declared against the tensors and against each other; see the functions above."""
+    refuse_lora(source)
     _check_kind(source, hf_config, yaml, arguments)
     sides = {yaml.origin: yaml.model_config, "arguments": dict(arguments)}
     layout = layout or yaml.layout_of_weights(source.has_experts, source.tensor_parallel)

@@ -12,6 +12,7 @@ import numpy as np
 from mf_qwen3_bridge.errors import BridgeError, Problem, first_names, fold_names, refuse
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import Box
+from mf_qwen3_bridge.model.lora import adapted_parameter
 from mf_qwen3_bridge.model.parameters import is_counter, is_fused_qkv, is_training_state
 from mf_qwen3_bridge.transfer.safetensors import Shard, TensorInfo, read_header
 
@@ -121,8 +122,13 @@ def open_rank_files(
     left_out = sorted(filter(is_left_out, found))
     for name in left_out:
         del found[name]
+    remedy = "give the strategy files of this run, of all its stages"
+    if all(map(adapted_parameter, listed)):  # what a LoRA run trains
+        remedy = (
+            "the run's strategy files list what it trains alone: let MindFormers write them again, with "
+            "strategy_ckpt_config.only_trainable_params False and only_save_strategy True"
+        )
     for name in fold_names(name for name in found if name not in listed and not is_counter(name)):
-        remedy = "give the strategy files of this run, of all its stages"
         problems.append(Problem(name, "in the ranks' files, in no strategy file", remedy))
     whole: dict[str, TensorInfo] = {}
     for number, stage in enumerate(strategies):
@@ -142,8 +148,14 @@ def open_rank_files(
     refuse(f"{directory} does not hold what the strategy files declare", _fold(problems))
     shared = set.intersection(*(set(entry.items()) for entry in metadata)) - {("remove_redundancy", "True")}
     unlisted = {name: ranks[0] for name, ranks in found.items() if name not in listed and 0 in ranks}
-    of_qkv = (sharding.parts()[0] for stage in strategies for name, sharding in stage.items() if is_fused_qkv(name))
+    of_qkv = (sharding.parts()[0] for stage in strategies for name, sharding in stage.items() if _is_cut_as_qkv(name))
     return Source(directory, whole, dict(shared), {}, next(of_qkv, 1), unlisted, tuple(left_out))
+
+
+def _is_cut_as_qkv(name: str) -> bool:
+    """Whether a tensor is the fused weights of queries, keys and values, or the B of their LoRA."""
+    parameter, side = adapted_parameter(name) or (name, "b")
+    return side == "b" and is_fused_qkv(parameter)
 
 
 def _fold(problems: Iterable[Problem]) -> list[Problem]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.lora import Side, adapted_parameter
 from mf_qwen3_bridge.model.parameters import is_hf_name
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo
 
@@ -75,6 +76,16 @@ class Source:
     def has_experts(self) -> bool:
         """Whether the tensors are those of a Qwen3-MoE."""
         return any(".experts." in name for name in self.tensors)
+
+    @cached_property
+    def lora(self) -> dict[str, dict[Side, TensorInfo]]:
+        """The matrices of the LoRA that a MindFormers run trained: adapted parameter -> which -> tensor."""
+        found: dict[str, dict[Side, TensorInfo]] = {}
+        for name, tensor in self.tensors.items():
+            if matrix := adapted_parameter(name):
+                parameter, side = matrix
+                found.setdefault(parameter, {})[side] = tensor
+        return found
 
     @cached_property
     def declared_layout(self) -> Layout | None:

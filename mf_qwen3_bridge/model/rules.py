@@ -13,6 +13,8 @@ from itertools import groupby
 from math import prod
 from typing import Literal
 
+import numpy as np
+
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.model import layouts
 from mf_qwen3_bridge.model.layouts import Layout, View
@@ -250,6 +252,16 @@ def shares(rule: Rule, rank: Rank, source: Dialect, target: Dialect) -> Iterator
     local, cuts = rule.shard(rank)
     for (part, where), there in zip(cuts, local.places(target)):
         yield replace(whole[part], view=whole[part].view[where]), there
+
+
+def fused_rows(rule: RowsRule, layout: Layout) -> dict[str, np.ndarray]:
+    """For each part of a fused parameter the numbers of the rows that store it in the parameter: int64 (rows,)."""
+    flat = replace(rule, columns=(), divided=None if rule.divided == "columns" else rule.divided)
+    parts = {name: np.empty(rows, np.int64) for name, rows in zip(rule.tensors, rule.rows)}
+    numbers = np.arange(sum(rule.rows))
+    for here, there in shares(flat, WHOLE, Dialect(layout), HF):
+        there.view.of(parts[there.tensor])[...] = here.view.of(numbers)
+    return parts
 
 
 def hf_dialect(names: Iterable[str]) -> Dialect:

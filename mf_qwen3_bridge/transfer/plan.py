@@ -17,6 +17,7 @@ import numpy as np
 
 from mf_qwen3_bridge.errors import Problem, fold_names, folded_problems, refuse
 from mf_qwen3_bridge.model.layouts import Box, View
+from mf_qwen3_bridge.model.lora import adapted_parameter
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
 from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT, is_training_state
 from mf_qwen3_bridge.model.rules import Dialect, Place, Rule, shares
@@ -136,7 +137,9 @@ class Plan:
             return not any(largest)
 
 
-def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Plan | None = None) -> None:
+def check_values(
+    magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Plan | None = None, may_be_zero: bool = False
+) -> None:
     """Refuses invalid weights: tensors that are all zero, or contain NaN or infinity.
 
     Rows of unused tokens may be zero and fill a rank's slice of the embedding. So a tensor that a rank holds a slice of
@@ -146,6 +149,7 @@ def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Pla
     Args:
         magnitudes: target name -> source tensor -> largest magnitude.
         plan: the plan that was carried out, if it may have made slices of tensors.
+        may_be_zero: whether a tensor may be all zero: a LoRA's B is, of an expert that no token reached.
 
     Raises:
         BridgeError: names the tensors and their files.
@@ -158,7 +162,11 @@ def check_values(magnitudes: Mapping[str, Mapping[TensorInfo, float]], plan: Pla
             if source.name in (*EMBEDDING, *OUTPUT):
                 magnitude = max(other for shard, other in sources.items() if shard.name == source.name)
             fault = fault_of(magnitude)
-            if fault and (magnitude or plan is None or plan.is_all_zero(target, source)):
+            if (
+                fault
+                and (magnitude or not may_be_zero)
+                and (magnitude or plan is None or plan.is_all_zero(target, source))
+            ):
                 faults[fault, source.file.name].add(source.name)
         lines = [f"{fault}: {name} ({file})" for (fault, file), names in faults.items() for name in fold_names(names)]
         if lines:
@@ -265,6 +273,8 @@ def _remedy_for_leftover(name: str) -> str:
         return "MindFormers' Qwen3 has no such bias; the checkpoint is of another architecture"
     if any(mark in name for mark in ("weight_scale", "qweight", "qzeros", "scales", "g_idx", "scale_inv")):
         return "the checkpoint is quantised; use the unquantised (bf16) one"
+    if adapted_parameter(name):
+        return "this model has no such parameter that a LoRA could adapt"
     if "lora" in name.lower():
         return "it is of a LoRA adapter: merge the adapter into the model first"
     return "was it renamed, or is it of another model?"

@@ -12,7 +12,7 @@ from mf_qwen3_bridge.inputs.identify import Weights
 from mf_qwen3_bridge.inputs.layout_detection import describe
 from mf_qwen3_bridge.model.layouts import Box, Layout
 from mf_qwen3_bridge.model.parameters import expert_of, look_alikes, with_expert
-from mf_qwen3_bridge.model.rules import HF, QkvRule, RowsRule
+from mf_qwen3_bridge.model.rules import HF, QkvRule, RowsRule, fused_rows
 from mf_qwen3_bridge.transfer.copying import Transfer
 from mf_qwen3_bridge.transfer.plan import Target
 
@@ -74,7 +74,7 @@ def _is_wrong_export(
 ) -> bool:
     """Whether the second's tensors are those of the first, fused in one layout and split in another."""
     chosen = detection.sampled_rows(rule)
-    true_rows, split = detection.fused_rows(rule, stored), detection.fused_rows(rule, assumed)
+    true_rows, split = fused_rows(rule, stored), fused_rows(rule, assumed)
     if all(np.array_equal(true_rows[part], split[part]) for part in rule.tensors):
         return False
     # Of each row of the fused parameter the number in [q; k; v], as the wrong layout splits it.

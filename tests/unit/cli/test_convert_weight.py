@@ -54,6 +54,8 @@ def test_the_flags_are_the_documented_ones():
         "use_contiguous_weight_layout_attention": None,
         "use_interleaved_weight_layout_mlp": None,
         "model_parallel": None,
+        "lora": None,
+        "lora_alpha": None,
         "dry_run": False,
     }
     options = {option.opts[0]: option for option in convert_weight.params}
