@@ -16,6 +16,7 @@ OLDER = {"1.7.0": "newest_only", "1.8.0": "newest_only or mindspore_only"}
 # MindFormers and transformers pin each other; torch is the build with which the golden results were made.
 TORCH = "torch==2.13.0"
 TRANSFORMERS = "transformers==4.57.1"
+PEFT = "peft==0.21.2"
 # A module is run by one process, as many load a network once; tests/conftest.py says which modules go first.
 INTEGRATION = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 INTEGRATION += ("tests/integration", "tests/distributed")
@@ -65,8 +66,8 @@ def older(session: nox.Session, mindformers: str) -> None:
 
 @nox.session(python="3.11")
 def judge(session: nox.Session) -> None:
-    """What transformers and torch say: of exports, and of the committed golden logits and tokens."""
-    session.install("--quiet", TORCH, TRANSFORMERS)
+    """What transformers, PEFT and torch say: of exports, and of the committed golden logits and tokens."""
+    session.install("--quiet", TORCH, TRANSFORMERS, PEFT)
     session.install("--quiet", "-e", ".[test]")
     session.run("pytest", "tests/judge", *session.posargs)
     session.run("python", "tests/fixtures/make_fixtures.py", "--check")

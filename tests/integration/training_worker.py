@@ -6,6 +6,7 @@ list of jobs, each with
     hf_dir     the Hugging Face directory
     config     what a YAML says in ``model.model_config``
     converted  MindFormers weights to load as they are stored; null: the network is filled from ``hf_dir``
+    lora       a file of trained LoRA matrices, for a network with a ``pet_config``; left out: none
     tokens     token IDs, a list of equally long lists
     output     file to write the logits to: float32 (lists, tokens, vocab_size), ``.npy``
 """
@@ -25,6 +26,7 @@ from mindformers import build_context, set_context
 from mindformers.models.build_config import get_model_config
 from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
+from mindformers.pet import get_pet_model
 from mindformers.tools.register import MindFormerConfig
 from mindformers.utils import load_checkpoint_utils
 
@@ -40,12 +42,19 @@ def network_of(job: dict[str, Any]) -> Any:
     section = {"pretrained_model_dir": job["hf_dir"], "model_config": MindFormerConfig(**job["config"])}
     config = get_model_config(MindFormerConfig(**section))
     network = CLASSES[config.model_type](config)
+    preprocess = network.model.preprocess_labels_and_masks
+    if pet_config := section["model_config"].get("pet_config"):
+        network = get_pet_model(network, pet_config)
     network.set_train(False)
     # No token is padding, which upstream hides from all others: 1.7.0 takes 0 for it, whatever the config says.
-    network.model.preprocess_labels_and_masks.casual_mask.pad_token_id = -1
+    preprocess.casual_mask.pad_token_id = -1
     if job["converted"] is None:
         settings = MindFormerConfig(use_parallel=False, auto_trans_ckpt=False)
         load_checkpoint_utils.load_safetensors_checkpoint(settings, [], network, "", job["hf_dir"], None)
+        if pet_config:
+            trained = ms.load_checkpoint(job["lora"], format="safetensors")
+            assert trained.keys() == {name for name in network.parameters_dict() if ".lora_" in name}
+            assert ms.load_param_into_net(network, trained)[1] == []
         return network
     parameters: dict[str, ms.Parameter] = {}
     for file in sorted(Path(job["converted"]).glob("*.safetensors")):

@@ -9,11 +9,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mf_qwen3_bridge.inputs.rank_files import Sharding
+from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.spec import ModelSpec
 from tests.support.checkpoints import SPEC, Tensors, random_tensors
 from tests.support.trained import COUNTER, Ranks, fused, save_rank
 
 RANK, ALPHA = 3, 12.0
+# What upstream's YAMLs say for Qwen3, whose README documents them.
+PET_CONFIG = {
+    "pet_type": "lora",
+    "lora_rank": RANK,
+    "lora_alpha": int(ALPHA),
+    "lora_dropout": 0.0,
+    "lora_a_init": "normal",
+    "lora_b_init": "zeros",
+    "target_modules": ".*word_embeddings|.*linear_qkv|.*linear_proj|.*linear_fc1|.*linear_fc2",
+    "freeze_include": ["*"],
+    "freeze_exclude": ["*lora*"],
+}
 # Of each layer: the fused parameter, and the Hugging Face modules that it is made of.
 ATTENTION = {
     "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -30,11 +43,25 @@ class Lora(NamedTuple):
     saved: Tensors
     parts: dict[str, tuple[np.ndarray, np.ndarray]]
 
+    @classmethod
+    def of_peft(cls, adapter: Tensors) -> Lora:
+        """Of what ``adapter_model.safetensors`` holds."""
+        names = [name for name in adapter if ".lora_A." in name]
+        parts = {
+            name.removeprefix("base_model.model.").replace(".lora_A", ""): (
+                adapter[name],
+                adapter[name.replace("_A.", "_B.")],
+            )
+            for name in names
+        }
+        return cls({}, parts)
+
     def merged(self, hf: Tensors, scaling: float = ALPHA / RANK) -> Tensors:
         """The Hugging Face weights with the adapter merged into them, in float32."""
         result = dict(hf)
         for name, (a, b) in self.parts.items():
-            result[name] = hf[name].astype(np.float32) + b.astype(np.float32) @ a.astype(np.float32) * scaling
+            delta = b.astype(np.float32) @ a.astype(np.float32) * np.float32(scaling)
+            result[name] = hf[name].astype(np.float32) + delta
         return result
 
     def in_peft(self) -> Tensors:
@@ -47,16 +74,21 @@ class Lora(NamedTuple):
 
 
 def lora(
-    spec: ModelSpec = SPEC, qkv: int | None = None, gate_up: int | None = None, seed: int = 5, pynative: bool = False
+    spec: ModelSpec = SPEC,
+    qkv: int | None = None,
+    gate_up: int | None = None,
+    *,
+    scale: float = 1.0,
+    pynative: bool = False,
 ) -> Lora:
     """A trained adapter of every linear layer; blocks as for :func:`fused`. MindFormers adapts no experts."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(5)
     hf = random_tensors(spec)
     cells = ATTENTION if spec.is_moe else CELLS
     names = [
         f"model.layers.{n}.{part}.weight" for n in range(spec.num_layers) for parts in cells.values() for part in parts
     ]
-    b = {name: random.standard_normal((len(hf[name]), RANK)).astype(np.float32) for name in names}
+    b = {name: (random.standard_normal((len(hf[name]), RANK)) * scale).astype(np.float32) for name in names}
     of_b = fused(hf | b, spec, qkv, gate_up)
     saved, parts = {}, {}
     for layer in range(spec.num_layers):
@@ -70,6 +102,33 @@ def lora(
     return Lora(saved, parts)
 
 
+def experts_lora(spec: ModelSpec, scale: float = 1.0) -> Lora:
+    """An adapter of PyNative experts, as 2.1 names it."""
+    random = np.random.default_rng(0)
+    saved, parts = {}, {}
+    experts, hidden, width = spec.num_experts, spec.hidden_size, spec.moe_ffn_hidden_size
+    shapes = {
+        "weight1_lora_a": (experts, hidden, RANK),
+        "weight1_lora_b": (experts, RANK, 2 * width),
+        "weight2_lora_a": (experts, width, RANK),
+        "weight2_lora_b": (experts, RANK, hidden),
+    }
+    for layer in range(spec.num_layers):
+        made = {name: (random.standard_normal(shape) * scale).astype(np.float32) for name, shape in shapes.items()}
+        saved |= {f"decoder.layers.{layer}.mlp.experts.{name}": array for name, array in made.items()}
+        for expert in range(experts):
+            a1, b1, a2, b2 = (np.ascontiguousarray(array[expert].T) for array in made.values())
+            name = f"model.layers.{layer}.mlp.experts.{expert}"
+            parts |= {f"{name}.gate_proj.weight": (a1, b1[:width]), f"{name}.up_proj.weight": (a1, b1[width:])}
+            parts[f"{name}.down_proj.weight"] = (a2, b2)
+    return Lora(saved, parts)
+
+
+def blocks(layout: Layout, tp: int = 1) -> tuple[int | None, int | None]:
+    """In how many blocks a layout stores q, k, v, and gate, up; None: interleaved."""
+    return (None if layout.interleaved_qkv else tp), (None if layout.interleaved_gate_up else tp)
+
+
 def adapter_config(directory: Path, name: str = "adapter_config.json", **changes: Any) -> Path:
     """What MindFormers writes at the root of a run's output."""
     config = {
@@ -80,7 +139,7 @@ def adapter_config(directory: Path, name: str = "adapter_config.json", **changes
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": RANK,
-        "target_modules": [".*word_embeddings", ".*linear_qkv", ".*linear_proj", ".*linear_fc1", ".*linear_fc2"],
+        "target_modules": str(PET_CONFIG["target_modules"]).split("|"),
         "task_type": "CAUSAL_LM",
     }
     directory.mkdir(parents=True, exist_ok=True)

@@ -32,16 +32,11 @@ from tests.support.checkpoints import (
 )
 from tests.support.cli import Call, export, names
 from tests.support.damage import unwrapped
-from tests.support.lora import ALPHA, RANK, Lora, adapter_config, lora, save_lora_ranks
+from tests.support.lora import ALPHA, RANK, Lora, adapter_config, blocks, experts_lora, lora, save_lora_ranks
 from tests.support.trained import ADAM, COUNTER, GROUPS, TIED, fused, in_bf16, on_ranks, training_yaml, write_merged
 
 FLAG = "--lora"
 WIDE = replace(GROUPS, ffn_hidden_size=20)
-
-
-def blocks(layout: Layout, tp: int = 1) -> tuple[int | None, int | None]:
-    """In how many blocks a layout stores q, k, v, and gate, up; None: interleaved."""
-    return (None if layout.interleaved_qkv else tp), (None if layout.interleaved_gate_up else tp)
 
 
 def lora_run(directory: Path, adapter: Lora, hf: Tensors, spec=SPEC, of=(None, None), **config) -> Path:
@@ -187,31 +182,9 @@ def test_an_adapter_alone(tmp_path, call, layout, spec):
     assert "warning     the layout" in call("export", *given, "--output_path", tmp_path / "x", FLAG, "adapter").out
 
 
-def with_experts(spec=MOE_SPEC) -> Lora:
-    """An adapter of PyNative experts, as 2.1 names it."""
-    random = np.random.default_rng(0)
-    saved, parts = {}, {}
-    experts, hidden, width = spec.num_experts, spec.hidden_size, spec.moe_ffn_hidden_size
-    shapes = {
-        "weight1_lora_a": (experts, hidden, RANK),
-        "weight1_lora_b": (experts, RANK, 2 * width),
-        "weight2_lora_a": (experts, width, RANK),
-        "weight2_lora_b": (experts, RANK, hidden),
-    }
-    for layer in range(spec.num_layers):
-        made = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-        saved |= {f"decoder.layers.{layer}.mlp.experts.{name}": array for name, array in made.items()}
-        for expert in range(experts):
-            a1, b1, a2, b2 = (np.ascontiguousarray(array[expert].T) for array in made.values())
-            name = f"model.layers.{layer}.mlp.experts.{expert}"
-            parts |= {f"{name}.gate_proj.weight": (a1, b1[:width]), f"{name}.up_proj.weight": (a1, b1[width:])}
-            parts[f"{name}.down_proj.weight"] = (a2, b2)
-    return Lora(saved, parts)
-
-
 @pytest.mark.parametrize("has_axis", [False, True])
 def test_experts(tmp_path, call, has_axis):
-    hf, adapter = random_tensors(MOE_SPEC), with_experts()
+    hf, adapter = random_tensors(MOE_SPEC), experts_lora(MOE_SPEC)
     base = write(tmp_path / "base", hf, hf_config(MOE_SPEC))
     weights = fused(hf, MOE_SPEC)
     if has_axis:
@@ -234,7 +207,7 @@ def test_experts(tmp_path, call, has_axis):
 
 
 def test_an_expert_that_no_token_reached(tmp_path, call):
-    adapter = with_experts()
+    adapter = experts_lora(MOE_SPEC)
     for name, array in adapter.saved.items():
         if name.endswith("_lora_b"):
             array[1] = 0
@@ -585,12 +558,7 @@ def test_a_merge_of_the_adapter_alone_with_other_rows(monkeypatch, tmp_path, cal
 def test_the_round_trip(tmp_path, call, trained_lora, base):
     """LoRA run -> PEFT -> merged by hand = LoRA run -> merged, bit for bit."""
     tensors, config = peft_of(exported(call, trained_lora, base, "adapter", out="adapter"))
-    by_hand = contents(base)
-    for name, a in tensors.items():
-        if ".lora_A." in name:
-            weight = name.removeprefix("base_model.model.").replace(".lora_A", "")
-            b = tensors[name.replace(".lora_A.", ".lora_B.")]
-            by_hand[weight] = by_hand[weight] + b @ a * np.float32(config["lora_alpha"] / config["r"])
+    by_hand = Lora.of_peft(tensors).merged(contents(base), config["lora_alpha"] / config["r"])
     assert_same(contents(exported(call, trained_lora, base, "merge", out="merged")), by_hand)
 
 
