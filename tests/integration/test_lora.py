@@ -25,11 +25,12 @@ from mf_qwen3_bridge.verify.reference import forward
 from tests.integration.test_online_loading import training_network
 from tests.integration.test_training_network import batch_loss, job, run_trainer
 from tests.support.checkpoints import LAYOUTS, Tensors, assert_same, contents, write
-from tests.support.commands import ROOT, run_command
+from tests.support.commands import ROOT, TRAINER, run_command
+from tests.support.documents import blocks as page_blocks
 from tests.support.golden import CHECKPOINTS, TOLERANCE, golden
 from tests.support.lora import ALPHA, PET_CONFIG, RANK, Lora, adapter_config, blocks, cut_axis, lora
 from tests.support.ranks import Cut, make_ranks
-from tests.support.trained import fused, on_ranks, training_yaml
+from tests.support.trained import fused, in_bf16, on_ranks, training_yaml
 
 # With four groups of heads, which TP 4 needs; with experts, which MindFormers does not adapt.
 DENSE, MOE = "untied_fp16", "moe_fp32"
@@ -91,11 +92,7 @@ def test_exports_compute_what_the_training_network_computes(
     if model.spec.num_query_groups % tp:
         pytest.skip("its heads can't be divided so")
     whole = fused(base_of(name), model.spec, *blocks(layout, tp)) | adapter_of(name, layout, tp).saved
-    cuts = {}
-    for tensor, array in whole.items():
-        axis = cut_axis(tensor)
-        cuts[tensor] = Cut(tuple(tp if number == axis else 1 for number in range(array.ndim)))
-    strategies, checkpoint = make_ranks(tmp_path, whole, cuts, tp)
+    strategies, checkpoint = make_ranks(tmp_path, whole, cuts_of(whole, tp), tp)
     adapter_config(tmp_path)
     config = training_yaml(tmp_path / "train.yaml", layout.training_flags, **(on_ranks(tp) if tp > 1 else {}))
     given = ("--mindspore_ckpt_dir", checkpoint, "--src_strategy_dirs", strategies, "--config", config)
@@ -129,6 +126,51 @@ def test_a_wrong_adapter_is_seen(tmp_path: Path, computed: Mapping[tuple[str, La
     for fuses in ("q_proj", "gate_proj"):
         (name, (a, b)), *_ = ((n, m) for n, m in right.parts.items() if fuses in n)
         assert error_of(right.parts | {name: (a, np.roll(b, 1, axis=0))}) > 100 * TOLERANCE
+
+
+FINETUNE = {
+    name: yaml.safe_load((ROOT / "yaml" / "cpu" / f"{name}.yaml").read_text())
+    for name in ("finetune_qwen3", "finetune_qwen3_lora")
+}
+PAGE = (ROOT / "docs" / "lora_runs.md").read_text(encoding="utf-8")
+
+
+def test_the_yaml_of_the_page():
+    """That for a CPU has this section, and is that for fine-tuning otherwise."""
+    (section,) = page_blocks(PAGE, "yaml")
+    document = FINETUNE["finetune_qwen3_lora"]
+    assert document["model"]["model_config"].pop("pet_config") == yaml.safe_load(section)["pet_config"]
+    assert document == FINETUNE["finetune_qwen3"]
+
+
+@pytest.mark.newest_only  # test_the_trainer trains and exports on every release; the rest needs no MindFormers
+def test_the_commands_of_the_page(tmp_path: Path) -> None:
+    for name in ("demo", "scripts", "yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "run_mindformer.py").symlink_to(TRAINER)
+    demo = check(ROOT / "demo" / "qwen3-demo")
+    adapter = lora(demo.spec, scale=SCALE)
+    whole = {target.name: target.make() for target in demo.plan(TRAIN).targets} | adapter.saved
+    make_ranks(tmp_path / "output_ranks", whole, cuts_of(whole, 2), 2)
+    adapter_config(tmp_path / "output_ranks")
+    for line in "".join(page_blocks(PAGE, "bash")).splitlines():
+        result = run_command(["bash", "-c", line], tmp_path)
+        assert result.returncode == 0, line + result.stdout[-3000:] + result.stderr[-3000:]
+        if "inspect" in line:
+            assert "LoRA        rank 8; alpha in " in result.stdout
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    of_ranks = load_file(tmp_path / "adapter_from_ranks" / "adapter_model.safetensors")
+    assert_same(of_ranks, adapter.in_peft())
+    hf = {target.name: target.make() for target in demo.plan(HF, "F32").targets}
+    assert_same(contents(tmp_path / "merged_from_ranks"), in_bf16(adapter.merged(hf)))
+
+
+def cuts_of(whole: Tensors, tp: int) -> dict[str, Cut]:
+    """How the ranks of a tensor parallel run cut weights and matrices."""
+    return {
+        name: Cut(tuple(tp if number == cut_axis(name) else 1 for number in range(array.ndim)))
+        for name, array in whole.items()
+    }
 
 
 def train(name: str, scratch: Path, layout: Layout) -> tuple[list[float], Path]:
@@ -176,11 +218,7 @@ def test_the_adapter_of_a_parallel_run_stays_as_it_was_initialised(tmp_path: Pat
     model = check(CHECKPOINTS / DENSE)
     network = get_pet_model(training_network(CHECKPOINTS / DENSE, LAYOUTS[0]), dict(PET_CONFIG))
     whole = {target.name: target.make() for target in model.plan(TRAIN, "F32").targets} | lora(model.spec).saved
-    cuts = {
-        tensor: Cut(tuple(2 if number == cut_axis(tensor) else 1 for number in range(array.ndim)))
-        for tensor, array in whole.items()
-    }
-    strategies, checkpoint = make_ranks(tmp_path, whole, cuts, 2)
+    strategies, checkpoint = make_ranks(tmp_path, whole, cuts_of(whole, 2), 2)
     parameters = network.parameters_dict()
     wanted = load_file(next((checkpoint / "rank_1").iterdir()))
     for tensor, value in wanted.items():  # what compiling does

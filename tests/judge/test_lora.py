@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from peft import PeftModel
 from mf_qwen3_bridge.cli.main import cli
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.model.layouts import Layout
-from mf_qwen3_bridge.model.rules import HF
+from mf_qwen3_bridge.model.rules import HF, TRAIN
 from tests.judge.test_exports import load_all, prompt_logits
 from tests.support.checkpoints import LAYOUTS
+from tests.support.commands import ROOT
+from tests.support.documents import blocks as page_blocks
 from tests.support.golden import CHECKPOINTS, TOLERANCE, golden
 from tests.support.lora import ALPHA, Lora, blocks, experts_lora, lora
 from tests.support.trained import fused, on_ranks, training_yaml, write_merged
@@ -77,6 +80,21 @@ def test_experts(tmp_path: Path):
         scale = np.abs(logits).max()
         assert np.abs(prompt_logits(peft_model, expected.prompt).numpy() - logits).max() < TOLERANCE * scale
         assert np.abs(expected.logits - logits).max() > 0.01 * scale
+
+
+def test_the_code_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    demo = check(ROOT / "demo" / "qwen3-demo")
+    whole = {target.name: target.make() for target in demo.plan(TRAIN).targets}
+    run = write_merged(tmp_path / "run", whole | lora(demo.spec, scale=SCALE).saved)
+    command = ["export", "--input_path", run, "--output_path", tmp_path / "adapter", "--lora", "adapter"]
+    assert CliRunner().invoke(cli, list(map(str, [*command, "--lora_alpha", ALPHA]))).exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    (code,) = page_blocks((ROOT / "docs" / "lora_runs.md").read_text(encoding="utf-8"), "python")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    matrices = {name for name, _ in names["model"].named_parameters() if ".lora_" in name}
+    assert len(matrices) == 2 * 7 * demo.spec.num_layers
 
 
 def test_some_layers(tmp_path: Path):
