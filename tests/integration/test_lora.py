@@ -20,10 +20,9 @@ import yaml
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers import load_training as training
 from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.lora import adapted_parameter
 from mf_qwen3_bridge.model.rules import HF, TRAIN
 from mf_qwen3_bridge.verify.reference import forward
-from tests.integration.test_online_loading import training_network
-from tests.integration.test_training_network import batch_loss, job, run_trainer
 from tests.support.checkpoints import LAYOUTS, Tensors, assert_same, contents, write
 from tests.support.commands import ROOT, TRAINER, run_command
 from tests.support.documents import blocks as page_blocks
@@ -31,6 +30,7 @@ from tests.support.golden import CHECKPOINTS, TOLERANCE, golden
 from tests.support.lora import ALPHA, PET_CONFIG, RANK, Lora, adapter_config, blocks, cut_axis, lora
 from tests.support.ranks import Cut, make_ranks
 from tests.support.trained import fused, in_bf16, on_ranks, training_yaml
+from tests.support.training import batch_loss, job, run_trainer, training_network
 
 # With four groups of heads, which TP 4 needs; with experts, which MindFormers does not adapt.
 DENSE, MOE = "untied_fp16", "moe_fp32"
@@ -199,7 +199,7 @@ def test_the_trainer(tmp_path: Path, name: str, layout: Layout) -> None:
     spec = check(CHECKPOINTS / name).spec
     base = fused(base_of(name), spec, *blocks(layout))
     assert_same({tensor: tensors[tensor] for tensor in base}, base)
-    shapes = {tensor: array.shape for tensor, array in tensors.items() if ".lora_" in tensor and "adam" not in tensor}
+    shapes = {tensor: array.shape for tensor, array in tensors.items() if adapted_parameter(tensor)}
     assert shapes == {tensor: array.shape for tensor, array in lora(spec).saved.items()}
     assert all(tensors[tensor].any() for tensor in shapes)
 
@@ -226,5 +226,5 @@ def test_the_adapter_of_a_parallel_run_stays_as_it_was_initialised(tmp_path: Pat
     monkeypatch.setattr(training, "get_rank", lambda: 1)
     training.load_training_network(network, model, strategies / "ckpt_strategy_rank_1.ckpt")
     for tensor, value in wanted.items():
-        expected = np.full_like(value, 7) if ".lora_" in tensor else value
+        expected = np.full_like(value, 7) if adapted_parameter(tensor) else value
         assert parameters[tensor].asnumpy().tobytes() == expected.tobytes(), tensor

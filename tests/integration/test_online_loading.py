@@ -12,10 +12,6 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
-from mindformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
-from mindformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.tools.register import MindFormerConfig
 from mindformers.trainer import base_trainer
 from mindformers.utils import load_checkpoint_utils
@@ -28,30 +24,16 @@ from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check
 from mf_qwen3_bridge.mindformers import load_training as training
-from mf_qwen3_bridge.mindformers.cpu.device import predict_environment
-from mf_qwen3_bridge.mindformers.network import _predict_context
 from mf_qwen3_bridge.mindformers.patching import hooks
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
-from mf_qwen3_bridge.model.parallel import SINGLE
 from mf_qwen3_bridge.model.rules import Dialect
 from mf_qwen3_bridge.transfer.safetensors import DTYPES
 from tests.support.checkpoints import LAYOUTS, hf_config, random_tensors, write
 from tests.support.golden import CHECKPOINTS, NAMES
 from tests.support.ranks import RUNS, cut, make_ranks
+from tests.support.training import training_network
 
 TRAINABLE = [name for name in NAMES if name != "yarn"]
-CLASSES = {"qwen3": (Qwen3Config, TrainingQwen3ForCausalLM), "qwen3_moe": (Qwen3MoeConfig, TrainingQwen3MoeForCausalLM)}
-
-
-def training_network(directory: Path, layout: Layout, **options: Any) -> Any:
-    """Upstream's training network, as its config class and a YAML's ``model_config`` make it."""
-    with predict_environment("CPU"), _predict_context("CPU", SINGLE):
-        pass  # the context stays, is not use_legacy, and is shared with the other tests
-    hf_config = check(directory).hf_config
-    config_class, network_class = CLASSES[hf_config["model_type"]]
-    declared = {"params_dtype": "float32", "compute_dtype": "float32", "moe_grouped_gemm": True}
-    declared |= {"seq_length": 64} | layout.training_flags  # the mask of 4096 tokens, 64 MiB, stays in the process
-    return network_class(config_class(**hf_config | declared | options))
 
 
 def expected(directory: Path, layout: Layout, dtype: Any = np.float32) -> dict[str, bytes]:

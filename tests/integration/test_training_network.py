@@ -12,33 +12,27 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mindspore as ms
 import numpy as np
 import pytest
 from mindformers.trainer import base_trainer
 
-import mf_qwen3_bridge
 import yaml
-from mf_qwen3_bridge.convert.jobs import to_hf, to_mindformers
+from mf_qwen3_bridge.convert.jobs import to_hf
 from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers.cpu import training_ops as cpu_training_ops
-from mf_qwen3_bridge.mindformers.network import network_logits
 from mf_qwen3_bridge.model.layouts import Layout
-from mf_qwen3_bridge.model.rules import HF, Dialect
+from mf_qwen3_bridge.model.rules import HF
 from tests.support.checkpoints import LAYOUTS
-from tests.support.commands import REGISTER_PATH, ROOT, TRAINER, run_command
+from tests.support.commands import ROOT, run_command
 from tests.support.golden import CHECKPOINTS, TOLERANCE, golden
-from tests.support.networks import SMALL_CACHE
+from tests.support.training import batch_loss, job, run_trainer
 
 DEFAULT, *OTHERS = LAYOUTS
 CONTIGUOUS = LAYOUTS[-1]
 DENSE, MOE = "untied_fp32", "moe_fp32"
-FLOAT32 = dict.fromkeys(
-    ("params_dtype", "compute_dtype", "layernorm_compute_dtype", "softmax_compute_dtype", "rotary_dtype"), "float32"
-)
 CASES = [
     *(
         (name, DEFAULT, DEFAULT)
@@ -49,26 +43,6 @@ CASES = [
     *((DENSE, wrong, DEFAULT) for wrong in OTHERS[:2]),
     (MOE, CONTIGUOUS, DEFAULT),
 ]
-
-
-def job(name: str, of_weights: Layout, of_network: Layout, scratch: Path) -> dict[str, Any]:
-    """What training_worker.py needs: a fixture, and a network that takes its weights to be laid out so.
-
-    Where both layouts are one, the network is filled online from the Hugging Face directory. Else the weights are
-    converted, and loaded without looking.
-    """
-    expected = golden(name)
-    length = max(len(g.prompt) for g in expected)
-    directory = scratch / f"{name}-{of_weights}-{of_network}"
-    if of_weights != of_network:
-        run(to_mindformers(check(CHECKPOINTS / name), Dialect(of_weights), directory))
-    return {
-        "hf_dir": str(CHECKPOINTS / name),
-        "config": FLOAT32 | of_network.training_flags | {"seq_length": length},
-        "converted": str(directory) if of_weights != of_network else None,
-        "tokens": [g.prompt + [0] * (length - len(g.prompt)) for g in expected],
-        "output": f"{directory}.npy",
-    }
 
 
 @pytest.fixture(scope="module")
@@ -124,20 +98,6 @@ def test_another_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cpu_training_ops.STAND_INS.installed
 
 
-def run_trainer(directory: Path, scratch: Path, learning_rate: float = 1e-3, **entries: Any) -> tuple[int, str]:
-    """Upstream's trainer, straight from a Hugging Face directory: its exit code, and what it prints."""
-    document = yaml.safe_load((ROOT / "yaml" / "cpu" / "finetune_qwen3.yaml").read_text()) | entries
-    document["pretrained_model_dir"] = str(directory)
-    document["lr_schedule"]["learning_rate"] = learning_rate
-    config = scratch / "finetune.yaml"
-    config.write_text(yaml.safe_dump(document))
-    data = [ROOT / "demo" / "make_training_data.py", "--model_dir", directory, "--output", "output/training.mindrecord"]
-    run_command([sys.executable, *data], scratch).check_returncode()
-    command = [sys.executable, TRAINER, "--config", config, "--register_path", REGISTER_PATH]
-    result = run_command(command, scratch)
-    return result.returncode, result.stdout + result.stderr
-
-
 def train(name: str, scratch: Path, learning_rate: float) -> tuple[list[float], Path]:
     """The loss of each step, and what it saved, exported."""
     code, printed = run_trainer(CHECKPOINTS / name, scratch, learning_rate)
@@ -145,17 +105,6 @@ def train(name: str, scratch: Path, learning_rate: float) -> tuple[list[float], 
     (saved,) = (scratch / "output" / "checkpoint" / "rank_0").glob("*-1_20.safetensors")
     run(to_hf(check(CHECKPOINTS / name, scratch / "finetune.yaml", saved), scratch / "exported", "fp32"))
     return [float(loss) for loss in re.findall(r"loss:\[([\d.]+)/", printed)], scratch / "exported"
-
-
-def batch_loss(directory: Path, rows: list[dict[str, np.ndarray]]) -> float:
-    """What the inference network says of a batch: the mean of all tokens' cross entropies."""
-    network = mf_qwen3_bridge.from_pretrained(directory, device_target="CPU", **SMALL_CACHE)
-    entropies = []
-    for row in rows:
-        logits = network_logits(network, row["input_ids"].tolist()).astype(np.float64)
-        likelihoods = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        entropies.append(-likelihoods[np.arange(len(logits)), row["labels"]])
-    return float(np.mean(entropies))
 
 
 @pytest.mark.parametrize("name", [DENSE, "moe_fused"])

@@ -32,6 +32,7 @@ from mindformers.utils import load_checkpoint_utils
 
 import mf_qwen3_bridge
 from mf_qwen3_bridge.mindformers.cpu import inference_ops
+from mf_qwen3_bridge.model.lora import adapted_parameter
 from mf_qwen3_bridge.model.parameters import is_counter
 
 CLASSES = {"qwen3": TrainingQwen3ForCausalLM, "qwen3_moe": TrainingQwen3MoeForCausalLM}
@@ -53,7 +54,7 @@ def network_of(job: dict[str, Any]) -> Any:
         load_checkpoint_utils.load_safetensors_checkpoint(settings, [], network, "", job["hf_dir"], None)
         if pet_config:
             trained = ms.load_checkpoint(job["lora"], format="safetensors")
-            assert trained.keys() == {name for name in network.parameters_dict() if ".lora_" in name}
+            assert trained.keys() == set(filter(adapted_parameter, network.parameters_dict()))
             assert ms.load_param_into_net(network, trained)[1] == []
         return network
     parameters: dict[str, ms.Parameter] = {}

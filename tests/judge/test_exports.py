@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mf_qwen3_bridge.cli.main import cli
 from tests.support.commands import ROOT
+from tests.support.torch_models import load_all, prompt_logits
 
 FIXTURES = ROOT / "tests" / "fixtures"
-sys.path.insert(0, str(ROOT / "demo"))
-
-from hf_checkpoint import prompt_logits, read_config  # noqa: E402
-
 GOLDEN = sorted(path.stem for path in (FIXTURES / "golden").glob("*.npz"))
 FLAGS = "use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp"
 
@@ -28,19 +24,6 @@ def run(*arguments: object) -> str:
     result = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
-
-
-def load_all(directory: Path):
-    """The model, loaded with nothing missing and nothing left over."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory,
-        config=read_config(directory),
-        attn_implementation="eager",
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    assert {key: list(value) for key, value in info.items() if len(value)} == {}
-    return model.eval()
 
 
 @pytest.mark.parametrize("layout", ["default", "contiguous", "mixed", "infer"])

@@ -16,12 +16,12 @@ from mf_qwen3_bridge.cli.main import cli
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.rules import HF, TRAIN
-from tests.judge.test_exports import load_all, prompt_logits
 from tests.support.checkpoints import LAYOUTS
 from tests.support.commands import ROOT
 from tests.support.documents import blocks as page_blocks
 from tests.support.golden import CHECKPOINTS, TOLERANCE, golden
 from tests.support.lora import ALPHA, Lora, blocks, experts_lora, lora
+from tests.support.torch_models import load_all, prompt_logits
 from tests.support.trained import fused, on_ranks, training_yaml, write_merged
 
 # As in tests/integration/test_lora.py, where MindFormers' own cells compute what the merged export computes.
