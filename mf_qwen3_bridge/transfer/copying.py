@@ -1,13 +1,13 @@
 """Carries out copies: reads tiles with several threads and puts their elements in place."""
 
 import os
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from math import prod
-from threading import Condition
+from threading import Condition, Lock
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -23,6 +23,8 @@ _MAX_THREADS = 8
 _ROWS_OF_A_TRANSPOSE = 256
 # Of what is lent: a page, so that it can be written past the page cache.
 _ALIGNMENT = 4096
+# Of regions that computed tensors need again and again; one is kept, whatever its size.
+_KEPT_BYTES = 32 << 20
 # Of each of two tensors, by each thread at a time.
 _COMPARED_BYTES = 2 << 20
 
@@ -72,6 +74,28 @@ class Buffers:
         return memory[start : start + nbytes]
 
 
+class KeptRegions:
+    """The regions of tensors that were read last, up to _KEPT_BYTES."""
+
+    def __init__(self) -> None:
+        self._arrays: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Hashable, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """The region of this key: ``read`` gives it if it is not kept."""
+        with self._lock:
+            if key in self._arrays:
+                self._arrays.move_to_end(key)
+                return self._arrays[key]
+        array = read()
+        array.flags.writeable = False
+        with self._lock:
+            self._arrays[key] = array
+            while len(self._arrays) > 1 and sum(other.nbytes for other in self._arrays.values()) > _KEPT_BYTES:
+                self._arrays.popitem(last=False)
+        return array
+
+
 class Made(NamedTuple):
     """What a tile makes of one target.
 
@@ -92,6 +116,7 @@ class Transfer(ExitStack):
         super().__init__()
         self._advance = advance or (lambda nbytes: None)
         self._buffers = Buffers()
+        self._kept = KeptRegions()
         self._reader = self.enter_context(Reader())
         self._num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(self._num_threads)
@@ -229,9 +254,14 @@ class Transfer(ExitStack):
         """A region of a tensor's rows; computed elements are float32, and those they depend on are of ``dtype``."""
         if tensor.computed:
 
-            def read(other: TensorInfo, rows: np.ndarray, columns: tuple[int, int]) -> np.ndarray:
-                elements = self._read_region(other, rows, columns, dtype)
-                return elements.astype(dtype) if other.computed else elements
+            def read(
+                tensor: TensorInfo, rows: np.ndarray, columns: tuple[int, int], *, keep: bool = False
+            ) -> np.ndarray:
+                if keep:
+                    key = (tensor, rows.tobytes(), columns, dtype)
+                    return self._kept.get(key, lambda: read(tensor, rows, columns))
+                elements = self._read_region(tensor, rows, columns, dtype)
+                return elements.astype(dtype) if tensor.computed else elements
 
             return tensor.computed.region(rows, columns, read)
         start, stop = columns

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from math import prod
@@ -78,9 +77,19 @@ class TensorInfo:
         return frozenset({self.file}).union(*(part.files for part in parts))
 
 
-# Reads a region of a tensor that is seen as rows: their numbers, in ascending order, and (start, stop) of the columns.
-# Gives (rows, columns) in the tensor's dtype; a computed tensor's elements in the dtype that it is asked for.
-ReadRegion = Callable[[TensorInfo, np.ndarray, tuple[int, int]], np.ndarray]
+class ReadRegion(Protocol):
+    """Reads a region of a tensor that is seen as rows."""
+
+    def __call__(
+        self, tensor: TensorInfo, rows: np.ndarray, columns: tuple[int, int], *, keep: bool = False
+    ) -> np.ndarray:
+        """(rows, columns) in the tensor's dtype; a computed tensor's elements in the dtype that it is asked for.
+
+        Args:
+            tensor: what is read.
+            rows, columns: the rows' numbers, in ascending order, and (start, stop) of the columns.
+            keep: whether the same will be read again soon; the result must not be changed then.
+        """
 
 
 class Computed(Protocol):

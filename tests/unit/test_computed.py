@@ -17,11 +17,11 @@ from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN, Dialect, model_rules
 from mf_qwen3_bridge.transfer import blocks, copying
 from mf_qwen3_bridge.transfer import tiles as tiles_module
-from mf_qwen3_bridge.transfer.adapted import LowRank, adapted
+from mf_qwen3_bridge.transfer.adapted import Adapted, LowRank, LowRankEmbedding, LowRankOfExpert, Stacked, adapted
 from mf_qwen3_bridge.transfer.blocks import regions
 from mf_qwen3_bridge.transfer.copying import Transfer, have_equal_bytes
 from mf_qwen3_bridge.transfer.plan import make_plan
-from mf_qwen3_bridge.transfer.safetensors import TensorInfo
+from mf_qwen3_bridge.transfer.safetensors import Reader, TensorInfo
 from tests.support.checkpoints import MOE_SPEC, SPEC, random_tensors, write
 
 TARGETS = [HF, HF_STACKED, INFER, TRAIN, Dialect(Layout(True, False)), Dialect(Layout(False, True))]
@@ -138,3 +138,100 @@ def test_a_low_rank_update(tmp_path):
         transfer.read(tensor, 4, part)
     assert whole.tolist() == [[3, 4, 6], [20, 41, 60]]
     assert part.tolist() == [41, 60]
+
+
+UPDATES = ("linear", "embedding", "expert", "stacked", "dora")
+
+
+def updated(tensors, kind):
+    """A tensor of 40 rows and 1030 columns, two blocks of a product wide, with each kind of update."""
+    a, b = tensors["a"], tensors["b"]
+    if kind == "embedding":
+        return adapted(tensors["base"], LowRankEmbedding(tensors["b.T"], tensors["a.T"], 0.5))
+    if kind == "expert":
+        return adapted(tensors["base"], LowRankOfExpert(tensors["a2"], tensors["b2"], 0.5, 2, 1, 0, 40))
+    if kind == "stacked":
+        half = LowRank(a, tensors["b.half"], 0.5)
+        return adapted(tensors["base"], Stacked((half, None), 20), LowRank(a, b, 1.5))
+    magnitude = tensors["m"] if kind == "dora" else None
+    return replace(tensors["base"], computed=Adapted(tensors["base"], (LowRank(a, b, 0.5),), magnitude))
+
+
+def in_numpy(values, kind):
+    a, b, base = (values[name].astype(np.float64) for name in ("a", "b", "base"))
+    if kind == "expert":
+        a2, b2 = values["a2"].astype(np.float64), values["b2"].astype(np.float64)
+        return base + 0.5 * np.einsum("ore,eri->eoi", b2.reshape(40, -1, 2), a2.reshape(2, -1, 1030))[1]
+    if kind == "stacked":
+        half = np.zeros_like(base)
+        half[:20] = 0.5 * values["b.half"].astype(np.float64) @ a
+        return base + half + 1.5 * b @ a
+    merged = base + 0.5 * b @ a
+    return merged * (values["m"] / np.linalg.norm(merged, axis=1))[:, None] if kind == "dora" else merged
+
+
+@pytest.fixture(scope="module")
+def factors(tmp_path_factory):
+    random = np.random.default_rng(0)
+    shapes = {"base": (40, 1030), "a": (5, 1030), "b": (40, 5), "b.half": (20, 5), "a2": (10, 1030), "b2": (40, 10)}
+    values = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    values |= {name + ".T": np.ascontiguousarray(values[name].T) for name in ("a", "b")}
+    values["m"] = random.uniform(1, 2, 40).astype(np.float32)
+    return values, open_source(write(tmp_path_factory.mktemp("factors"), values)).tensors
+
+
+@pytest.mark.parametrize("kind", UPDATES)
+def test_updates_are_those_of_numpy(factors, kind):
+    values, tensors = factors
+    whole = np.empty((40, 1030), np.float32)
+    with Transfer() as transfer:
+        transfer.read(updated(tensors, kind), 0, whole)
+    np.testing.assert_allclose(whole, in_numpy(values, kind), rtol=0, atol=2e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(kind=st.sampled_from(UPDATES), data=st.data())
+def test_an_element_does_not_depend_on_the_region(factors, kind, data):
+    """A single row, a single column, or whatever else: BLAS takes other ways for matrices of other shapes."""
+    tensor, whole = updated(factors[1], kind), np.empty((40, 1030), np.float32)
+    rows = np.array(sorted(data.draw(st.sets(st.integers(0, 39), min_size=1))))
+    start = data.draw(st.integers(0, 1029))
+    columns = start, data.draw(st.integers(start + 1, 1030))
+    with Transfer() as transfer:
+        transfer.read(tensor, 0, whole)
+    with Transfer() as transfer:
+        region = transfer._read_region(tensor, rows, columns, np.dtype(np.float32))
+    assert region.tobytes() == np.ascontiguousarray(whole[rows, columns[0] : columns[1]]).tobytes()
+
+
+def test_what_is_needed_again_is_read_once(factors, monkeypatch):
+    """A is read for each region of a few rows, and B of stacked experts for each expert."""
+    monkeypatch.setattr(blocks, "_REGION_ELEMENTS", 2 * 1030)
+    seen: list[str] = []
+    upstream = Reader.read
+
+    def spy(reader, tensor, start, out):
+        seen.append(tensor.name)
+        upstream(reader, tensor, start, out)
+
+    monkeypatch.setattr(Reader, "read", spy)
+    for kind in ("linear", "expert", "dora"):
+        with Transfer() as transfer:
+            transfer.read(updated(factors[1], kind), 0, np.empty((40, 1030), np.float32))
+        kept = {"linear": ["a"], "expert": ["a2", "b2"], "dora": ["a", "m"]}[kind]
+        assert all(seen.count(name) == 1 for name in kept), seen
+        assert seen.count("base") == (40 if kind == "dora" else 20)
+        seen.clear()
+
+
+def test_little_is_kept(monkeypatch):
+    monkeypatch.setattr(copying, "_KEPT_BYTES", 100)
+    kept = copying.KeptRegions()
+    reads = []
+
+    def get(number, size):
+        return kept.get(number, lambda: reads.append(number) or np.zeros(size, np.int8))
+
+    for number, size in [(1, 40), (2, 40), (1, 40), (3, 40), (2, 40), (4, 400), (4, 400)]:
+        assert len(get(number, size)) == size
+    assert reads == [1, 2, 3, 2, 4]
