@@ -51,6 +51,13 @@ def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _config = click.option("--config", type=DIRECTORY, metavar="YAML", help="MindFormers YAML of the training run.")
+adapter_option = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="DIR[:SCALE]",
+    help="PEFT adapter to merge when weights are read; several add up.",
+)
 _dry_run = click.option("--dry_run", is_flag=True, help="Say what would be done; write nothing.")
 _number_options = _options(
     *(
@@ -102,14 +109,15 @@ _export_options = _options(
     short_help="Convert Hugging Face to MindFormers, training or inference.",
     epilog=examples(
         "mf-qwen3 convert --model_dir Qwen3-8B --output_dir converted",
-        "mf-qwen3 convert --model_dir Qwen3-8B --layout infer --output_dir converted",
         "mf-qwen3 convert --model_dir Qwen3-30B-A3B --tp 2 --ep 8 --output_dir ranks",
+        "mf-qwen3 convert --model_dir Qwen3-8B --adapter lora --layout hf \\\n      --output_dir merged",
     ),
 )
 @click.option("--model_dir", type=DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory.")
 @click.option("--output_dir", type=DIRECTORY, metavar="DIR", required=True, help="Created; may exist if empty.")
 @click.option("--load_checkpoint", type=DIRECTORY, metavar="DIR", help="Weights, when not in --model_dir.")
-@click.option("--layout", type=click.Choice(["train", "infer"]), default="train", show_default=True)
+@adapter_option
+@click.option("--layout", type=click.Choice(["train", "infer", "hf"]), default="train", show_default=True)
 @_config
 @click.option("--tp", type=click.IntRange(1), metavar="N", help="A directory per rank: tensor parallel size.")
 @click.option("--ep", type=click.IntRange(1), metavar="N", help="A directory per rank: expert parallel size.")
@@ -119,6 +127,7 @@ def convert(
     model_dir: Path,
     output_dir: Path,
     load_checkpoint: Path | None,
+    adapters: tuple[str, ...],
     layout: str,
     config: Path | None,
     tp: int | None,
@@ -130,7 +139,10 @@ def convert(
 
     train: for MindFormers' trainer, and for load_weights of its inference network; --config declares its layout flags.
     infer: for load_param_into_net on the inference network.
+    hf: a Hugging Face directory again, with --adapter merged.
     """
+    if layout == "hf" and (tp or ep):
+        raise click.UsageError("--tp and --ep cut for MindFormers' ranks; --layout hf is whole")
     from mf_qwen3_bridge.convert import jobs
     from mf_qwen3_bridge.inputs import preflight
     from mf_qwen3_bridge.inputs.mindformers_config import read_mindformers_config
@@ -139,7 +151,10 @@ def convert(
     from mf_qwen3_bridge.model.rules import INFER, Dialect
 
     yaml = read_mindformers_config(config)
-    model = preflight.check(model_dir, yaml, load_checkpoint)
+    model = preflight.check(model_dir, yaml, load_checkpoint, adapters=adapters)
+    if layout == "hf":
+        make(jobs.to_plain_hf(model, output_dir, dtype), dry_run)
+        return
     is_for_training = layout == "train"
     sizes = yaml.parallel_sizes(is_for_training)
     flags = (("--tp", tp, "tensor_parallel", "model_parallel"), ("--ep", ep, "expert_parallel", "expert_parallel"))

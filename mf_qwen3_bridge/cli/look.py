@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mf_qwen3_bridge.cli.files import DIRECTORY, examples, make
+from mf_qwen3_bridge.cli.files import DIRECTORY, adapter_option, examples, make
 from mf_qwen3_bridge.errors import BridgeError, fold_names, table
 
 if TYPE_CHECKING:
+    from mf_qwen3_bridge.inputs.identify import Weights
     from mf_qwen3_bridge.verify.layer_errors import LayerErrors
 
 
@@ -22,17 +23,18 @@ if TYPE_CHECKING:
     epilog=examples("mf-qwen3 inspect Qwen3-8B", "mf-qwen3 inspect output/checkpoint --rules"),
 )
 @click.argument("path", type=DIRECTORY, metavar="DIR")
+@adapter_option
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--rules", is_flag=True, help="List every tensor, and the MindFormers parameter that it is part of.")
 @click.option("--json", "as_json", is_flag=True, help="All of it as JSON.")
-def inspect(path: Path, tensors: bool, rules: bool, as_json: bool) -> None:
+def inspect(path: Path, adapters: tuple[str, ...], tensors: bool, rules: bool, as_json: bool) -> None:
     """Say what is in a checkpoint, by its headers: model, names, layout, dtypes, anything unusual.
 
     DIR holds Hugging Face or MindFormers weights, or a directory for each rank; it may be a single file.
     """
     from mf_qwen3_bridge.inputs import inspection
 
-    found = inspection.inspect(path)
+    found = inspection.inspect(path, adapters)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
         return
@@ -56,6 +58,7 @@ def inspect(path: Path, tensors: bool, rules: bool, as_json: bool) -> None:
 @click.argument("first", type=DIRECTORY, metavar="A")
 @click.argument("second", type=DIRECTORY, metavar="[B]", required=False)
 @click.option("--config", type=DIRECTORY, metavar="YAML", help="Of the training run of MindFormers weights.")
+@adapter_option
 @click.option("--logits", is_flag=True, help="Run A in MindFormers on the CPU, against a reference of B, or of itself.")
 @click.option("--layers", type=click.IntRange(1), metavar="N", help="With --logits  [default: what fits in memory].")
 @click.option("--hf_config", type=DIRECTORY, metavar="DIR", help="With --logits: config.json  [default: B's, or A's].")
@@ -66,6 +69,7 @@ def verify(
     first: Path,
     second: Path | None,
     config: Path | None,
+    adapters: tuple[str, ...],
     logits: bool,
     layers: int | None,
     hf_config: Path | None,
@@ -75,35 +79,41 @@ def verify(
 
     Of one: no NaN, no infinity, no tensor all zero; what its values look like, and which stand out.
 
+    With --adapter, A is the base with the adapter merged.
+
     With --logits: does MindFormers' inference network compute what it should, layer by layer, and where does it go
     wrong? A table, and a picture of it.
 
     Exit code 0: nothing is wrong, or both are equal. 2: a table says where, and what may have happened.
     """
     if logits:
-        _verify_logits(first, second, config, hf_config, layers, picture)
+        _verify_logits(first, second, config, adapters, hf_config, layers, picture)
         return
     for name, value in (("--layers", layers), ("--hf_config", hf_config), ("--picture", picture)):
         if value is not None:
             raise click.UsageError(f"{name} needs --logits")
     if second:
-        _verify_two(first, second, config)
+        _verify_two(first, second, config, adapters)
     else:
-        _verify_one(first, config)
+        _verify_one(first, config, adapters)
 
 
-def _verify_one(path: Path, config: Path | None) -> None:
+def _verify_one(path: Path, config: Path | None, adapters: tuple[str, ...]) -> None:
     from mf_qwen3_bridge.inputs.identify import open_weights
     from mf_qwen3_bridge.inputs.opening import open_source
     from mf_qwen3_bridge.inputs.preflight import check_trained
     from mf_qwen3_bridge.verify import statistics as weight_statistics
 
     has_config = (path / "config.json").is_file()
-    weights = check_trained(open_source(path), path, config) if has_config else open_weights(path, config)
+    if has_config:
+        weights: Weights = check_trained(open_source(path), path, config, adapters=adapters)
+    else:
+        weights = open_weights(path, config, adapters)
     statistics = weight_statistics.measure(weights)
     is_assumed = not (weights.dialect.is_hf or weights.source.declared_layout or config)
     note = ", its layout assumed: nothing declares it" if is_assumed else ""
     click.echo(f"checkpoint  {weights.dialect}, {len(weights.source.tensors)} tensors{note}")
+    _echo_adapters(weights)
     headers = ["tensors", "number", "RMS: least, median, greatest", "mean", "values"]
     click.echo(table(headers, weight_statistics.rows(statistics), "simple"))
     for line in weight_statistics.outliers(statistics):
@@ -111,12 +121,19 @@ def _verify_one(path: Path, config: Path | None) -> None:
     click.echo("result      no NaN, no infinity, no tensor all zero")
 
 
-def _verify_two(first: Path, second: Path, config: Path | None) -> None:
+def _echo_adapters(weights: Weights) -> None:
+    for adapter in weights.source.adapters:
+        click.echo(f"adapter     {adapter.description}")
+
+
+def _verify_two(first: Path, second: Path, config: Path | None, adapters: tuple[str, ...]) -> None:
     from mf_qwen3_bridge.inputs.identify import open_weights
     from mf_qwen3_bridge.transfer.progress import size_text
     from mf_qwen3_bridge.verify.comparison import compare
 
-    report = compare(open_weights(first, config), open_weights(second, config))
+    weights = open_weights(first, config, adapters)
+    _echo_adapters(weights)
+    report = compare(weights, open_weights(second, config))
     if not report.is_equal:
         raise BridgeError(f"{first} and {second} do not hold the same weights", report.problems())
     if report.ignored:
@@ -129,6 +146,7 @@ def _verify_logits(
     first: Path,
     second: Path | None,
     config: Path | None,
+    adapters: tuple[str, ...],
     hf_config: Path | None,
     layers: int | None,
     picture: Path | None,
@@ -140,7 +158,8 @@ def _verify_logits(
     if picture and not picture.parent.is_dir():
         raise BridgeError(f"{picture.parent} does not exist: --picture needs a directory that does")
     paths = [path for path in (first, second) if path]
-    models = check_comparable(paths, config, hf_config)
+    models = check_comparable(paths, config, hf_config, adapters)
+    _echo_adapters(models[0])
     num_layers = layers or layers_that_fit(models[0])
     total = models[0].spec.num_layers
     models = [model.first_layers(num_layers) for model in models]

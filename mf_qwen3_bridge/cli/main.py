@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mf_qwen3_bridge import __version__
-from mf_qwen3_bridge.cli.files import DIRECTORY, convert, examples, export, unify
+from mf_qwen3_bridge.cli.files import DIRECTORY, adapter_option, convert, examples, export, unify
 from mf_qwen3_bridge.cli.look import doctor, inspect, truncate, verify
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers.quiet import silence_upstream
@@ -29,6 +29,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="N",
             help="Tensor parallel size  [default: all processes].",
         ),
+        adapter_option,
         click.option("--load_checkpoint", type=DIRECTORY, metavar="DIR", help="Weights, when not in --model_dir."),
         click.option("--config", type=DIRECTORY, metavar="YAML", help="MindFormers YAML to hold them against."),
         click.option("--model_dir", type=DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory."),
@@ -55,14 +56,23 @@ for _command in (convert, export, unify, inspect, verify, truncate, doctor):
     ),
 )
 @_model_options
-def check(model_dir: Path, config: Path | None, load_checkpoint: Path | None, tp: int | None, ep: int | None) -> None:
+def check(
+    model_dir: Path,
+    config: Path | None,
+    load_checkpoint: Path | None,
+    adapters: tuple[str, ...],
+    tp: int | None,
+    ep: int | None,
+) -> None:
     """Check config.json, the YAML and the tensors' names, shapes and dtypes against each other (headers only).
 
     Exit code 0: they fit. 2: they don't; a table says what to change.
     """
     from mf_qwen3_bridge.inputs import preflight
 
-    model = preflight.check(model_dir, config, load_checkpoint, tensor_parallel=tp, expert_parallel=ep)
+    model = preflight.check(
+        model_dir, config, load_checkpoint, adapters=adapters, tensor_parallel=tp, expert_parallel=ep
+    )
     for line in preflight.summary(model):
         click.echo(line)
 
@@ -92,6 +102,7 @@ def infer(
     model_dir: Path,
     config: Path | None,
     load_checkpoint: Path | None,
+    adapters: tuple[str, ...],
     tp: int | None,
     ep: int | None,
     use_training_conversion: bool,
@@ -113,7 +124,13 @@ def infer(
     if sampling and not generation["do_sample"]:
         raise click.UsageError(f"--{min(sampling)} needs --do_sample")
     model = preflight.check(
-        model_dir, config, load_checkpoint, tensor_parallel=tp, expert_parallel=ep, num_processes=num_processes()
+        model_dir,
+        config,
+        load_checkpoint,
+        adapters=adapters,
+        tensor_parallel=tp,
+        expert_parallel=ep,
+        num_processes=num_processes(),
     )
     for line in preflight.summary(model):
         click.echo(line)

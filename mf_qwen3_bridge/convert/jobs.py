@@ -145,11 +145,34 @@ def to_peft(
     return Job(source, count, "PEFT adapter", output, parts, others, ignored, may_be_zero=True, notes=model.notes)
 
 
+def to_plain_hf(model: CheckedCheckpoint, output: Path, dtype: str | None = None) -> Job:
+    """A Hugging Face checkpoint of one whose weights are computed, or are to have another dtype; experts one by one.
+
+    ``dtype`` is as for :func:`to_mindformers`. Raises BridgeError if nothing would change, or the weights are
+    MindFormers'.
+    """
+    if not model.dialect.is_hf:
+        raise BridgeError(
+            f"{model.source.path} holds MindFormers weights: mf-qwen3 export makes Hugging Face's of them"
+        )
+    plan = model.plan(HF, _STORED[dtype])
+    sources = [copy.source for copy in plan.copies]
+    if not any(source.computed for source in sources) and all(
+        t.dtype == t.copies[0].source.dtype for t in plan.targets
+    ):
+        raise BridgeError(f"{model.source.path} holds plain Hugging Face weights already: nothing would change")
+    files, others = hf_files(plan, HF_SHARD_BYTES)
+    others |= _companions(model)
+    others["config.json"] = json.dumps(_config_json(model, dtype), indent=2).encode()
+    return _job(model, plan, output, [Part.of(plan, files)], others)
+
+
 def _job(model: CheckedCheckpoint, plan: Plan, output: Path, parts: Sequence[Part], others: Mapping[str, bytes]) -> Job:
     """The job whose parts together make what ``plan`` does."""
     count, ignored = plan.num_source_tensors, (*plan.ignored, *model.source.left_out)
     source, target = str(model.dialect), str(plan.target)
-    return Job(source, count, target, output, tuple(parts), others, ignored, notes=model.notes)
+    notes = (*(f"adapter {adapter.description}" for adapter in model.source.adapters), *model.notes)
+    return Job(source, count, target, output, tuple(parts), others, ignored, notes=notes)
 
 
 def _with_output_layer(plan: Plan) -> Plan:

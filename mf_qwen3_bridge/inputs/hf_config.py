@@ -67,7 +67,10 @@ def read_hf_config(model_dir: Path, overrides: Mapping[str, Any] | None = None) 
     path = model_dir / "config.json"
     if not path.is_file():
         if (model_dir / "adapter_config.json").is_file():
-            raise BridgeError(f"{model_dir} holds a LoRA adapter, not a model: merge it into its base model first")
+            raise BridgeError(
+                f"{model_dir} holds a LoRA adapter, not a model: name its base model with --model_dir, and the adapter "
+                "with --adapter"
+            )
         meant = directory_meant(model_dir, path.name)
         remedy = f"give {meant}" if meant else "copy it from where the checkpoint came from"
         raise BridgeError(f"{path} is missing: {remedy}")

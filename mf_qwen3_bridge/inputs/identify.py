@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
+from mf_qwen3_bridge.inputs.adapters import adapter_paths, with_adapters
 from mf_qwen3_bridge.inputs.disagreements import Shown, block_problems
 from mf_qwen3_bridge.inputs.mindformers_config import read_mindformers_config
 from mf_qwen3_bridge.inputs.opening import open_source
@@ -55,11 +57,11 @@ class Weights:
         return replace(smaller, source=replace(self.source, tensors=tensors))
 
 
-def open_weights(path: Path, config: Path | None = None) -> Weights:
+def open_weights(path: Path, config: Path | None = None, adapters: Any = None) -> Weights:
     """The weights in a directory or file, recognised by their tensors alone: no config.json is needed.
 
     ``config``, the YAML of the training run, declares the layout of MindFormers weights whose files don't. It is
-    MindFormers' default where neither does.
+    MindFormers' default where neither does. ``adapters`` are PEFT's, as :func:`adapter_paths` takes them.
 
     Raises:
         BridgeError: files are missing or damaged, or their tensors make no whole Qwen3, or not one of this layout.
@@ -74,7 +76,8 @@ def open_weights(path: Path, config: Path | None = None) -> Weights:
     except KeyError as missing:
         raise incomplete(source, missing) from None
     refuse(f"{source.path} can't have this layout", block_problems(weights.spec, dialect))
-    return weights
+    adapted = with_adapters(source, adapter_paths(adapters), weights.spec.tie_word_embeddings)
+    return replace(weights, source=adapted)
 
 
 def refuse_lora(source: Source) -> None:

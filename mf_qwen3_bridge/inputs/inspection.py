@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, first_names, fold_names
+from mf_qwen3_bridge.inputs.adapters import adapter_notes, adapter_paths, with_adapters
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_json
 from mf_qwen3_bridge.inputs.identify import dialect_of, numbers_of, spec_of
 from mf_qwen3_bridge.inputs.lora_runs import lora_config_file
@@ -64,6 +65,7 @@ class Inspection:
         parameters: number of elements of all weights; those of several ranks are counted for each.
         state: what is of a training run and no weight, folded.
         lora: what a LoRA run adapts, if it is one's.
+        adapters: the PEFT adapters that it is looked at with.
     """
 
     path: str
@@ -79,16 +81,19 @@ class Inspection:
     files: int
     state: tuple[str, ...]
     lora: InspectedLora | None
+    adapters: tuple[str, ...]
     unusual: tuple[str, ...]
     tensors: tuple[TensorRow, ...]
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(path: Path, adapters: Any = None) -> Inspection:
     """Describes a directory or file of safetensors, or a directory of ``rank_N`` directories.
 
-    BridgeError if files are missing or damaged, or hold no Qwen3's tensors.
+    ``adapters`` are PEFT adapters of it, as :func:`adapter_paths` takes them. BridgeError if files are missing or
+    damaged, or hold no Qwen3's tensors, or an adapter is not of these.
     """
     ranks = rank_directories(path)
+    paths = adapter_paths(adapters)
     source = _of_ranks(path, list(ranks.values())) if ranks else open_source(path)
     lora = _lora_of(source, {name.partition(" (")[0]: tensor for name, tensor in source.tensors.items()})
     matrices = {name for name in source.tensors if adapted_parameter(name.partition(" (")[0])}
@@ -118,6 +123,9 @@ def inspect(path: Path) -> Inspection:
             unusual += map(_line, match_tensors(model_rules(spec), others, dialect).problems)
         unusual += _config_notes(path, numbers)
     unusual += (f"{file.name} is not part of it" for file in stale_files(source))
+    tied = not ranks and dialect.name(OUTPUT) not in source.tensors
+    merged = with_adapters(source, paths, tied).adapters
+    unusual += adapter_notes(merged)
     bare = {name: name.partition(" (")[0] for name in source.tensors}  # without the rank
     weights = {*claims, *matrices} if claims else set(bare.values())
     state = {name for name in source.tensors if name not in claims and is_training_state(bare[name], weights)}
@@ -137,6 +145,7 @@ def inspect(path: Path) -> Inspection:
         files=len(files),
         state=tuple(fold_names(state)),
         lora=lora,
+        adapters=tuple(adapter.description for adapter in merged),
         unusual=tuple(unusual),
         tensors=tuple(rows),
     )
@@ -205,6 +214,7 @@ def lines(inspection: Inspection) -> Iterator[str]:
     where += f" of {inspection.ranks} ranks" if inspection.ranks else ""
     yield f"tensors     {len(inspection.tensors)} ({dtypes}), {size_text(inspection.nbytes)} in {where}"
     yield f"parameters  {inspection.parameters:,}" + (" on all ranks, copies included" if inspection.ranks else "")
+    yield from (f"adapter     {adapter}" for adapter in inspection.adapters)
     if lora := inspection.lora:
         declared = (
             f"alpha in {lora.declared_in}" if lora.declared_in else "no file beside or above it declares its alpha"

@@ -11,7 +11,7 @@ from mf_qwen3_bridge.inputs.documents import read_document
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.spec import HF_NAME, MINDFORMERS_NAMES, ModelSpec
 
-# What model.model_config may hold is of four kinds.
+# What model.model_config may hold is of five kinds.
 # 1. The model's numbers (spec.NAMES) and what it computes with: have to be what config.json declares, and what
 #    MindFormers' Qwen3 computes. MindFormers knows several names for one thing.
 COMPUTED_NAMES: dict[str, tuple[str, ...]] = {
@@ -51,7 +51,9 @@ DTYPE_OPTIONS = {"param_init_type": "params_dtype"} | {
 }
 SIZE_OPTIONS = frozenset({"seq_length", "block_size", "num_blocks"})
 OPTIONS = DTYPE_OPTIONS.keys() | SIZE_OPTIONS | {"qkv_concat"}
-# 4. Everything else: not used.
+# 4. The bridge's own: PEFT adapters that an inference network's weights are merged with, as --adapter takes them.
+ADAPTER_KEY = "pretrained_adapter_dir"
+# 5. Everything else: not used.
 
 # Of an inference YAML's parallel_config: the sizes of a ParallelConfig, and what the bridge can't divide by.
 PARALLEL_SIZES = {"model_parallel": "tensor_parallel", "expert_parallel": "expert_parallel"}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs import mindformers_config
+from mf_qwen3_bridge.inputs.adapters import AdapterPath, adapter_notes, adapter_paths, with_adapters
 from mf_qwen3_bridge.inputs.disagreements import (
     Sides,
     block_problems,
@@ -19,7 +20,7 @@ from mf_qwen3_bridge.inputs.disagreements import (
 )
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_hf_config
 from mf_qwen3_bridge.inputs.identify import Weights, dialect_of, incomplete, numbers_of, refuse_lora, spec_of
-from mf_qwen3_bridge.inputs.mindformers_config import MindFormersConfig, read_mindformers_config
+from mf_qwen3_bridge.inputs.mindformers_config import ADAPTER_KEY, MindFormersConfig, read_mindformers_config
 from mf_qwen3_bridge.inputs.opening import open_source, stale_files
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
@@ -77,6 +78,7 @@ def check(
     weights: Path | Source | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
+    adapters: Any = None,
     tensor_parallel: int | None = None,
     expert_parallel: int | None = None,
     num_processes: int | None = None,
@@ -90,6 +92,8 @@ def check(
         weights: a directory or file with the weights, when they are not beside config.json: those of a MindFormers
             training run, for example.
         overrides: entries of ``model.model_config`` that replace the YAML's.
+        adapters: PEFT adapters to add to Hugging Face weights, as :func:`adapter_paths` takes them; else the YAML's
+            ``pretrained_adapter_dir``.
         tensor_parallel: processes that share attention, MLP and vocabulary; else the YAML's, else ``num_processes``.
         expert_parallel: processes that share the experts; else the YAML's, else 1.
         num_processes: how many run; left out when none does yet.
@@ -105,7 +109,8 @@ def check(
     hf_config = read_hf_config(hf_dir, _additions(yaml, arguments))
     source = weights if isinstance(weights, Source) else open_source(weights or model_dir)
     sizes = {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}
-    return _check(source, hf_dir, hf_config, yaml, arguments, sizes, num_processes)
+    paths = adapter_paths(adapters) or adapter_paths(yaml.model_config.get(ADAPTER_KEY) or None)
+    return _check(source, hf_dir, hf_config, yaml, arguments, sizes, num_processes, adapters=paths)
 
 
 def check_trained(
@@ -114,6 +119,8 @@ def check_trained(
     config: Path | None = None,
     numbers: Mapping[str, Any] | None = None,
     model_parallel: int | None = None,
+    *,
+    adapters: Any = None,
 ) -> CheckedCheckpoint:
     """Checks what a MindFormers training run saved against everything that is declared about the model.
 
@@ -124,6 +131,7 @@ def check_trained(
         config: the YAML of the training run.
         numbers: what the caller declares, under any of MindFormers' names; layout flags as well.
         model_parallel: over how many tensor parallel ranks the run was spread, if the caller knows it.
+        adapters: as for :func:`check`, if these are Hugging Face's weights.
 
     Raises:
         BridgeError: with a table of everything that does not fit, and what to change.
@@ -133,7 +141,10 @@ def check_trained(
     hf_dir = hf_config or _named_hf_dir(source, yaml)
     declared = read_hf_config(hf_dir, _additions(yaml, arguments)) if hf_dir else None
     layout = _layout_of_arguments(source, yaml, arguments, model_parallel)
-    return _check(source, hf_dir, declared, yaml, arguments, default_layout=TRAINING_DEFAULT, layout=layout)
+    paths = adapter_paths(adapters)
+    return _check(
+        source, hf_dir, declared, yaml, arguments, default_layout=TRAINING_DEFAULT, layout=layout, adapters=paths
+    )
 
 
 def check_for_adapter(
@@ -173,18 +184,20 @@ def _named_hf_dir(source: Source, yaml: MindFormersConfig) -> Path | None:
     return next((path for path in candidates if path and (path / "config.json").is_file()), None)
 
 
-def check_against_config(weights: Path, model_config: Mapping[str, Any], origin: str) -> CheckedCheckpoint:
+def check_against_config(
+    weights: Path, model_config: Mapping[str, Any], origin: str, adapters: Any = None
+) -> CheckedCheckpoint:
     """Checks weights against the config that a network was built from, and against a config.json beside them.
 
     ``model_config`` has the network's numbers and what it computes with, under any of MindFormers' names; ``origin`` is
-    its name in messages. Raises as :func:`check`.
+    its name in messages; ``adapters`` as for :func:`check`. Raises as :func:`check`.
     """
     known = mindformers_config.MODEL_KEYS
     declared = {key: value for key, value in model_config.items() if key in known and value is not None}
     yaml = MindFormersConfig(origin, declared)
     if (weights / "config.json").is_file():
-        return check(weights, yaml)
-    return _check(open_source(weights), None, None, yaml, {})
+        return check(weights, yaml, adapters=adapters)
+    return _check(open_source(weights), None, None, yaml, {}, adapters=adapter_paths(adapters))
 
 
 def _additions(yaml: MindFormersConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,6 +217,7 @@ def _check(
     *,
     layout: Layout | None = None,
     default_layout: Layout | None = None,
+    adapters: Sequence[AdapterPath] = (),
 ) -> CheckedCheckpoint:
     """Holds everything that is declared against the tensors and against each other; see the functions above."""
     refuse_lora(source)
@@ -220,6 +234,8 @@ def _check(
         run_problems.append(Problem(key, "not an option of a run", f"known are {known}"))
     parallel = _parallel(yaml, sizes or {}, num_processes, run_problems)
     run_problems += [*parallel.problems(spec), *_block_problems(dialect, parallel)]
+    if yaml.is_for_training and yaml.model_config.get(ADAPTER_KEY):
+        run_problems.append(Problem(ADAPTER_KEY, f"in {yaml.origin}, for training", "it is for run_mode: predict"))
     origins = ["config.json"] if hf_config is not None else []
     absent: list[str] = []
     if hf_config is None:
@@ -237,13 +253,17 @@ def _check(
             headline = f"{at} contradicts what was declared: change what the table says"
         raise BridgeError(headline, problems + run_problems)
     refuse(f"{source.path} can't be run with these settings", run_problems)
+    adapted = with_adapters(source, adapters, spec.tie_word_embeddings)
     notes = list(config_notes(hf_dir, hf_config, _additions(yaml, arguments)) if hf_dir else ())
     notes += _notes(source, hf_dir or source.directory, yaml)
+    notes += adapter_notes(adapted.adapters)
+    if adapters and (named := yaml.model_config.get(ADAPTER_KEY)) and adapter_paths(named) != tuple(adapters):
+        notes.append(f"{ADAPTER_KEY} of {yaml.origin} is not used: other adapters are named")
     if absent and yaml.model_config:
         notes.append(f"{yaml.origin} does not declare {', '.join(absent)}")
     hf_dir, declared = hf_dir or source.directory, bool(dialect.is_hf or source.declared_layout or layout)
     return CheckedCheckpoint(
-        source, dialect, spec, hf_dir, hf_config, options, parallel, layout, declared, match.ignored, tuple(notes)
+        adapted, dialect, spec, hf_dir, hf_config, options, parallel, layout, declared, match.ignored, tuple(notes)
     )
 
 
@@ -333,7 +353,12 @@ def _notes(source: Source, hf_dir: Path, yaml: MindFormersConfig) -> Iterator[st
         yield f"rope_scaling of {yaml.origin} goes before config.json's"
     for file in stale_files(source):
         yield f"{file.name} is not read: the index does not name it"
-    unused = yaml.model_config.keys() - mindformers_config.OPTIONS - mindformers_config.MODEL_KEYS - {"auto_register"}
+    unused = (
+        yaml.model_config.keys()
+        - mindformers_config.OPTIONS
+        - mindformers_config.MODEL_KEYS
+        - {"auto_register", ADAPTER_KEY}
+    )
     if unused and not yaml.is_for_training:
         yield f"not used: {', '.join(sorted(unused))} of {yaml.origin}"
     sizes = yaml.section("parallel_config")
@@ -364,6 +389,7 @@ def summary(model: CheckedCheckpoint) -> Iterator[str]:
         f"checkpoint  {model.dialect}, {len(source.tensors)} tensors, {size_text(source.nbytes)} "
         f"({dtypes}) in {files} {'file' if files == 1 else 'files'}"
     )
+    yield from (f"adapter     {adapter.description}" for adapter in source.adapters)
     count = len(source.tensors) - len(model.ignored)
     yield f"plan        {count} tensors become {len(model.rules)} MindFormers parameters"
     if model.parallel.world_size > 1:

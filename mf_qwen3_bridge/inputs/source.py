@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.model.layouts import Layout
@@ -26,6 +27,13 @@ LAYOUT_KEY = "mf_qwen3_bridge.layout"
 TENSOR_PARALLEL_KEY = "mf_qwen3_bridge.tensor_parallel"
 
 
+class MergedAdapter(NamedTuple):
+    """An adapter that is added to the weights, as the user is told: what it is, and what is unusual about it."""
+
+    description: str
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Source:
     """The tensors of a checkpoint, not read yet, and what its files declare.
@@ -37,6 +45,7 @@ class Source:
         strategies_tensor_parallel: how many tensor parallel ranks saved it, by its strategy files.
         unlisted: of ranks' files, tensors of the first rank that no strategy file lists, such as ``global_step``.
         left_out: of ranks' files, names of tensors that were not wanted.
+        adapters: what is added to the weights when they are read.
     """
 
     path: Path
@@ -46,6 +55,7 @@ class Source:
     strategies_tensor_parallel: int | None = None
     unlisted: Mapping[str, TensorInfo] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    adapters: tuple[MergedAdapter, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +79,9 @@ class Source:
             return True
         if not any(name.startswith(("decoder.", "embedding.")) for name in self.tensors):
             some = ", ".join(sorted(self.tensors)[:3])
+            if any(".lora_" in name for name in self.tensors):
+                remedy = "name its base model, and the adapter with --adapter"
+                raise BridgeError(f"{self.path} holds a PEFT adapter, no model's weights: {remedy}")
             raise BridgeError(f"{self.path}: the tensors' names are neither Hugging Face's nor MindFormers' ({some})")
         return False
 

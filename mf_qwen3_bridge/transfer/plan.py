@@ -167,7 +167,7 @@ def check_values(
                 and (magnitude or not may_be_zero)
                 and (magnitude or plan is None or plan.is_all_zero(target, source))
             ):
-                faults[fault, source.file.name].add(source.name)
+                faults[fault, ", ".join(sorted(file.name for file in source.files))].add(source.name)
         lines = [f"{fault}: {name} ({file})" for (fault, file), names in faults.items() for name in fold_names(names)]
         if lines:
             problems.append(Problem(target, "\n".join(lines), remedy))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -70,20 +71,22 @@ class LayerErrors:
 
 
 def check_comparable(
-    paths: Sequence[Path], config: Path | None = None, hf_config: Path | None = None
+    paths: Sequence[Path], config: Path | None = None, hf_config: Path | None = None, adapters: Any = None
 ) -> list[CheckedCheckpoint]:
     """Checks one or two checkpoints whose computation is to be compared.
 
     ``config`` is the YAML of the training run, for MindFormers weights whose files don't declare their layout. Those
-    without a config.json get that of ``hf_config``, else of the other. Raises BridgeError if they are not whole, or not
-    of one model; if there is no config.json; if the layout of the only one is not known.
+    without a config.json get that of ``hf_config``, else of the other. ``adapters`` are PEFT's, of the first. Raises
+    BridgeError if they are not whole, or not of one model; if there is no config.json; if the layout of the only one is
+    not known.
     """
     own = [path for path in paths if (path / "config.json").is_file()]
-    models = []
+    models: list[CheckedCheckpoint] = []
     for path in paths:
         source = open_source(path)
         hf_dir = path if path in own else hf_config or next(iter(own), None)
-        models.append(check_trained(source, hf_dir, None if source.declared_layout else config))
+        given = (hf_dir, None if source.declared_layout else config)
+        models.append(check_trained(source, *given, adapters=None if models else adapters))
     first = models[0]
     if not first.hf_config:
         raise BridgeError(f"no config.json beside {paths[0]}: name the model's Hugging Face directory with --hf_config")

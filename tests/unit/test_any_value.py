@@ -25,6 +25,7 @@ import yaml
 from mf_qwen3_bridge.cli.main import cli
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.model.rules import TRAIN
+from tests.support.adapters import matrices, write_adapter
 from tests.support.checkpoints import MOE_SPEC, SPEC, hf_config, random_tensors, write
 
 EXAMPLES = int(os.environ.get("ANY_VALUE_EXAMPLES", "60"))
@@ -94,6 +95,9 @@ def run(*arguments: object) -> None:
             assert result.exit_code == 0, (arguments, result.output)
 
 
+ADAPTER = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+
+
 @pytest.fixture(scope="module")
 def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """hf, moe and sharded from Hugging Face; trained from MindFormers; each is changed, and put back."""
@@ -103,6 +107,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "sharded", random_tensors(), hf_config(), shards=2)
     write(root / "trained", random_tensors(dialect=TRAIN))
     write(root / "trained_moe", random_tensors(MOE_SPEC, TRAIN))
+    write_adapter(root / "lora", matrices(random_tensors(), "q_proj", "v_proj"), **ADAPTER)
     return root
 
 
@@ -282,6 +287,46 @@ PLACES = (
 @given(place=st.sampled_from(PLACES), snippet=st.sampled_from(SNIPPETS))
 def test_yaml_that_is_no_json(there: Path, place, snippet):
     run_with_yaml(there, place.replace("$", snippet))
+
+
+# ------------------------------------------------------------------------------------------------- adapter_config.json
+
+ADAPTER_KEYS = [
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"),
+    *("modules_to_save", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"),
+    *("target_parameters", "init_lora_weights", "lora_bias", "layer_replication", "trainable_token_indices"),
+    *("lora_dropout", "task_type", "peft_version", "unknown"),
+]
+IN_ADAPTER = [
+    *((), *((key,) for key in ADAPTER_KEYS)),
+    *((section, key) for section in ("rank_pattern", "alpha_pattern") for key in ("q_proj", "(", ".*", "")),
+]
+
+
+@any_value_is_tried
+@given(
+    changes=st.lists(
+        st.tuples(st.sampled_from(IN_ADAPTER), any_json | st.sampled_from(["(", "q_proj", ["q_proj"], r".*_proj"])),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_adapter_config(there: Path, changes):
+    config = json.loads((there / "lora" / "adapter_config.json").read_text())
+    for path, value in changes:
+        config = put(config, path, value)
+    with changed(there / "lora" / "adapter_config.json", json.dumps(config)):
+        run("check", "--model_dir", there / "hf", "--adapter", there / "lora")
+        run("inspect", there / "hf", "--adapter", f"{there / 'lora'}:2")
+        run("verify", there / "hf", "--adapter", there / "lora")
+
+
+@any_value_is_tried
+@given(value=any_json)
+def test_adapter_of_a_yaml(there: Path, value):
+    document = put(DOCUMENT | {"run_mode": "predict"}, ("model", "model_config", "pretrained_adapter_dir"), value)
+    with changed(there / "any.yaml", yaml.safe_dump(document)):
+        run("check", "--model_dir", there / "hf", "--config", there / "any.yaml")
 
 
 # --------------------------------------------------------------------------------------------------------------- index
