@@ -21,6 +21,7 @@ def from_pretrained(
     *,
     config: str | Path | None = None,
     load_checkpoint: str | Path | None = None,
+    adapter: Any = None,
     use_training_conversion: bool = False,
     device_target: str = "auto",
     expert_parallel: int | None = None,
@@ -43,6 +44,8 @@ def from_pretrained(
         config: a MindFormers YAML; its dtypes and cache sizes are used; the model's numbers in it have to fit.
         load_checkpoint: where the weights are, when they are not in ``model_dir``: a MindFormers training
             checkpoint, for example, together with the YAML it was trained with.
+        adapter: a PEFT adapter's directory (LoRA, DoRA), which is merged when the weights are read: a path,
+            ``"DIR:SCALE"``, a pair (path, scale), or a list of several, which add up.
         use_training_conversion: convert with MindFormers' own training class instead of the bridge's loader; same bits.
         device_target: ``Ascend``, ``CPU``, or ``auto``: Ascend when there is one.
         expert_parallel: processes that share the experts of a Qwen3-MoE. Tensor parallel are all processes that msrun
@@ -71,6 +74,7 @@ def from_pretrained(
         Path(config) if config else None,
         Path(load_checkpoint) if load_checkpoint else None,
         model_config_overrides,
+        adapters=adapter,
         expert_parallel=expert_parallel,
         num_processes=num_processes(),
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import yaml
+from tests.support.adapters import ADAPTERS, adapter_golden, base_of
 from tests.support.commands import ROOT, msrun
 from tests.support.documents import manual_commands
 from tests.support.golden import FIXTURES
@@ -58,6 +59,24 @@ def test_every_rank_gives_the_tokens_of_transformers(tmp_path: Path, name, exper
     assert len(logs) == 2
     for log in logs:
         assert f"2 processes (tensor parallel 2, expert parallel {expert_parallel})" in log
+        for prompt, tokens in cases:
+            assert f"generate    {spell(prompt)}\n         -> {spell(tokens)}\n" in log
+
+
+@pytest.mark.parametrize(
+    ("name", "expert_parallel"), [("dense_lora", 1), ("dense_dora", 1), ("moe_experts", 2), ("moe_stacked", 2)]
+)
+def test_adapters(tmp_path: Path, name, expert_parallel):
+    """Every rank merges its slices: the tokens are those of transformers with PEFT."""
+    directory = with_tokenizer(base_of(name).name, tmp_path)
+    config = parallel_yaml(tmp_path / "predict.yaml", expert_parallel)
+    cases = [(case.prompt, case.tokens[:NEW_TOKENS]) for case in adapter_golden(name)]
+    prompts = [argument for prompt, _ in cases for argument in ("--prompt", spell(prompt))]
+    arguments = ["--model_dir", directory, "--config", config, "--adapter", ADAPTERS / name]
+    code, logs = msrun(tmp_path / "run", two_processes(*arguments, "--max_new_tokens", NEW_TOKENS, *prompts))
+    assert code == 0, logs
+    assert len(logs) == 2
+    for log in logs:
         for prompt, tokens in cases:
             assert f"generate    {spell(prompt)}\n         -> {spell(tokens)}\n" in log
 

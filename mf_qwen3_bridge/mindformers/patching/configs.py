@@ -10,7 +10,7 @@ from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.disagreements import is_same
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
-from mf_qwen3_bridge.inputs.mindformers_config import ADDITIONS, COMPUTED_NAMES, LAYOUT_FLAGS
+from mf_qwen3_bridge.inputs.mindformers_config import ADAPTER_KEY, ADDITIONS, COMPUTED_NAMES, LAYOUT_FLAGS
 from mf_qwen3_bridge.mindformers.cpu.device import builds_training_networks, prepare_device
 from mf_qwen3_bridge.mindformers.infer import from_pretrained
 from mf_qwen3_bridge.mindformers.network import CLASSES
@@ -31,6 +31,8 @@ _NEEDED_TO_TRAIN_EXPERTS = {"moe_grouped_gemm": True, "routed_scaling_factor": 1
 # The layout flags that were given to a config, by its id: upstream fills in those that were not. An attribute of the
 # config would be written by upstream's to_dict() and save_pretrained(), and refused by 1.7 and 1.8 when it is read.
 _DECLARED_FLAGS: dict[int, dict[str, Any]] = {}
+# So are the adapters that a YAML names for the network; no release of MindFormers knows the key.
+_ADAPTERS: dict[int, Any] = {}
 
 
 @HOOKS.wraps_upstream((AutoModel, AutoModelForCausalLM), "from_pretrained")
@@ -72,8 +74,12 @@ def wrap_config_from_pretrained(
 def wrap_config_init(upstream: Callable[..., None], config: Any, *args: Any, **model_config: Any) -> None:
     """``__init__`` of ``Qwen3Config`` or ``Qwen3MoeConfig`` that takes what today's transformers writes."""
     _DECLARED_FLAGS[id(config)] = {flag: model_config[flag] for flag in LAYOUT_FLAGS if flag in model_config}
-    weakref.finalize(config, _DECLARED_FLAGS.pop, id(config), None)
+    _ADAPTERS[id(config)] = model_config.pop(ADAPTER_KEY, None)
+    for kept in (_DECLARED_FLAGS, _ADAPTERS):
+        weakref.finalize(config, kept.pop, id(config), None)
     prepare_device()  # the network is built next
+    if named_adapters(config) is not None and builds_training_networks():
+        raise BridgeError(f"{ADAPTER_KEY} is for run_mode: predict: leave it out to train")
     upstream(config, *args, **normalise_model_config(model_config))
 
 
@@ -128,6 +134,11 @@ def _drop_aliases(of_yaml: Mapping[str, Any], in_file: Mapping[str, Any], path: 
             problems.append(Problem(key, found, f"leave {key} out, or set it to {declared}"))
     refuse(f"the YAML's model.model_config contradicts {path}", problems)
     return kept
+
+
+def named_adapters(config: Any) -> Any:
+    """The adapters that ``pretrained_adapter_dir`` named when a config was made; None if it named none."""
+    return _ADAPTERS.get(id(config)) or None
 
 
 def declared_layout_flags(config: Any) -> dict[str, Any]:

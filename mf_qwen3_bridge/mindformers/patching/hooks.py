@@ -15,7 +15,7 @@ from mindformers.trainer import base_trainer
 from mindformers.utils import load_checkpoint_utils
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.mindformers_config import LAYOUT_FLAGS
+from mf_qwen3_bridge.inputs.mindformers_config import ADAPTER_KEY, LAYOUT_FLAGS
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint, check_against_config
 from mf_qwen3_bridge.inputs.source import HF_INDEX, HYPER_PARAMETERS, LAYOUT_KEY
@@ -25,7 +25,7 @@ from mf_qwen3_bridge.mindformers.in_memory import load
 from mf_qwen3_bridge.mindformers.load import FILLED, load_network
 from mf_qwen3_bridge.mindformers.load_training import load_training_network
 from mf_qwen3_bridge.mindformers.network import INFERENCE_NETWORKS, check_token_ids
-from mf_qwen3_bridge.mindformers.patching.configs import declared_layout_flags
+from mf_qwen3_bridge.mindformers.patching.configs import declared_layout_flags, named_adapters
 from mf_qwen3_bridge.mindformers.replacements import HOOKS
 from mf_qwen3_bridge.model.parameters import is_hf_name
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo, read_header
@@ -70,6 +70,7 @@ def load_weights(
     if weights_path and Path(weights_path).exists():
         load_network(network, check_against_network(network, Path(weights_path)))
     elif weights is not None:
+        _refuse_adapters(network, "weights in memory")
         load(network, weights)
     else:
         raise BridgeError(f"weights_path {str(weights_path)!r} does not exist, and no weights are given")
@@ -125,6 +126,8 @@ def wrap_load_checkpoint(upstream: Callable[..., None], *args: Any, **kwargs: An
     directory = Path(called.get("load_ckpt_path") or next(iter(called.values())))
     network = qwen3_network(called["network"])
     if network is None or not has_known_dialect(directory):
+        if network is not None:
+            _refuse_adapters(network, f"{directory}, which MindFormers loads itself")
         upstream(*args, **kwargs)
         return
     if "config" in called and called["config"].resume_training:
@@ -132,6 +135,11 @@ def wrap_load_checkpoint(upstream: Callable[..., None], *args: Any, **kwargs: An
     if "config" not in called and called.get("optimizer") is not None:
         raise BridgeError(f"{directory} holds no optimizer state, so there is nothing to resume")
     fill_network(network, directory)
+
+
+def _refuse_adapters(network: Any, weights: str) -> None:
+    if named_adapters(network.config) is not None:
+        raise BridgeError(f"{ADAPTER_KEY} can't be merged into {weights}: give a Hugging Face directory")
 
 
 @HOOKS.wraps_upstream(load_checkpoint_utils, "is_hf_safetensors_dir")
@@ -213,9 +221,12 @@ def fill_network(network: Any, weights: Path) -> None:
 def check_against_network(network: Any, weights: Path) -> CheckedCheckpoint:
     """Checks weights against the config that a network was built from; BridgeError lists everything that differs."""
     declared = {key: value for key, value in vars(network.config).items() if key not in LAYOUT_FLAGS}
+    adapters = named_adapters(network.config)
     if isinstance(network, INFERENCE_NETWORKS):  # a training network's flags are its own, not the weights'
         declared |= declared_layout_flags(network.config)
-    model = check_against_config(weights, declared, "the network (YAML, else config.json)")
+    model = check_against_config(weights, declared, "the network (YAML, else config.json)", adapters)
+    for adapter in model.source.adapters:
+        logger.info("adapter %s", adapter.description)
     for note in model.notes:
         logger.info("%s: %s", weights, note)
     return model
