@@ -71,3 +71,4 @@ def judge(session: nox.Session) -> None:
     session.install("--quiet", "-e", ".[test]")
     session.run("pytest", "tests/judge", *session.posargs)
     session.run("python", "tests/fixtures/make_fixtures.py", "--check")
+    session.run("python", "tests/fixtures/make_adapters.py", "--check")  # those for this transformers
