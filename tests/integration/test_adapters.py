@@ -19,7 +19,8 @@ from mf_qwen3_bridge.mindformers.patching.configs import named_adapters
 from mf_qwen3_bridge.model.rules import HF
 from tests.support.adapters import ADAPTERS, NAMES, adapter_golden, base_of
 from tests.support.checkpoints import write
-from tests.support.commands import REGISTER_PATH, ROOT, TRAINER, run_command
+from tests.support.commands import REGISTER_PATH, ROOT, TRAINER, free_port, run_command
+from tests.support.documents import blocks
 from tests.support.golden import CHECKPOINTS, TOLERANCE
 from tests.support.networks import SMALL_CACHE, bits, empty_network, greedy_tokens, logits_error
 from tests.support.tokenizers import NEW_TOKENS, spell, with_generation_config, with_tokenizer
@@ -128,6 +129,34 @@ def test_a_yaml_names_the_adapter(tmp_path: Path, name: str, command: str):
         expected = [spell(case.prompt + case.tokens[:NEW_TOKENS]) for case in cases]
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert all(text in printed for text in expected), printed
+
+
+PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.newest_only  # the tests above show the same on every release
+def test_the_commands_of_the_page(tmp_path: Path):
+    """In a directory that holds what they name; those for 8 cards with two processes."""
+    name = "dense_lora"
+    with_tokenizer(base_of(name).name, tmp_path).rename(tmp_path / "Qwen3-8B")
+    for adapter in ("my-adapter", "other-adapter"):
+        shutil.copytree(ADAPTERS / name, tmp_path / adapter)
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    lines = "".join(blocks(PAGE, "bash")).splitlines()
+    assert len(lines) == 6
+    printed = ""
+    for line in lines:
+        for eight in ("--worker_num=8", "--local_worker_num=8"):
+            line = line.replace(eight, eight.replace("8", "2"))
+        line = line.replace("--master_port=8118", f"--master_port={free_port()}")
+        result = run_command(["bash", "-c", line], tmp_path)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        printed += result.stdout
+    assert all(line in printed for text in blocks(PAGE, "text") for line in text.splitlines())
+    result = run_command(["python", "-c", "".join(blocks(PAGE, "python"))], tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (document,) = map(yaml.safe_load, blocks(PAGE, "yaml"))
+    assert document["model"]["model_config"].keys() == {"auto_register", "pretrained_adapter_dir"}
 
 
 def test_committed_adapters_are_of_committed_bases():
