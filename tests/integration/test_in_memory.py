@@ -17,13 +17,13 @@ import mf_qwen3_bridge
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.model.parallel import ParallelConfig
-from tests.integration.test_training_network import CONTIGUOUS, DEFAULT, DENSE, MOE, OTHERS, job
-from tests.support.checkpoints import hf_config, random_tensors, write
+from tests.support.checkpoints import LAYOUTS, hf_config, random_tensors, write
 from tests.support.commands import ROOT, run_command
 from tests.support.golden import CHECKPOINTS
 from tests.support.networks import DENSE as DENSE_SPEC
 from tests.support.networks import MOE as MOE_SPEC
 from tests.support.networks import bits, empty_network, playing
+from tests.support.training import job
 
 
 def tensors_of(directory: Path) -> dict[str, np.ndarray]:
@@ -79,8 +79,9 @@ def test_the_slices_of_a_rank_load_into_its_like(monkeypatch, tmp_path: Path, sp
 
 
 def test_from_training_to_inference_and_back(tmp_path: Path):
-    cases = [(DENSE, DEFAULT), *((DENSE, layout) for layout in OTHERS), (MOE, DEFAULT), (MOE, CONTIGUOUS)]
-    cases += [(name, DEFAULT) for name in ("tied_bf16", "one_kv_head", "moe_fused")]
+    default, *_, contiguous = LAYOUTS
+    cases = [*(("untied_fp32", layout) for layout in LAYOUTS), ("moe_fp32", default), ("moe_fp32", contiguous)]
+    cases += [(name, default) for name in ("tied_bf16", "one_kv_head", "moe_fused")]
     file = tmp_path / "jobs.json"
     file.write_text(json.dumps([job(name, layout, layout, tmp_path) for name, layout in cases]))
     command = [sys.executable, "-m", "tests.integration.in_memory_worker", file]

@@ -11,7 +11,7 @@ from tests.support.commands import ROOT
 
 FILES = sorted((ROOT / "tests").rglob("*.py"))
 # Programs that tests start, or call a part of; they are no test modules.
-PROGRAMS = {"tests.fault_injection"}
+PROGRAMS = {"tests.fault_injection", "tests.integration.training_worker"}
 
 
 def imported(file: Path) -> set[str]:
