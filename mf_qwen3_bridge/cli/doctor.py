@@ -10,8 +10,15 @@ from typing import NamedTuple
 
 from mf_qwen3_bridge import __version__
 
-# MindFormers' releases that the tests run, and the MindSpore and transformers that each of them pins.
-KNOWN = {"1.7.0": ("2.7.2", "4.51.3"), "1.8.0": ("2.7.2", "4.57.1"), "1.9.0": ("2.9.0", "4.57.1")}
+# MindFormers' releases that the tests run, and the MindSpore and transformers that each of them pins; what the tests
+# have comes first, where the package index lacks what it pins.
+KNOWN = {
+    "1.7.0": (("2.7.2",), ("4.51.3",)),
+    "1.8.0": (("2.7.2",), ("4.57.1",)),
+    "1.9.0": (("2.9.0",), ("4.57.1",)),
+    "2.0.0": (("2.10.0", "2.10"), ("4.57.1",)),
+    "2.1.0": (("2.10.0", "2.11"), ("5.24.0", "5")),
+}
 # Environment variables that change what MindFormers does: what for, and what to do if it is set by accident.
 VARIABLES = {
     "RUN_MODE": "MindFormers takes its inference classes where it is predict; unset it, run_mindformer.py sets it",
@@ -60,11 +67,13 @@ def _packages() -> Iterator[Finding]:
     if mindformers is None:
         advice = "pip install 'mindformers>=1.7,<2'; on an NPU server use the environment that has it"
     yield Finding("mindformers", mindformers or "not installed", advice)
-    for package, pinned in zip(("mindspore", "transformers"), KNOWN.get(mindformers or "", (None, None))):
+    for package, pinned in zip(("mindspore", "transformers"), KNOWN.get(mindformers or "", ((), ()))):
         found = _installed(package)
-        advice = f"MindFormers {mindformers} pins {pinned}" if pinned not in (None, found) else ""
+        advice = ""
         if found is None:
-            advice = f"MindFormers needs it{f': {pinned}' if pinned else ''}"
+            advice = f"MindFormers needs it{f': {pinned[-1]}' if pinned else ''}"
+        elif pinned and not f"{found}.".startswith(tuple(f"{release}." for release in pinned)):
+            advice = f"MindFormers {mindformers} pins {pinned[-1]}"
         yield Finding(package, found or "not installed", advice)
     for package in ("numpy", "ml_dtypes", "safetensors"):
         yield Finding(package, _installed(package) or "not installed")

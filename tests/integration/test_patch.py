@@ -168,7 +168,9 @@ def test_the_chain_of_processes_that_feeds_load_weights(tmp_path: Path, name):
 
 
 def test_the_chain_of_processes_does_not_wait_for_ever(monkeypatch):
-    monkeypatch.setattr(conversion, "_PATIENCE_SECONDS", 0.1)
+    """Ten minutes, whether MindFormers says so (2.0 and 2.1) or not."""
+    condition, waited = multiprocessing.Condition(), []
+    monkeypatch.setattr(condition, "wait_for", lambda predicate, timeout: waited.append(timeout))
     source = {name: tensor for name, tensor in random_tensors().items() if "k_proj" not in name}
     with pytest.raises(TimeoutError, match="mf-qwen3 check"):
         conversion.convert_weight_dict(
@@ -176,8 +178,9 @@ def test_the_chain_of_processes_does_not_wait_for_ever(monkeypatch):
             source,
             model_config=hf_config(),
             qkv_dict={},
-            condition=multiprocessing.Condition(),
+            condition=condition,
         )
+    assert waited == [600]
 
 
 def test_the_condition_waits_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,7 @@ from tests.support.documents import commands
 from tests.support.golden import CHECKPOINTS
 
 TEXT = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-RELEASES = ("1.7.0", "1.8.0", "1.9.0")
+RELEASES = ("1.7.0", "1.8.0", "1.9.0", "2.0.0", "2.1.0")
 INSTALLED = version("mindformers")
 ENTRY = re.compile(r"^### (`+) ?(.+?) ?\1\n\nFrom (?:`(\S+)`|(.+?))(?: \((.+?)\))?\.$", re.MULTILINE)
 NOT_PYTHON_SOURCES = ("Python", "MindSpore's C++")

@@ -179,6 +179,10 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch):
         ({"mindformers": "1.9.0", "mindspore": "2.7.2"}, "mindspore", "pins 2.9.0"),
         ({"mindformers": "1.9.0"}, "mindspore", "needs it: 2.9.0"),
         ({"mindformers": "1.9.0", "mindspore": "2.9.0", "transformers": "4.57.1"}, "mindspore", ""),
+        ({"mindformers": "2.1.0", "mindspore": "2.10.0", "transformers": "5.24.0"}, "mindspore", ""),
+        ({"mindformers": "2.1.0", "mindspore": "2.11.1", "transformers": "5.3.0"}, "mindspore", ""),
+        ({"mindformers": "2.1.0", "mindspore": "2.1.0", "transformers": "5.3.0"}, "mindspore", "pins 2.11"),
+        ({"mindformers": "2.1.0", "mindspore": "2.11.0", "transformers": "4.57.1"}, "transformers", "pins 5"),
     ],
 )
 def test_versions(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], subject: str, advice: str):

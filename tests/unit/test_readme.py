@@ -67,7 +67,7 @@ MAKE = {  # the last of what each target does
     "demo": ".venv/bin/python scripts/run_infer.py --model_dir demo/qwen3-demo "
     "--use_training_conversion --test_mode both",
     "test": ".venv/bin/nox --session lint unit newest judge",
-    "test-all": ".venv/bin/nox --session older",
+    "test-all": ".venv/bin/nox --session others",
 }
 
 

@@ -3,8 +3,8 @@
 The classes, their parameters, the bookkeeping of the paged KV cache and ``generate()`` stay upstream's. What is
 replaced stands above each stand-in, here, in ``attention_ops`` and in ``moe_ops``; nothing else is.
 
-The classes are those of ``mindformers.parallel_core.inference``, alike in MindFormers 1.7.0, 1.8.0 and 1.9.0, in
-PyNative mode (``ENFORCE_EAGER``). In shapes, T is the number of tokens of all sequences of a batch, stored one after
+The classes are those of ``mindformers.parallel_core.inference``, alike in MindFormers 1.7 to 2.1, in PyNative mode
+ (``ENFORCE_EAGER``). In shapes, T is the number of tokens of all sequences of a batch, stored one after
 the other without padding; B the number of sequences, N of heads, G of query groups (KV heads), D the head_dim; K the
 number of experts that each token goes to, E of experts.
 
@@ -80,8 +80,9 @@ def _is_bfloat16(arg: Any) -> bool:
 
 @STAND_INS.replaces(layers, "all_reduce")
 def _all_reduce(tensor: Tensor, op: str = ops.ReduceOp.SUM, group: str | None = None) -> tuple[Tensor, None]:
-    """The sum of all processes' tensors, without ``InnerCommAllReduce``."""
-    return ops.AllReduce(op, group)(tensor), None
+    """The sum of all processes' tensors, without ``InnerCommAllReduce``: returned (1.7 to 2.0), and in place (2.1)."""
+    tensor.assign_value(ops.AllReduce(op, group)(tensor))
+    return tensor, None
 
 
 def _group(self: ProcessGroup) -> str:
