@@ -17,7 +17,7 @@ from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3M
 from mindformers.parallel_core.utils.model_mixin import TrainModelMixin
 
 from mf_qwen3_bridge.errors import BridgeError, folded_problems, refuse
-from mf_qwen3_bridge.mindformers.network import rank_of
+from mf_qwen3_bridge.mindformers.network import is_in_stage, rank_of
 from mf_qwen3_bridge.model.layouts import INFERENCE, TRAINING_DEFAULT, Layout, View
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
 from mf_qwen3_bridge.model.rules import HF_STACKED, INFER, hf_dialect, model_rules, shares
@@ -84,8 +84,10 @@ def convert_weight_dict(
         logic, arrays = TrainingConversion(spec, TRAINING_DEFAULT), _unstack_experts(spec, arrays)
         return logic.convert_weight_dict(arrays, qkv_dict=qkv_dict, condition=_ConditionWithTimeout(condition))
     converted = TrainingConversion(spec, INFERENCE).convert_weight_dict(_check_arrays(spec, arrays))
-    rank = WHOLE if isinstance(owner, type) else rank_of(owner)
-    return {name: to_parameter(name, value) for name, value in _slice_for_rank(spec, converted, rank).items()}
+    is_network = not isinstance(owner, type)
+    values = _slice_for_rank(spec, converted, rank_of(owner) if is_network else WHOLE)
+    names = (name for name in values if not is_network or is_in_stage(owner, name))
+    return {name: to_parameter(name, values[name]) for name in names}
 
 
 def convert_map_dict(

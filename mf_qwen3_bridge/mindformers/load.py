@@ -14,7 +14,7 @@ from mf_qwen3_bridge.errors import BridgeError, folded_problems, refuse
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.mindformers import conversion
-from mf_qwen3_bridge.mindformers.network import rank_of
+from mf_qwen3_bridge.mindformers.network import is_in_stage, rank_of
 from mf_qwen3_bridge.model.rules import INFER
 from mf_qwen3_bridge.transfer.copying import Transfer
 from mf_qwen3_bridge.transfer.plan import Plan, Target, check_values
@@ -31,7 +31,8 @@ NUMPY_DTYPES = {ms.float32: DTYPES["F32"], ms.float16: DTYPES["F16"], ms.bfloat1
 def load_network(network: Any, model: CheckedCheckpoint, *, use_training_conversion: bool = False) -> Plan:
     """Fills an inference network, or this process's part of it, with all of a checkpoint's weights.
 
-    When it raises, the network holds some of them at best: build another.
+    In a pipeline, as vLLM-MindSpore can ask for, that is the part of this process's stage. When it raises, the network
+    holds some of them at best: build another.
 
     Args:
         network: an ``InferenceQwen3ForCausalLM`` or ``InferenceQwen3MoeForCausalLM`` built from ``model``'s config.
@@ -46,6 +47,7 @@ def load_network(network: Any, model: CheckedCheckpoint, *, use_training_convers
         BridgeError: the network's parameters are not the model's; anything was left unloaded.
     """
     plan = model.plan(INFER, rank=rank_of(network))
+    plan = replace(plan, targets=tuple(target for target in plan.targets if is_in_stage(network, target.name)))
     parameters = network.parameters_dict()
     if use_training_conversion:
         check_parameters(parameters, plan)

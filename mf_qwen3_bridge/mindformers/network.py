@@ -15,11 +15,13 @@ from mindformers.models.qwen3.modeling_qwen3_infer import InferenceQwen3ForCausa
 from mindformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_infer import InferenceQwen3MoeForCausalLM
 from mindformers.parallel_core.inference import parallel_state
+from mindformers.parallel_core.inference.utils import get_num_layers_and_offset
 from mindspore.communication import get_rank
 
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.mindformers.cpu import device
 from mf_qwen3_bridge.model.parallel import SINGLE, ParallelConfig, Rank
+from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT, layer_of
 
 
 class _GenerateMixin:
@@ -108,6 +110,23 @@ def rank_of(network: Any) -> Rank:
         expert_tensor_rank=parallel_state.get_moe_tensor_parallel_rank(),
         uses_all_to_all=bool(network.model.config.use_alltoall),
     )
+
+
+def is_in_stage(network: Any, name: str) -> bool:
+    """Whether a parameter of the model is one of this process's stage of a pipeline; True where there is none.
+
+    Mirrors ``GPTModel`` and ``TransformerBlock`` of ``mindformers/parallel_core/inference`` (1.7 to 2.1): a layer has
+    its number in the whole model, the first stage has the embedding, the last one the output layer, and each of them a
+    final norm, although only the last one computes with it.
+    """
+    last = parallel_state.get_pipeline_model_parallel_world_size() - 1
+    if last == 0:
+        return True
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    if (layer := layer_of(name)) is None:
+        return {EMBEDDING[1]: stage == 0, OUTPUT[1]: stage == last}.get(name, True)
+    num_layers, first = get_num_layers_and_offset(network.model.config)
+    return first <= layer < first + num_layers
 
 
 @device.inference_device()

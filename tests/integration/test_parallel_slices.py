@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mindformers.parallel_core.inference import parallel_state
 from mindformers.parallel_core.inference.model_utils import InferModelMixin
 
 from mf_qwen3_bridge.errors import BridgeError
@@ -17,6 +18,7 @@ from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.mindformers.load import load_network
 from mf_qwen3_bridge.mindformers.network import build_inference_network, rank_of
 from mf_qwen3_bridge.model.parallel import ParallelConfig
+from mf_qwen3_bridge.model.rules import INFER
 from tests.support.checkpoints import hf_config, random_tensors, write
 from tests.support.networks import DENSE, MOE, bits, empty_network, playing
 
@@ -59,6 +61,35 @@ def test_every_rank_holds_what_upstream_gives_it(monkeypatch, tmp_path: Path, na
             load_network(delegated, model, use_training_conversion=True)
             assert bits(delegated) == bits(upstream)
     assert not ranks
+
+
+@pytest.mark.parametrize(
+    ("spec", "parallel", "stages", "offset"),
+    [
+        (replace(DENSE, num_layers=5), ParallelConfig(2), 2, 0),
+        (replace(DENSE, num_layers=5), ParallelConfig(), 3, [0, 2, 0]),
+        (replace(MOE, num_layers=3), ParallelConfig(2, 2), 2, 0),
+        (MOE, ParallelConfig(1, 1, 2), 2, 0),
+    ],
+    ids=["tensor parallel", "layers divided by hand", "expert parallel", "data parallel"],
+)
+def test_every_stage_holds_what_upstream_gives_it(monkeypatch, tmp_path: Path, spec, parallel, stages, offset):
+    """As vLLM-MindSpore asks for pipeline parallel; MindFormers can't build a tied model so."""
+    directory = write(tmp_path, random_tensors(spec), hf_config(spec))
+    model = check(directory)
+    held: set[str] = set()
+    for number in range(parallel.world_size * stages):
+        with playing(monkeypatch, parallel, number, stages):
+            stage = parallel_state.get_pipeline_model_parallel_rank()
+            config = {"pre_process": stage == 0, "post_process": stage == stages - 1, "offset": offset}
+            upstream, direct, delegated = (build_inference_network(model.hf_config | config) for _ in range(3))
+            InferModelMixin.load_weights(upstream, str(directory))
+            load_network(direct, model)
+            assert bits(direct) == bits(upstream)
+            load_network(delegated, model, use_training_conversion=True)
+            assert bits(delegated) == bits(upstream)
+            held |= bits(direct).keys()
+    assert held == {target.name for target in model.plan(INFER).targets}
 
 
 def test_the_routers_order_is_the_networks_own(monkeypatch, tmp_path: Path):

@@ -82,19 +82,20 @@ MOE = replace(DENSE, ffn_hidden_size=0, num_experts=8, moe_ffn_hidden_size=24)
 
 
 @contextmanager
-def playing(monkeypatch: pytest.MonkeyPatch, parallel: ParallelConfig, number: int) -> Iterator[None]:
-    """This process as rank ``number`` of many."""
+def playing(monkeypatch: pytest.MonkeyPatch, parallel: ParallelConfig, number: int, stages: int = 1) -> Iterator[None]:
+    """This process as rank ``number`` of many, each of which is in one of a pipeline's stages."""
     with monkeypatch.context() as patch:
         for name in vars(parallel_state):
             if name.endswith(("_GROUP", "_RANKS")):
                 patch.setattr(parallel_state, name, getattr(parallel_state, name))
         patch.setattr(parallel_state, "_is_initialized", lambda: True)
         patch.setattr(parallel_state, "get_rank", lambda: number)
-        patch.setattr(parallel_state, "get_group_size", lambda: parallel.world_size)
+        patch.setattr(parallel_state, "get_group_size", lambda: parallel.world_size * stages)
         patch.setattr(parallel_state, "create_group", lambda group, ranks: None)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_parallel,
             data_parallel_size=parallel.data_parallel,
+            pipeline_model_parallel_size=stages,
             expert_model_parallel_size=parallel.expert_parallel,
         )
         yield

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from mindformers.parallel_core.inference.quantization import QUANTIZATION_METHODS
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.disagreements import is_same
@@ -98,6 +99,8 @@ def normalise_model_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
     """
     directory = model_config.get("pretrained_model_dir")
     if not directory or not (path := Path(directory) / "config.json").is_file():
+        return dict(model_config)
+    if model_config.get("quantization") in QUANTIZATION_METHODS:  # MindFormers' own: it reads such weights itself
         return dict(model_config)
     in_file = read_json(path)
     of_yaml = {key: value for key, value in model_config.items() if key not in in_file or value != in_file[key]}

@@ -48,16 +48,17 @@ for _function in (conversion.convert_weight_dict, conversion.convert_map_dict, c
     HOOKS.replaces(INFERENCE_NETWORKS, _function.__name__, inherited=True)(ClassOrInstanceMethod(_function))
 
 
-@HOOKS.replaces(INFERENCE_NETWORKS, "load_weights", inherited=True)
-def load_weights(
+@HOOKS.wraps_upstream(INFERENCE_NETWORKS, "load_weights", inherited=True)
+def wrap_load_weights(
+    upstream: Callable[..., None],
     network: Any,
     weights_path: str | Path | None = None,
     weights: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None,
 ) -> None:
     """Fills an inference network; everything is loaded, or an error lists what is wrong.
 
-    Stands for ``load_weights`` of ``mindformers/parallel_core/inference/model_utils.py`` (1.7 to 1.9), which never
-    compares what it found with what it needed.
+    Stands for ``load_weights`` of ``mindformers/parallel_core/inference/model_utils.py`` (1.7 to 2.1), which never
+    compares what it found with what it needed. A network that MindFormers quantises is left to it.
 
     Args:
         weights_path: a directory or file of Hugging Face's weights, or of MindFormers' if metadata or YAML declare
@@ -67,7 +68,11 @@ def load_weights(
     Raises:
         BridgeError: the weights are not whole, do not fit the network, or neither argument names any.
     """
-    if weights_path and Path(weights_path).exists():
+    if getattr(network, "quant_config", None) is not None:  # a MoE has no such attribute
+        logger.warning("mf-qwen3-bridge leaves quantised weights to MindFormers, which does not check what it skips")
+        upstream(network, weights_path, weights)
+        FILLED.add(network)
+    elif weights_path and Path(weights_path).exists():
         load_network(network, check_against_network(network, Path(weights_path)))
     elif weights is not None:
         _refuse_adapters(network, "weights in memory")
