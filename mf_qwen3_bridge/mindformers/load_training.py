@@ -1,20 +1,20 @@
 """Loads weights into MindFormers' training network, or into the part of it that one rank of a parallel run holds."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-from mindspore.communication import get_rank
+from mindspore.communication import GlobalComm, get_group_size, get_rank
 
 from mf_qwen3_bridge.errors import BridgeError, folded_problems, refuse
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
 from mf_qwen3_bridge.inputs.rank_files import Sharding
 from mf_qwen3_bridge.inputs.strategies import read_strategy
 from mf_qwen3_bridge.mindformers.load import fill_parameters
-from mf_qwen3_bridge.model.layouts import Layout
+from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.parameters import is_training_state
 from mf_qwen3_bridge.model.rules import Dialect
 from mf_qwen3_bridge.transfer.plan import Plan, write_slices
@@ -44,9 +44,7 @@ def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path
     plan = model.plan(Dialect(layout.of_experts if model.spec.is_moe else layout))
     weights = {target.name for target in plan.targets}
     parameters = {
-        name: parameter
-        for name, parameter in network.parameters_dict().items()
-        if name in weights or not (is_training_state(name, weights) or _ADAPTER.search(name))
+        name: parameter for name, parameter in network.parameters_dict().items() if not is_left_out(name, weights)
     }
     if strategy is not None:
         stage, shardings = read_strategy(strategy)
@@ -62,6 +60,38 @@ def load_training_network(network: Any, model: CheckedCheckpoint, strategy: Path
         parameters = {name: parameter for name, parameter in parameters.items() if name in mine or name not in weights}
     fill_parameters(parameters, plan)
     return plan
+
+
+def load_pynative_network(network: Any, model: CheckedCheckpoint) -> Plan:
+    """Fills a network of MindFormers' PyNative trainer, in a process that trains alone.
+
+    It has the names and shapes of the training network, and always the default layout: it does not read the flags.
+
+    Args:
+        network: a ``PyNativeQwen3ForCausalLM`` (1.9 and later).
+        model: the checkpoint.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        BridgeError: the network is divided among processes; its parameters are not the model's.
+    """
+    if GlobalComm.INITED and get_group_size() > 1:
+        raise BridgeError(
+            "a PyNative network that is divided among processes can't be filled from these weights by the bridge: "
+            "train on one card, or in graph mode (context.mode: 0)"
+        )
+    plan = model.plan(Dialect(TRAINING_DEFAULT))
+    weights = {target.name for target in plan.targets}
+    parameters = network.parameters_dict()
+    fill_parameters({name: p for name, p in parameters.items() if not is_left_out(name, weights)}, plan)
+    return plan
+
+
+def is_left_out(name: str, weights: Container[str]) -> bool:
+    """Whether a training network has this parameter beside the model's ``weights``, and begins with what it holds."""
+    return name not in weights and (is_training_state(name, weights) or bool(_ADAPTER.search(name)))
 
 
 def cut_plan(plan: Plan, shardings: Mapping[str, Sharding], stage: int, rank: int) -> Plan:

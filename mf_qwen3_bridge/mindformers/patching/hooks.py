@@ -1,5 +1,6 @@
 """Replaces MindFormers' entry points for loading weights and for generating."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
+from mindformers.checkpoint import checkpoint
+from mindformers.models.qwen3 import modeling_qwen3
 from mindformers.models.qwen3.modeling_qwen3_train import TrainingQwen3ForCausalLM
 from mindformers.models.qwen3_moe.modeling_qwen3_moe_train import TrainingQwen3MoeForCausalLM
 from mindformers.tools.logger import logger
@@ -23,14 +26,21 @@ from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.cpu.device import inference_device
 from mf_qwen3_bridge.mindformers.in_memory import load
 from mf_qwen3_bridge.mindformers.load import FILLED, load_network
-from mf_qwen3_bridge.mindformers.load_training import load_training_network
+from mf_qwen3_bridge.mindformers.load_training import load_pynative_network, load_training_network
 from mf_qwen3_bridge.mindformers.network import INFERENCE_NETWORKS, check_token_ids
 from mf_qwen3_bridge.mindformers.patching.configs import declared_layout_flags, named_adapters
 from mf_qwen3_bridge.mindformers.replacements import HOOKS
 from mf_qwen3_bridge.model.parameters import is_hf_name
 from mf_qwen3_bridge.transfer.safetensors import TensorInfo, read_header
 
+# MindFormers 2.x's main line of training (1.9 has it too); None where HyperParallel, which it needs, is not installed.
+PYNATIVE_NETWORK = getattr(modeling_qwen3, "PyNativeQwen3ForCausalLM", None)
 NETWORKS = (*INFERENCE_NETWORKS, TrainingQwen3ForCausalLM, TrainingQwen3MoeForCausalLM)
+NETWORKS += (PYNATIVE_NETWORK,) if PYNATIVE_NETWORK else ()
+# Who calls load_hf_checkpoint (1.9 and later). The PyNative trainer takes it from ``checkpoint`` when it is imported,
+# which may have happened, and is too heavy to be done here for everybody.
+_PYNATIVE_TRAINER = sys.modules.get("mindformers.pynative.trainer.trainer")
+_CALLERS: tuple[Any, ...] = (base_trainer, checkpoint, *([_PYNATIVE_TRAINER] if _PYNATIVE_TRAINER else []))
 
 
 class ClassOrInstanceMethod:
@@ -118,7 +128,7 @@ def wrap_process_hf_checkpoint(
 
 @HOOKS.wraps_upstream(load_checkpoint_utils, "load_safetensors_checkpoint")
 @HOOKS.wraps_upstream(base_trainer, "load_checkpoint")
-@HOOKS.wraps_upstream(base_trainer, "load_hf_checkpoint", optional=True)  # 1.9 and later
+@HOOKS.wraps_upstream(_CALLERS, "load_hf_checkpoint", optional=True)
 def wrap_load_checkpoint(upstream: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Fills Qwen3 networks from whatever the bridge can read, when they are built and, in a parallel run, compiled.
 
@@ -213,10 +223,13 @@ def _read_first_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str
 
 
 def fill_network(network: Any, weights: Path) -> None:
-    """Fills a Qwen3 network of either kind; of a training network that MindSpore divided, this rank's part."""
+    """Fills a Qwen3 network of any kind; of a training network that MindSpore divided, this rank's part."""
     model = check_against_network(network, weights)
     if isinstance(network, INFERENCE_NETWORKS):
         load_network(network, model)
+        return
+    if PYNATIVE_NETWORK and isinstance(network, PYNATIVE_NETWORK):
+        load_pynative_network(network, model)
         return
     is_divided = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
     strategy = Path(ms.get_auto_parallel_context("strategy_ckpt_save_file")) if is_divided else None
