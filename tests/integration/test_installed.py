@@ -37,6 +37,11 @@ def test_doctor(directory: Path, installed: Installed):
     assert "the bridge is tested with" not in printed
 
 
+def test_vllm_finds_its_plugin(directory: Path, installed: Installed):
+    code = "from importlib.metadata import entry_points as e; (p,) = e(group='vllm.general_plugins'); print(p.load())"
+    assert "<function register" in installed.output_of(directory, "python", "-c", code)
+
+
 def test_the_demo(directory: Path, installed: Installed):
     demo = ["--model_dir", "qwen3-demo", "--use_training_conversion", "--prompt", PROMPT]
     printed = installed.output_of(directory, "mf-qwen3", "infer", *demo)
