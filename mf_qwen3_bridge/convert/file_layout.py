@@ -90,7 +90,7 @@ def mindformers_files(
 def rank_file(plan: Plan, rank: int, model: str) -> OutputFile:
     """Lays out the file of one rank: a single one, as MindFormers reads only the newest of a rank's directory.
 
-    Mirrors the names that ``CheckpointMonitor`` of ``mindformers/core/callback`` (1.7 to 1.9) gives.
+    Mirrors the names that ``CheckpointMonitor`` of ``mindformers/core/callback`` (1.7 to 2.1) gives.
     """
     name = f"rank_{rank}/{model}_rank_{rank}-0_0.safetensors"
     return output_file(name, plan.targets, mindformers_metadata(plan.target.layout))

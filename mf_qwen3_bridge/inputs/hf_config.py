@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def normalise(raw: Mapping[str, Any], origin: str = "config.json") -> dict[str, Any]:
-    """A config.json of any age in the one form that MindFormers 1.7 to 1.9 understand.
+    """A config.json of any age in the one form that MindFormers 1.7 to 2.1 understand.
 
     ``dtype`` becomes ``torch_dtype``; ``rope_parameters`` becomes ``rope_theta`` and ``rope_scaling``;
     ``num_local_experts`` becomes ``num_experts``; YaRN gets the numbers that transformers supplies by default; keys

@@ -87,7 +87,7 @@ def computed_values(hf_config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def run_options(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """The options of the run under the names that MindFormers 1.7 to 1.9 share, and what is wrong with them."""
+    """The options of the run under the names that MindFormers 1.7 to 2.1 share, and what is wrong with them."""
     options: dict[str, Any] = {}
     problems = []
     for key, value in model_config.items():

@@ -29,7 +29,7 @@ from mf_qwen3_bridge.model.rules import INFER, Dialect
 from mf_qwen3_bridge.model.spec import ModelSpec
 from mf_qwen3_bridge.transfer.progress import size_text
 
-# Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 1.9).
+# Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 2.1).
 _DEFAULT_SIZES = {"seq_length": 4096, "num_blocks": 1024, "block_size": 32}
 
 

@@ -59,7 +59,7 @@ def convert_weight_dict(
     """Converts Hugging Face weights to MindFormers' names, fused for whoever reads them.
 
     Mirrors and delegates to ``convert_weight_dict`` of ``mindformers/models/qwen3/modeling_qwen3_train.py`` and
-    ``.../qwen3_moe/modeling_qwen3_moe_train.py`` (1.7 to 1.9). MindFormers calls it in two ways:
+    ``.../qwen3_moe/modeling_qwen3_moe_train.py`` (1.7 to 2.1). MindFormers calls it in two ways:
 
     - with all weights, and gives the result to ``load_param_into_net``: the result is in the inference layout, as
       ``Parameter``; on a network that is spread over several processes, it is this process's part;
@@ -95,7 +95,7 @@ def convert_map_dict(
 ) -> dict[str, str]:
     """Converts {Hugging Face name: file} to {MindFormers name: file}; a fused parameter has its first part's file.
 
-    Mirrors and delegates to ``convert_map_dict`` of ``mindformers/models/qwen3/modeling_qwen3_train.py`` (1.7 to 1.9).
+    Mirrors and delegates to ``convert_map_dict`` of ``mindformers/models/qwen3/modeling_qwen3_train.py`` (1.7 to 2.1).
 
     Raises:
         BridgeError: the map lacks parts of a fused parameter.

@@ -109,7 +109,7 @@ class Replacements:
         found = [(declared, declared.upstream()) for declared in self.declarations]
         moved = [declared for declared, upstream in found if upstream is ABSENT and not declared.optional]
         if moved:
-            remedy = "use MindFormers 1.7 to 1.9; in later ones it may have another name or place"
+            remedy = "use MindFormers 1.7 to 2.1; in later ones it may have another name or place"
             raise BridgeError(
                 f"MindFormers {mindformers.__version__} with MindSpore {ms.__version__} lacks what the bridge replaces",
                 [Problem(declared.path, "does not exist", remedy) for declared in moved],

@@ -189,7 +189,7 @@ class Layout:
     def of_training(cls, model_config: Mapping[str, Any], tensor_parallel: int = 1) -> Layout:
         """The layout of a training network, from the ``model.model_config`` section of its YAML.
 
-        Mirrors the defaults of ``Qwen3Config`` and ``TransformerConfig`` (MindFormers 1.7 to 1.9): both interleaved;
+        Mirrors the defaults of ``Qwen3Config`` and ``TransformerConfig`` (MindFormers 1.7 to 2.1): both interleaved;
         and how ``training_graph/transformer/{attention,mlp}.py`` split the block of each tensor parallel rank.
         """
         layout = cls(

@@ -65,7 +65,7 @@ class ParallelConfig:
         """The place of process ``number``.
 
         Mirrors ``initialize_model_parallel`` of ``mindformers/parallel_core/inference/parallel_state.py`` (order
-        tp-ep-pp-dp, no pipeline) and ``update_comm_config`` of its ``utils.py`` (1.7 to 1.9).
+        tp-ep-pp-dp, no pipeline) and ``update_comm_config`` of its ``utils.py`` (1.7 to 2.1).
         """
         expert_tensor_parallel = self.world_size // self.expert_parallel
         return Rank(

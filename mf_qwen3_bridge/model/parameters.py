@@ -79,7 +79,7 @@ EMBEDDING = ("model.embed_tokens.weight", "embedding.word_embeddings.weight")
 OUTPUT = ("lm_head.weight", "output_layer.weight")
 
 # In the order of the model. Mirrors weight_mapping in mindformers/models/qwen3/utils.py and .../qwen3_moe/utils.py
-# (1.7 to 1.9).
+# (1.7 to 2.1).
 # fmt: off
 PARAMETERS = (
     #          Hugging Face                                                       MindFormers

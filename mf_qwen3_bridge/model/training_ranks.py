@@ -16,7 +16,7 @@ def world_size(parallel: ParallelConfig) -> int:
 def boxes(rules: Iterable[Rule], held: Dialect, parallel: ParallelConfig, number: int) -> Iterator[tuple[str, Box]]:
     """What rank ``number`` of a training run holds of each parameter of dialect ``held`` that is cut.
 
-    Mirrors the ``shard`` methods of ``mindformers/parallel_core/training_graph`` (1.7 to 1.9): tensor parallel cuts
+    Mirrors the ``shard`` methods of ``mindformers/parallel_core/training_graph`` (1.7 to 2.1): tensor parallel cuts
     rows or columns in even blocks, whatever they mean; experts are cut by expert parallel alone.
     """
     for rule in rules:

@@ -56,7 +56,7 @@ def inference_device() -> Iterator[None]:
 def builds_training_networks() -> bool:
     """Whether MindFormers takes the training classes in this process.
 
-    Mirrors ``__new__`` of ``Qwen3ForCausalLM`` (``mindformers/models/qwen3/modeling_qwen3.py``, 1.7 to 1.9), which
+    Mirrors ``__new__`` of ``Qwen3ForCausalLM`` (``mindformers/models/qwen3/modeling_qwen3.py``, 1.7 to 2.1), which
     reads ``RUN_MODE``. Where that is not set, MindFormers' context distinguishes a training run from a process in which
     :func:`mf_qwen3_bridge.from_pretrained` built a network.
     """

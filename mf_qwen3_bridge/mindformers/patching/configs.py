@@ -47,7 +47,7 @@ def wrap_model_from_pretrained(
 ) -> Any:
     """``AutoModel.from_pretrained`` with ``auto_convert=True``: the bridge's ``from_pretrained``, with its arguments.
 
-    Without it upstream's (``mindformers/models/auto/auto_factory.py``, 1.7 to 1.9), which refuses such directories.
+    Without it upstream's (``mindformers/models/auto/auto_factory.py``, 1.7 to 2.1), which refuses such directories.
     """
     if auto_convert:
         return from_pretrained(pretrained_model_name_or_dir, *args, **kwargs)
@@ -60,7 +60,7 @@ def wrap_config_from_pretrained(
 ) -> Any:
     """``AutoConfig.from_pretrained``, which reads a Qwen3's config.json; ``kwargs`` go before it.
 
-    Everything else is upstream's (``mindformers/models/auto/configuration_auto.py``, 1.7 to 1.9), which refuses
+    Everything else is upstream's (``mindformers/models/auto/configuration_auto.py``, 1.7 to 2.1), which refuses
     directories.
     """
     file = Path(yaml_name_or_path) / "config.json"
@@ -87,7 +87,7 @@ def wrap_config_init(upstream: Callable[..., None], config: Any, *args: Any, **m
 def normalise_model_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that MindFormers merges of a config.json and a YAML, in the form that its config classes take.
 
-    Mirrors ``merge_model_config`` of ``mindformers/models/build_config.py`` (1.7 to 1.9), which passes on everything
+    Mirrors ``merge_model_config`` of ``mindformers/models/build_config.py`` (1.7 to 2.1), which passes on everything
     that a config.json holds: keys that it does not know, and forms of RoPE that it ignores.
 
     Args:
@@ -111,7 +111,7 @@ def normalise_model_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
     if not builds_training_networks():
         return taken | normalised | of_yaml
     if normalised["rope_scaling"]:
-        remedy = "MindFormers' training network can't compute it (1.7 to 1.9): train without it"
+        remedy = "MindFormers' training network can't compute it (1.7 to 2.1): train without it"
         raise BridgeError(f"{path} can't be trained", [Problem("RoPE type", "'yarn'", remedy)])
     needed = dict(_NEEDED_TO_TRAIN_EXPERTS) if "num_experts" in normalised else {}
     if "moe_router_topk_scaling_factor" in of_yaml:  # its other name
@@ -122,7 +122,7 @@ def normalise_model_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
 def _drop_aliases(of_yaml: Mapping[str, Any], in_file: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A YAML's entries without those that repeat config.json's under another name, such as ``num_layers``.
 
-    MindFormers refuses two names of one thing, even if they agree (1.7 to 1.9), or ignores the one it does not know.
+    MindFormers refuses two names of one thing, even if they agree (1.7 to 2.1), or ignores the one it does not know.
     """
     kept: dict[str, Any] = {}
     problems = []

@@ -95,7 +95,7 @@ def wrap_load_weights(
 def wrap_generate(upstream: Callable[..., Any], network: Any, *args: Any, **kwargs: Any) -> Any:
     """``generate``, but not from weights that were never loaded, nor of tokens that the model does not know.
 
-    Stands for that of ``mindformers/generation/text_generator.py`` (1.7 to 1.9), which generates from zeros when
+    Stands for that of ``mindformers/generation/text_generator.py`` (1.7 to 2.1), which generates from zeros when
     MindFormers found no weights, or was not asked for any.
     """
     if network not in FILLED:
@@ -117,7 +117,7 @@ def wrap_process_hf_checkpoint(
 ) -> str:
     """``process_hf_checkpoint``, which converts nothing for Qwen3: the loaders below read Hugging Face's files.
 
-    Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9), which MindFormers calls
+    Stands for that function of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 2.1), which MindFormers calls
     when a YAML has ``qkv_concat: True``: it starts a process for each file, which wait for each other, for ever if
     need be, and writes all weights anew.
     """
@@ -132,9 +132,9 @@ def wrap_process_hf_checkpoint(
 def wrap_load_checkpoint(upstream: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Fills Qwen3 networks from whatever the bridge can read, when they are built and, in a parallel run, compiled.
 
-    Stands for ``load_safetensors_checkpoint`` of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 1.9). If a YAML
+    Stands for ``load_safetensors_checkpoint`` of ``mindformers/utils/load_checkpoint_utils.py`` (1.7 to 2.1). If a YAML
     has a ``checkpoint`` section, or ``use_legacy_format: False``, MindFormers calls ``load_hf_checkpoint`` (1.9) or
-    ``load_checkpoint`` (1.7 to 1.9) of ``mindformers/checkpoint/checkpoint.py`` instead, which ignore layout flags or
+    ``load_checkpoint`` (1.7 to 2.1) of ``mindformers/checkpoint/checkpoint.py`` instead, which ignore layout flags or
     experts; their first argument is the directory. Checkpoints without layout metadata are left to upstream.
     """
     called = signature(upstream).bind(*args, **kwargs).arguments
@@ -161,7 +161,7 @@ def _refuse_adapters(network: Any, weights: str) -> None:
 def wrap_is_hf_safetensors_dir(upstream: Callable[..., bool], safetensors_dir: str, model_cls_or_instance: Any) -> bool:
     """``is_hf_safetensors_dir``, which opens files that may be damaged, and does not name them.
 
-    Stands for that function of ``mindformers/utils/safetensors/utils.py`` (1.7 to 1.9). What the bridge's loader reads
+    Stands for that function of ``mindformers/utils/safetensors/utils.py`` (1.7 to 2.1). What the bridge's loader reads
     is not opened before it: it names the file that is damaged.
     """
     directory, network = Path(safetensors_dir), model_cls_or_instance
@@ -175,7 +175,7 @@ def wrap_is_hf_safetensors_dir(upstream: Callable[..., bool], safetensors_dir: s
 def wrap_count_parameters(upstream: Callable[..., None], trainer: Any) -> None:
     """``BaseTrainer.count_parameters``, which refuses to fine-tune from nothing.
 
-    Stands for that method of ``mindformers/trainer/base_trainer.py`` (1.7 to 1.9), which the trainer calls when the
+    Stands for that method of ``mindformers/trainer/base_trainer.py`` (1.7 to 2.1), which the trainer calls when the
     network is built. MindFormers trains random weights where it finds none, whatever was asked for.
     """
     upstream(trainer)

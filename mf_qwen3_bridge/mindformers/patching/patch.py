@@ -18,6 +18,7 @@ replaced                                              by
 ``load_checkpoint_utils.load_safetensors_checkpoint`` the bridge's loader, where the layout is certain
 ``base_trainer.load_checkpoint``                      likewise, in MindFormers' newer checkpoint format
 ``base_trainer.load_hf_checkpoint``                   likewise (1.9 and later)
+``checkpoint.load_hf_checkpoint``                     likewise, for the PyNative trainer (2.1)
 ``BaseTrainer.count_parameters``                      upstream's; nothing is fine-tuned from random weights
 ===================================================== =========================================================
 """
