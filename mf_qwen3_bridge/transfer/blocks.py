@@ -91,7 +91,7 @@ def from_range(tensor: TensorInfo, start: int, size: int) -> Iterator[Copy]:
 
 
 # Of a region that is computed at a time, by each thread.
-_REGION_ELEMENTS = 256 << 10
+_REGION_ELEMENTS = 512 << 10
 
 
 def regions(
