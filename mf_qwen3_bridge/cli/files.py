@@ -111,6 +111,7 @@ _export_options = _options(
         "mf-qwen3 convert --model_dir Qwen3-8B --output_dir converted",
         "mf-qwen3 convert --model_dir Qwen3-30B-A3B --tp 2 --ep 8 --output_dir ranks",
         "mf-qwen3 convert --model_dir Qwen3-8B --adapter lora --layout hf \\\n      --output_dir merged",
+        "mf-qwen3 convert --model_dir Qwen3-8B-FP8 --layout hf --output_dir bf16",
     ),
 )
 @click.option("--model_dir", type=DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory.")
@@ -139,7 +140,7 @@ def convert(
 
     train: for MindFormers' trainer, and for load_weights of its inference network; --config declares its layout flags.
     infer: for load_param_into_net on the inference network.
-    hf: a Hugging Face directory again, with --adapter merged.
+    hf: a Hugging Face directory again, with --adapter merged; of a quantised one, its weights dequantised.
     """
     if layout == "hf" and (tp or ep):
         raise click.UsageError("--tp and --ep cut for MindFormers' ranks; --layout hf is whole")

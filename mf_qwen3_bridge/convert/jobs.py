@@ -13,11 +13,12 @@ from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.hf_config import normalise, read_json
 from mf_qwen3_bridge.inputs.lora_runs import LoraRun, lora_config_file
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
+from mf_qwen3_bridge.inputs.quantised import QUANTIZATION_KEYS
 from mf_qwen3_bridge.inputs.source import HYPER_PARAMETERS, Source
 from mf_qwen3_bridge.model import training_ranks
 from mf_qwen3_bridge.model.lora import peft_module
 from mf_qwen3_bridge.model.parallel import ParallelConfig
-from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT, is_counter
+from mf_qwen3_bridge.model.parameters import EMBEDDING, OUTPUT, is_counter, layer_of
 from mf_qwen3_bridge.model.rules import HF, INFER, Dialect
 from mf_qwen3_bridge.transfer.plan import Plan, Target, write_slices
 from mf_qwen3_bridge.transfer.safetensors import DTYPES, read_bytes
@@ -190,13 +191,15 @@ def _companions(model: CheckedCheckpoint) -> Iterator[tuple[str, bytes]]:
             raise BridgeError(f"can't read {file}: {error.strerror}") from error
 
 
-def _config_json(model: CheckedCheckpoint, dtype: str | None) -> dict[str, Any]:
+def _config_json(model: CheckedCheckpoint, dtype: str | None, is_quantised: bool = False) -> dict[str, Any]:
     """The model's own config.json, or one made of what the YAML says; with the dtype that is written."""
     own = model.hf_dir / "config.json"
     config = read_json(own) if own.is_file() else dict(model.hf_config)
     if own.is_file() and normalise(config)["rope_scaling"] != model.hf_config["rope_scaling"]:  # YaRN by the YAML
         config.pop("rope_parameters", None)
         config |= {key: model.hf_config[key] for key in ("rope_theta", "rope_scaling")}
+    for key in () if is_quantised else QUANTIZATION_KEYS:
+        config.pop(key, None)
     if config and dtype:
         keys = config.keys() & {"dtype", "torch_dtype"} or {"torch_dtype"}
         config |= dict.fromkeys(keys, _DECLARED[dtype])
@@ -235,13 +238,17 @@ def truncate(model: CheckedCheckpoint, num_layers: int, output: Path) -> Job:
     plan = smaller.plan(model.dialect)
     if plan.duplicates:
         plan = _with_output_layer(plan)  # stored although it is tied, as it was
+    stored = model.source.stored  # what is quantised stays so
+    if stored:
+        kept = (t for name, t in stored.items() if (layer := layer_of(name)) is None or layer < num_layers)
+        plan = replace(plan, targets=tuple(map(Target.of, kept)))
     files, others = hf_files(plan, HF_SHARD_BYTES) if model.dialect.is_hf else mindformers_files(plan)
     others |= _companions(model)
-    config = _config_json(model, None) | {"num_hidden_layers": num_layers}
+    config = _config_json(model, None, is_quantised=bool(stored)) | {"num_hidden_layers": num_layers}
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][:num_layers]
     others["config.json"] = json.dumps(config, indent=2).encode()
-    return _job(smaller, plan, output, [Part.of(plan, files)], others)
+    return replace(_job(smaller, plan, output, [Part.of(plan, files)], others), checks_values=not stored)
 
 
 def unify(source: Source, output: Path) -> Job:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.documents import directory_meant, read_document
+from mf_qwen3_bridge.inputs.quantised import read_quantization
 
 # What a normalised config holds: the key, and transformers' default when a config.json leaves it out
 # (None: it has to be there).
@@ -154,9 +155,7 @@ def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if is_moe and raw.get("num_local_experts") not in (None, raw.get("num_experts")):
         found = f"{raw.get('num_experts')!r}, and num_local_experts {raw['num_local_experts']!r}"
         yield "num_experts", found, "two names of one thing: remove the wrong one"
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        yield "quantization_config", f"quant_method {method!r}", "use the unquantised (bf16) checkpoint of this model"
+    yield from read_quantization(raw)[1]
     if raw.get("hidden_act", "silu") != "silu":  # null is no activation, in transformers either
         yield "hidden_act", repr(raw["hidden_act"]), "Qwen3 uses silu"
     for key, (is_accepted, remedy) in (_ACCEPTED_OF_MOE if is_moe else _ACCEPTED).items():

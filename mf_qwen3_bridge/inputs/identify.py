@@ -12,7 +12,8 @@ from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs.adapters import adapter_paths, with_adapters
 from mf_qwen3_bridge.inputs.disagreements import Shown, block_problems
 from mf_qwen3_bridge.inputs.mindformers_config import read_mindformers_config
-from mf_qwen3_bridge.inputs.opening import open_source
+from mf_qwen3_bridge.inputs.opening import config_beside, open_source
+from mf_qwen3_bridge.inputs.quantised import dequantised
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.parallel import WHOLE, Rank
@@ -67,6 +68,7 @@ def open_weights(path: Path, config: Path | None = None, adapters: Any = None) -
         BridgeError: files are missing or damaged, or their tensors make no whole Qwen3, or not one of this layout.
     """
     source = open_source(path)
+    source = dequantised(source, config_beside(source))
     refuse_lora(source)
     yaml = read_mindformers_config(None if source.declared_layout else config)
     configured = yaml.layout_of_weights(source.has_experts, source.tensor_parallel)

@@ -12,7 +12,8 @@ from mf_qwen3_bridge.inputs.adapters import adapter_notes, adapter_paths, with_a
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_json
 from mf_qwen3_bridge.inputs.identify import dialect_of, numbers_of, spec_of
 from mf_qwen3_bridge.inputs.lora_runs import lora_config_file
-from mf_qwen3_bridge.inputs.opening import open_source, stale_files
+from mf_qwen3_bridge.inputs.opening import config_beside, open_source, stale_files
+from mf_qwen3_bridge.inputs.quantised import dequantised
 from mf_qwen3_bridge.inputs.rank_files import rank_directories
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT
@@ -63,6 +64,9 @@ class Inspection:
         model: ``Qwen3``, ``Qwen3-MoE``, or a released size.
         tied: whether the output layer is the embedding; None if ranks saved it.
         parameters: number of elements of all weights; those of several ranks are counted for each.
+        nbytes: as they are stored.
+        quantization, nbytes_dequantised: how they are quantised, and how large they become; empty and None if they are
+            not.
         state: what is of a training run and no weight, folded.
         lora: what a LoRA run adapts, if it is one's.
         adapters: the PEFT adapters that it is looked at with.
@@ -77,6 +81,8 @@ class Inspection:
     tied: bool | None
     parameters: int
     nbytes: int
+    quantization: str
+    nbytes_dequantised: int | None
     dtypes: dict[str, int]
     files: int
     state: tuple[str, ...]
@@ -94,14 +100,19 @@ def inspect(path: Path, adapters: Any = None) -> Inspection:
     """
     ranks = rank_directories(path)
     paths = adapter_paths(adapters)
-    source = _of_ranks(path, list(ranks.values())) if ranks else open_source(path)
+    source = _of_ranks(path, list(ranks.values())) if ranks else open_source(path, as_stored=True)
+    stored = source
+    unusual: list[str] = []
+    try:
+        source = dequantised(source, config_beside(source))
+    except BridgeError as error:
+        unusual += map(_line, error.problems)
     lora = _lora_of(source, {name.partition(" (")[0]: tensor for name, tensor in source.tensors.items()})
     matrices = {name for name in source.tensors if adapted_parameter(name.partition(" (")[0])}
     dialect = dialect_of(source, default=TRAINING_DEFAULT)
     model = "Qwen3-MoE" if source.has_experts else "Qwen3"
     numbers: dict[str, Any] = {}
     claims: dict[str, str] = {}
-    unusual: list[str] = []
     if not ranks:
         try:
             spec = spec_of(source.tensors, dialect)
@@ -130,7 +141,7 @@ def inspect(path: Path, adapters: Any = None) -> Inspection:
     weights = {*claims, *matrices} if claims else set(bare.values())
     state = {name for name in source.tensors if name not in claims and is_training_state(bare[name], weights)}
     files = {file: str(file.relative_to(source.directory)) for file in source.files}
-    rows = (TensorRow(name, t.dtype, t.shape, files[t.file], claims.get(name)) for name, t in source.tensors.items())
+    rows = (TensorRow(name, t.dtype, t.shape, files[t.file], claims.get(name)) for name, t in stored.tensors.items())
     return Inspection(
         path=str(path),
         names="Hugging Face" if dialect.is_hf else "MindFormers",
@@ -140,8 +151,10 @@ def inspect(path: Path, adapters: Any = None) -> Inspection:
         numbers=numbers,
         tied=None if ranks else dialect.name(OUTPUT) not in source.tensors,
         parameters=sum(prod(t.shape) for n, t in source.tensors.items() if n not in state | matrices),
-        nbytes=source.nbytes,
-        dtypes=dict(sorted(Counter(t.dtype for t in source.tensors.values()).items())),
+        nbytes=stored.nbytes,
+        quantization=source.quantization,
+        nbytes_dequantised=source.nbytes if source.quantization else None,
+        dtypes=dict(sorted(Counter(t.dtype for t in stored.tensors.values()).items())),
         files=len(files),
         state=tuple(fold_names(state)),
         lora=lora,
@@ -213,6 +226,8 @@ def lines(inspection: Inspection) -> Iterator[str]:
     where = f"{inspection.files} {'file' if inspection.files == 1 else 'files'}"
     where += f" of {inspection.ranks} ranks" if inspection.ranks else ""
     yield f"tensors     {len(inspection.tensors)} ({dtypes}), {size_text(inspection.nbytes)} in {where}"
+    if inspection.nbytes_dequantised is not None:
+        yield f"quantised   {inspection.quantization}; {size_text(inspection.nbytes_dequantised)} when dequantised"
     yield f"parameters  {inspection.parameters:,}" + (" on all ranks, copies included" if inspection.ranks else "")
     yield from (f"adapter     {adapter}" for adapter in inspection.adapters)
     if lora := inspection.lora:

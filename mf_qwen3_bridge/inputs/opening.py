@@ -8,10 +8,14 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, folded_problems, refuse
 from mf_qwen3_bridge.inputs.documents import directory_meant
+from mf_qwen3_bridge.inputs.hf_config import read_json
+from mf_qwen3_bridge.inputs.quantised import dequantised, read_quantization
 from mf_qwen3_bridge.inputs.rank_files import open_rank_files, rank_directories
 from mf_qwen3_bridge.inputs.source import HF_INDEX, HYPER_PARAMETERS, MINDFORMERS_INDEX, UNFINISHED_SUFFIX, Source
 from mf_qwen3_bridge.inputs.strategies import read_strategies
@@ -25,8 +29,9 @@ def open_source(
     *,
     weights_only: bool = False,
     without_prefix: str | None = None,
+    as_stored: bool = False,
 ) -> Source:
-    """Opens a checkpoint by its headers alone.
+    """Opens a checkpoint by its headers alone, and the scales of quantised weights.
 
     Args:
         path: a safetensors file, several, or a directory of them; with ``strategies`` the one that holds ``rank_0/``.
@@ -34,6 +39,7 @@ def open_source(
         file_suffix: of ranks' files, ``EPOCH_STEP`` of those to take; not needed where each rank has one file.
         weights_only: of ranks' files, leave an optimizer's state out.
         without_prefix: of ranks' files, leave out tensors whose names begin so.
+        as_stored: leave quantised weights as they are; else they are computed, if a config.json beside them says how.
 
     Raises:
         BridgeError: files are missing, damaged, or contradict each other; a table lists everything.
@@ -45,10 +51,21 @@ def open_source(
         (True, 'BF16')
     """
     if strategies is None:
-        return _open_directory(path) if isinstance(path, Path) else _open_files(path[0].parent, path)
+        source = _open_directory(path) if isinstance(path, Path) else _open_files(path[0].parent, path)
+        config = config_beside(source)
+        # A format that is not read is refused with all else that is wrong of config.json, by those who read it.
+        return dequantised(source, config) if not as_stored and read_quantization(config)[0] else source
     assert isinstance(path, Path)
     listed = read_strategies(strategies)
     return open_rank_files(path, listed, file_suffix, weights_only=weights_only, without_prefix=without_prefix)
+
+
+def config_beside(source: Source) -> dict[str, Any]:
+    """The config.json beside a source's files; empty if there is none that can be read."""
+    file = source.directory / "config.json"
+    with suppress(BridgeError):
+        return read_json(file) if file.is_file() else {}
+    return {}
 
 
 def _open_directory(path: Path) -> Source:

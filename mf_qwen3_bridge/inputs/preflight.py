@@ -18,10 +18,11 @@ from mf_qwen3_bridge.inputs.disagreements import (
     match_model,
     number_rows,
 )
-from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_hf_config
+from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_hf_config, read_json
 from mf_qwen3_bridge.inputs.identify import Weights, dialect_of, incomplete, numbers_of, refuse_lora, spec_of
 from mf_qwen3_bridge.inputs.mindformers_config import ADAPTER_KEY, MindFormersConfig, read_mindformers_config
-from mf_qwen3_bridge.inputs.opening import open_source, stale_files
+from mf_qwen3_bridge.inputs.opening import config_beside, open_source, stale_files
+from mf_qwen3_bridge.inputs.quantised import dequantised
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
@@ -197,7 +198,15 @@ def check_against_config(
     yaml = MindFormersConfig(origin, declared)
     if (weights / "config.json").is_file():
         return check(weights, yaml, adapters=adapters)
-    return _check(open_source(weights), None, None, yaml, {}, adapters=adapter_paths(adapters))
+    named = model_config.get("pretrained_model_dir")
+    described = dequantised(open_source(weights), _config_in(Path(named) if isinstance(named, str) else None))
+    return _check(described, None, None, yaml, {}, adapters=adapter_paths(adapters))
+
+
+def _config_in(directory: Path | None) -> dict[str, Any]:
+    """The config.json in a directory, as it is; empty if there is none."""
+    file = directory / "config.json" if directory else None
+    return read_json(file) if file and file.is_file() else {}
 
 
 def _additions(yaml: MindFormersConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,6 +229,7 @@ def _check(
     adapters: Sequence[AdapterPath] = (),
 ) -> CheckedCheckpoint:
     """Holds everything that is declared against the tensors and against each other; see the functions above."""
+    source = dequantised(source, config_beside(source) or _config_in(hf_dir))
     refuse_lora(source)
     _check_kind(source, hf_config, yaml, arguments)
     sides = {yaml.origin: yaml.model_config, "arguments": dict(arguments)}
@@ -378,7 +388,8 @@ def summary(model: CheckedCheckpoint) -> Iterator[str]:
     kind, mlp = "Qwen3", f"ffn_hidden_size {spec.ffn_hidden_size}"
     if spec.is_moe:
         kind, mlp = "Qwen3-MoE", f"{spec.num_experts} experts of moe_ffn_hidden_size {spec.moe_ffn_hidden_size}"
-    dtypes = ", ".join(sorted({tensor.dtype for tensor in source.tensors.values()}))
+    stored = source.stored or source.tensors
+    dtypes = ", ".join(sorted({tensor.dtype for tensor in stored.values()}))
     files = len(source.files)
     yield (
         f"model       {kind}, {spec.num_layers} layers, hidden_size {spec.hidden_size}, "
@@ -386,10 +397,12 @@ def summary(model: CheckedCheckpoint) -> Iterator[str]:
         f"{mlp}, vocab_size {spec.vocab_size}, {tied} embeddings"
     )
     yield (
-        f"checkpoint  {model.dialect}, {len(source.tensors)} tensors, {size_text(source.nbytes)} "
+        f"checkpoint  {model.dialect}, {len(stored)} tensors, {size_text(sum(t.nbytes for t in stored.values()))} "
         f"({dtypes}) in {files} {'file' if files == 1 else 'files'}"
     )
     yield from (f"adapter     {adapter.description}" for adapter in source.adapters)
+    if source.quantization:
+        yield f"quantised   {source.quantization}; dequantised when it is read, {size_text(source.nbytes)}"
     count = len(source.tensors) - len(model.ignored)
     yield f"plan        {count} tensors become {len(model.rules)} MindFormers parameters"
     if model.parallel.world_size > 1:

@@ -46,6 +46,8 @@ class Source:
         unlisted: of ranks' files, tensors of the first rank that no strategy file lists, such as ``global_step``.
         left_out: of ranks' files, names of tensors that were not wanted.
         adapters: what is added to the weights when they are read.
+        quantization: how Hugging Face's weights are quantised, for a person; empty if they are not.
+        stored: the tensors as they are stored, if some of ``tensors`` are computed from them.
     """
 
     path: Path
@@ -56,6 +58,8 @@ class Source:
     unlisted: Mapping[str, TensorInfo] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     adapters: tuple[MergedAdapter, ...] = ()
+    quantization: str = ""
+    stored: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

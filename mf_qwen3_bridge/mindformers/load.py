@@ -13,6 +13,7 @@ import numpy as np
 from mf_qwen3_bridge.errors import BridgeError, folded_problems, refuse
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.inputs.preflight import CheckedCheckpoint
+from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.mindformers import conversion
 from mf_qwen3_bridge.mindformers.network import is_in_stage, rank_of
 from mf_qwen3_bridge.model.rules import INFER
@@ -138,6 +139,12 @@ def _check_loaded(unloaded: Sequence[str], unused: Sequence[str]) -> None:
     refuse("load_param_into_net did not load everything", folded_problems(names_of))
 
 
+def _dequantised_parameters(source: Source) -> dict[str, ms.Parameter]:
+    with Transfer() as transfer:
+        arrays = {name: Target.of(tensor).make(transfer) for name, tensor in source.tensors.items()}
+    return {name: conversion.to_parameter(name, array) for name, array in arrays.items()}
+
+
 def load_checkpoint(
     ckpt_file_name: str | Path | Sequence[str | Path],
     net: Any = None,
@@ -154,7 +161,7 @@ def load_checkpoint(
     """``mindspore.load_checkpoint`` for a file, a list of files or a directory: always ``dict[str, Parameter]``.
 
     Mirrors ``mindspore.load_checkpoint`` (2.7 to 2.9), which reads each file. A Parameter's name is its key; bfloat16
-    stays bfloat16.
+    stays bfloat16. Quantised weights of Hugging Face are dequantised, where config.json says how.
 
     Args:
         ckpt_file_name: a file, several, or a directory, whose index is obeyed.
@@ -173,16 +180,23 @@ def load_checkpoint(
         for name, parameter in parameters.items():
             print(name, parameter.shape, parameter.dtype)
     """
+    source = None
     if format != "safetensors":
         files = [Path(str(ckpt_file_name))]
     elif isinstance(ckpt_file_name, str | Path):
-        files = open_source(Path(ckpt_file_name)).files
+        source = open_source(Path(ckpt_file_name))
     elif paths := [Path(file) for file in ckpt_file_name]:
-        files = open_source(paths).files
+        source = open_source(paths)
     else:
         raise BridgeError("load_checkpoint: the list of files is empty")
     options = (filter_prefix, dec_key, dec_mode, specify_prefix, choice_func, crc_check)
     parameters: dict[str, ms.Parameter] = {}
+    if source and source.quantization:
+        if filter_prefix or specify_prefix or choice_func or dec_key:
+            raise BridgeError(f"{source.path} is quantised: it is loaded whole, without prefixes, choices and keys")
+        parameters, files = _dequantised_parameters(source), []
+    elif source:
+        files = source.files
     for file in files:
         loaded = ms.load_checkpoint(str(file), None, strict_load, *options, remove_redundancy, format)
         parameters |= {name: conversion.to_parameter(name, value) for name, value in loaded.items()}

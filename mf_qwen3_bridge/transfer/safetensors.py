@@ -25,6 +25,7 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(np.uint8),  # which ml_dtypes 0.4 does not know
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -37,7 +38,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 # Bits of an element of every dtype that a header may name.
 _BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
-_BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64}
+_BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64}
 # The limit that the safetensors library sets itself.
 _MAX_HEADER = 100_000_000
 

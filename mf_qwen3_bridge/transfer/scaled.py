@@ -6,7 +6,7 @@ from threading import local
 
 import numpy as np
 
-from mf_qwen3_bridge.transfer.safetensors import DTYPES, ReadRegion, TensorInfo
+from mf_qwen3_bridge.transfer.safetensors import DTYPES, Reader, ReadRegion, TensorInfo
 
 # A table of the 65,536 pairs of E4M3 bytes is twice as fast as one of the 256 bytes, for which numpy makes an 8 byte
 # index of each, and ten times as fast as ml_dtypes' cast. It takes 512 KiB.
@@ -26,7 +26,7 @@ class Scaled:
 
     Attributes:
         weight: F8_E4M3 or I8; of three axes, each matrix is divided into blocks by itself.
-        scale: (..., blocks of rows, blocks of columns): F32, BF16, F16, or U8 for UE8M0.
+        scale: (..., blocks of rows, blocks of columns): F32, BF16, F16, or bytes: UE8M0.
         block: rows and columns of a block.
     """
 
@@ -97,6 +97,13 @@ def _to_float32(weight: np.ndarray) -> np.ndarray:
         indices[...] = some
         np.take(_E4M3_PAIRS, indices, out=result.view(np.uint64)[start : start + some.size], mode="clip")
     return result[: weight.size].reshape(weight.shape)
+
+
+def to_scales(scale: TensorInfo, reader: Reader) -> np.ndarray:
+    """All scales of a weight, float32."""
+    content = np.empty(scale.shape, DTYPES[scale.dtype])
+    reader.read(scale, 0, memoryview(content.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
+    return _scales(content)
 
 
 def _scales(scales: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,3 +70,66 @@ def save(file: Path, tensors: Mapping[str, np.ndarray], spelling: Mapping[str, s
     data = b"".join(np.ascontiguousarray(tensor).tobytes() for tensor in tensors.values())
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+
+
+_LINEAR = re.compile(r"model\.layers\.\d+\..*_proj(\.weight)?")
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+# What compressed-tensors writes for llm-compressor's schemes FP8_DYNAMIC and W8A8, as far as it is read.
+COMPRESSED = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "ignore": ["lm_head"]}
+
+
+def fp8_config(block: tuple[int, int] | None = (5, 8), **changes: Any) -> dict[str, Any]:
+    """A ``quantization_config`` as the official Qwen3-*-FP8 have it."""
+    return FP8 | {"weight_block_size": block and list(block), "modules_to_not_convert": ["lm_head"], **changes}
+
+
+def compressed_config(kind: str = "float", strategy: str = "channel", **changes: Any) -> dict[str, Any]:
+    """A ``quantization_config`` of compressed-tensors."""
+    weights = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False}
+    weights |= {"group_size": None, "block_structure": [5, 8] if strategy == "block" else None, "actorder": None}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return COMPRESSED | {"format": f"{kind}-quantized", "config_groups": {"group_0": group}, **changes}
+
+
+def quantise_model(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], scale_dtype: Any = np.float32):
+    """Quantises the linear layers of a model: (tensors as they are stored, what they stand for in float32)."""
+    is_fp8 = config["quant_method"] == "fp8"
+    excepted = config["modules_to_not_convert" if is_fp8 else "ignore"]
+    stored: Tensors = {}
+    exact: Tensors = {}
+    for name, tensor in tensors.items():
+        if not _LINEAR.fullmatch(name) or name.removesuffix(".weight") in excepted:
+            stored[name], exact[name] = tensor.astype(BF16), tensor.astype(BF16).astype(np.float32)
+            continue
+        rows, columns = tensor.shape[-2:]
+        ending, largest = "_scale_inv", 448.0
+        if is_fp8:
+            block = config["weight_block_size"] or (rows, columns)
+        else:
+            weights = config["config_groups"]["group_0"]["weights"]
+            ending, largest = "_scale", 448.0 if weights["type"] == "float" else 127.0
+            block = {"channel": (1, columns), "tensor": (rows, columns)}.get(weights["strategy"]) or (5, 8)
+        weight, scale = quantise(tensor.astype(np.float32), tuple(block), largest)
+        if scale_dtype == np.uint8:
+            scale = np.ceil(np.log2(scale)).astype(np.int64) + 127
+            values = np.exp2(scale - 127.0).astype(np.float32)
+        else:
+            values = scale.astype(scale_dtype).astype(np.float32)
+        if block == (rows, columns) and tensor.ndim == 2 and scale_dtype != np.uint8:
+            scale = scale.reshape((1,) if ending == "_scale" else ())
+        stored[name], stored[name + ending] = weight, scale.astype(scale_dtype)
+        exact[name] = weight_dequant(weight, values, tuple(block))
+    return stored, exact
+
+
+def write_model(
+    directory: Path,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any] | None,
+    spelling: Mapping[str, str] | None = None,
+) -> Path:
+    """A Hugging Face directory of quantised tensors."""
+    save(directory / "model.safetensors", tensors, spelling)
+    if config is not None:
+        (directory / "config.json").write_text(json.dumps(config))
+    return directory

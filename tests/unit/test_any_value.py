@@ -27,6 +27,7 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.model.rules import TRAIN
 from tests.support.adapters import matrices, write_adapter
 from tests.support.checkpoints import MOE_SPEC, SPEC, hf_config, random_tensors, write
+from tests.support.quantised import compressed_config, fp8_config, quantise_model, write_model
 
 EXAMPLES = int(os.environ.get("ANY_VALUE_EXAMPLES", "60"))
 any_value_is_tried = settings(
@@ -104,6 +105,9 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("any_value")
     write(root / "hf", random_tensors(), hf_config())
     write(root / "moe", random_tensors(MOE_SPEC), hf_config(MOE_SPEC))
+    for kind, quantization in QUANTIZATIONS.items():
+        stored, _ = quantise_model(random_tensors(), quantization)
+        write_model(root / kind, stored, hf_config(quantization_config=quantization))
     write(root / "sharded", random_tensors(), hf_config(), shards=2)
     write(root / "trained", random_tensors(dialect=TRAIN))
     write(root / "trained_moe", random_tensors(MOE_SPEC, TRAIN))
@@ -154,6 +158,15 @@ IN_CONFIG = [
     *((section, key) for section in ("rope_scaling", "rope_parameters") for key in ROPE_KEYS),
     *(("quantization_config", key) for key in ("quant_method", "bits", "weight_block_size", "fmt", "unknown")),
 ]
+QUANTIZATIONS = {"fp8": fp8_config(), "compressed": compressed_config()}
+GROUP = ("config_groups", "group_0")
+IN_QUANTIZATION = [
+    (),
+    *((key,) for key in (*fp8_config(), "scale_fmt", "expert_dtype", "ignored_layers", "unknown")),
+    *((key,) for key in (*compressed_config(), "transform_config", "sparsity_config")),
+    *((*GROUP, key) for key in ("targets", "weights", "format")),
+    *((*GROUP, "weights", key) for key in compressed_config()["config_groups"]["group_0"]["weights"]),
+]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -175,6 +188,22 @@ def test_config_json(there: Path, kind, changes, yarn):
         run("convert", "--model_dir", directory, "--output_dir", there / "out", "--dry_run")
         trained = there / ("trained_moe" if kind == "moe" else "trained")
         run("export", "--input_path", trained, "--hf_config", directory, "--output_path", there / "out", "--dry_run")
+
+
+@any_value_is_tried
+@given(
+    kind=st.sampled_from(sorted(QUANTIZATIONS)),
+    changes=st.lists(st.tuples(st.sampled_from(IN_QUANTIZATION), any_json), min_size=1, max_size=3),
+)
+def test_quantization_config(there: Path, kind, changes):
+    directory, config = there / kind, QUANTIZATIONS[kind]
+    for path, value in changes:
+        config = put(config, path, value)
+    with changed(directory / "config.json", json.dumps(hf_config(quantization_config=config))):
+        for command in ("inspect", "verify"):
+            run(command, directory)
+        run("check", "--model_dir", directory)
+        run("convert", "--model_dir", directory, "--layout", "hf", "--output_dir", there / "out", "--dry_run")
 
 
 # ---------------------------------------------------------------------------------------------------------------- YAML

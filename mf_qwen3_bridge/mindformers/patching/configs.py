@@ -104,6 +104,8 @@ def normalise_model_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(model_config)
     in_file = read_json(path)
     of_yaml = {key: value for key, value in model_config.items() if key not in in_file or value != in_file[key]}
+    if of_yaml.get("quantization") in _quant_methods(in_file):  # MindFormers puts it there; the weights are dequantised
+        del of_yaml["quantization"]
     additions = {key: of_yaml.pop(key) for key in ADDITIONS & of_yaml.keys()}
     normalised = normalise(in_file | additions, str(path))
     of_yaml = _drop_aliases(of_yaml, normalised, path)
@@ -117,6 +119,12 @@ def normalise_model_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
     if "moe_router_topk_scaling_factor" in of_yaml:  # its other name
         needed.pop("routed_scaling_factor", None)
     return taken | needed | normalised | of_yaml
+
+
+def _quant_methods(in_file: Mapping[str, Any]) -> list[Any]:
+    """The quantisation that a config.json names."""
+    declared = in_file.get("quantization_config")
+    return [declared["quant_method"]] if isinstance(declared, dict) and declared.get("quant_method") else []
 
 
 def _drop_aliases(of_yaml: Mapping[str, Any], in_file: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -197,9 +197,13 @@ def wrap_count_parameters(upstream: Callable[..., None], trainer: Any) -> None:
 
 
 def qwen3_network(network: Any) -> Any:
-    """The Qwen3 network within the cells that MindFormers wraps around it; None if there is none."""
+    """The Qwen3 network within the cells that MindFormers wraps around it; None if there is none.
+
+    None as well if the network is itself quantised, which the bridge has no weights for.
+    """
     cells = (cell for _, cell in network.cells_and_names())
-    return next((cell for cell in cells if isinstance(cell, NETWORKS)), None)
+    found = next((cell for cell in cells if isinstance(cell, NETWORKS)), None)
+    return None if getattr(found, "quant_config", None) is not None else found
 
 
 def has_known_dialect(path: Path) -> bool:
