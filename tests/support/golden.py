@@ -23,9 +23,20 @@ class Golden:
     tokens: list[int]
 
 
-def golden(name: str) -> list[Golden]:
-    with np.load(FIXTURES / "golden" / f"{name}.npz") as archive:
+def golden(name: str, directory: Path = FIXTURES / "golden") -> list[Golden]:
+    with np.load(directory / f"{name}.npz") as archive:
         return [
             Golden(archive[f"prompt_{i}"].tolist(), archive[f"logits_{i}"], archive[f"tokens_{i}"].tolist())
             for i in range(sum(key.startswith("prompt") for key in archive))
         ]
+
+
+# Quantised by transformers 5 and compressed-tensors; see tests/fixtures/make_quantised.py.
+QUANTISED = FIXTURES / "quantised"
+QUANTISED_NAMES = sorted(path.stem for path in QUANTISED.glob("*.npz"))
+
+
+def digests(name: str) -> dict[str, str]:
+    """The SHA-256 of each weight that the library dequantised, in bfloat16, expert by expert."""
+    with np.load(QUANTISED / f"{name}.npz") as archive:
+        return dict(zip(archive["names"].tolist(), archive["digests"].tolist()))

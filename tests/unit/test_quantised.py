@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from mf_qwen3_bridge.transfer.copying import Transfer
 from mf_qwen3_bridge.verify.comparison import compare
 from mf_qwen3_bridge.verify.statistics import measure
 from tests.support.checkpoints import MOE_SPEC, SPEC, contents, hf_config, random_tensors, read, write
+from tests.support.golden import QUANTISED, QUANTISED_NAMES, digests
 from tests.support.quantised import BF16, E4M3, compressed_config, fp8_config, quantise_model, write_model
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -78,6 +80,14 @@ def test_every_format(tmp_path, kind, spec):
     assert "quantization_config" not in model.hf_config
     text = "\n".join(summary(model))
     assert "quantised   FP8 (E4M3)" in text or "quantised   INT8" in text
+
+
+@pytest.mark.parametrize("name", QUANTISED_NAMES)
+def test_the_libraries_dequantise_to_the_same_bits(name):
+    """transformers 5.24 and compressed-tensors 0.20, which quantised these weights as well."""
+    made = everything(check(QUANTISED / name))
+    assert all(value.dtype == BF16 for value in made.values())
+    assert {key: sha256(value.tobytes()).hexdigest() for key, value in made.items()} == digests(name)
 
 
 @pytest.mark.parametrize("kind", ["FP8 in blocks", "FP8 in blocks, UE8M0", "FP8 for each tensor"])
