@@ -78,7 +78,7 @@ def wrap_load_weights(
     Raises:
         BridgeError: the weights are not whole, do not fit the network, or neither argument names any.
     """
-    if getattr(network, "quant_config", None) is not None:  # a MoE has no such attribute
+    if _is_quantised(network):
         logger.warning("mf-qwen3-bridge leaves quantised weights to MindFormers, which does not check what it skips")
         upstream(network, weights_path, weights)
         FILLED.add(network)
@@ -203,7 +203,12 @@ def qwen3_network(network: Any) -> Any:
     """
     cells = (cell for _, cell in network.cells_and_names())
     found = next((cell for cell in cells if isinstance(cell, NETWORKS)), None)
-    return None if getattr(found, "quant_config", None) is not None else found
+    return None if _is_quantised(found) else found
+
+
+def _is_quantised(network: Any) -> bool:
+    """Whether MindFormers computes with quantised weights (1.7 to 1.9: only the dense inference network can)."""
+    return getattr(network, "quant_config", None) is not None
 
 
 def has_known_dialect(path: Path) -> bool:
