@@ -29,7 +29,7 @@ from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.rules import Dialect
 from mf_qwen3_bridge.transfer.safetensors import DTYPES
 from tests.support.checkpoints import LAYOUTS, hf_config, random_tensors, write
-from tests.support.golden import CHECKPOINTS, NAMES
+from tests.support.golden import CHECKPOINTS, NAMES, QUANTISED
 from tests.support.ranks import RUNS, cut, make_ranks
 from tests.support.training import training_network
 
@@ -84,6 +84,21 @@ def test_a_single_device(name: str, layout: Layout):
     wanted = expected(CHECKPOINTS / name, layout)
     assert of_model(network, wanted) == wanted
     assert listing(CHECKPOINTS / name) == before
+
+
+@pytest.mark.parametrize("params_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["fp8_dense", "fp8_moe_stacked", "int_rows_moe"])
+def test_quantised_weights(name: str, params_dtype: str):
+    mf_qwen3_bridge.patch()
+    directory = QUANTISED / name
+    network = training_network(directory, TRAINING_DEFAULT, params_dtype=params_dtype)
+    load(network, directory)
+    model = check(directory)
+    layout = TRAINING_DEFAULT.of_experts if model.spec.is_moe else TRAINING_DEFAULT
+    plan = model.plan(Dialect(layout), {"float32": "F32", "bfloat16": "BF16"}[params_dtype])
+    wanted = {target.name: target.make().astype(np.float32).tobytes() for target in plan.targets}
+    parameters = network.parameters_dict()
+    assert {name: parameters[name].asnumpy().astype(np.float32).tobytes() for name in wanted} == wanted
 
 
 @pytest.mark.parametrize("name", ["untied_fp32", "moe_fp32"])

@@ -16,7 +16,7 @@ from mf_qwen3_bridge.convert.run import run
 from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.model.rules import TRAIN
 from tests.support.commands import REGISTER_PATH, ROOT, TRAINER, msrun, run_command
-from tests.support.golden import golden
+from tests.support.golden import GOLDENS, QUANTISED, golden
 from tests.support.tokenizers import NEW_TOKENS, spell, with_generation_config, with_tokenizer
 
 
@@ -29,15 +29,15 @@ def changed_yaml(name: str, scratch: Path, directory: Path, model_config: dict[s
     return path
 
 
-def predict(scratch: Path, config: Path, name: str) -> subprocess.CompletedProcess[str]:
-    prompts = [spell(case.prompt) for case in golden(name)]
+def predict(scratch: Path, config: Path, name: str, goldens: Path = GOLDENS) -> subprocess.CompletedProcess[str]:
+    prompts = [spell(case.prompt) for case in golden(name, goldens)]
     arguments = ["--config", config, "--register_path", REGISTER_PATH, "--predict_data", *prompts]
     return run_command([sys.executable, TRAINER, *arguments], scratch)
 
 
-def check_texts(scratch: Path, name: str) -> None:
+def check_texts(scratch: Path, name: str, goldens: Path = GOLDENS) -> None:
     printed = ast.literal_eval((scratch / "text_generation_result.txt").read_text())
-    expected = [spell(case.prompt + case.tokens[:NEW_TOKENS]) for case in golden(name)]
+    expected = [spell(case.prompt + case.tokens[:NEW_TOKENS]) for case in golden(name, goldens)]
     assert [text for entry in printed for text in entry["text_generation_text"]] == expected
 
 
@@ -58,6 +58,17 @@ def test_the_tokens_of_transformers(tmp_path: Path, name: str, model_config: dic
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     check_texts(tmp_path, name)
     assert not list(tmp_path.rglob("*converted*"))
+
+
+@pytest.mark.parametrize("name", ["fp8_dense", "int_rows_moe"])
+def test_quantised_weights(tmp_path: Path, name: str):
+    """MindFormers finds ``quantization_config`` in config.json, and would build no network."""
+    directory = with_generation_config(with_tokenizer(name, tmp_path, QUANTISED))
+    settings = {"seq_length": 64, "params_dtype": "bfloat16"}  # the goldens' weights are rounded to it
+    config = changed_yaml("cpu/predict_qwen3.yaml", tmp_path, directory, settings)
+    result = predict(tmp_path, config, name, QUANTISED)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    check_texts(tmp_path, name, QUANTISED)
 
 
 def test_weights_in_another_directory(tmp_path: Path):

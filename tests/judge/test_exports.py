@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mf_qwen3_bridge.cli.main import cli
 from tests.support.commands import ROOT
-from tests.support.torch_models import load_all, prompt_logits
+from tests.support.torch_models import greedy, load_all, prompt_logits
 
 FIXTURES = ROOT / "tests" / "fixtures"
 GOLDEN = sorted(path.stem for path in (FIXTURES / "golden").glob("*.npz"))
+QUANTISED = sorted(path.stem for path in (FIXTURES / "quantised").glob("*.npz"))
 FLAGS = "use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp"
 
 
@@ -46,6 +47,19 @@ def test_logits_of_what_went_there_and_back(tmp_path: Path, name: str, layout: s
         for number in range(4):
             logits = prompt_logits(model, golden[f"prompt_{number}"].tolist()).numpy()
             np.testing.assert_allclose(logits, golden[f"logits_{number}"], rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_dequantised_directory(tmp_path: Path, name: str):
+    """What ``convert --layout hf`` makes of quantised weights, which this transformers loads as any other model."""
+    run("convert", "--model_dir", FIXTURES / "quantised" / name, "--layout", "hf", "--output_dir", tmp_path / "hf")
+    model = load_all(tmp_path / "hf")
+    with np.load(FIXTURES / "quantised" / f"{name}.npz") as golden:
+        for number in range(4):
+            prompt = golden[f"prompt_{number}"].tolist()
+            logits = prompt_logits(model, prompt).numpy()
+            np.testing.assert_allclose(logits, golden[f"logits_{number}"], rtol=0, atol=1e-5 * np.abs(logits).max())
+            assert greedy(model, prompt, 64) == golden[f"tokens_{number}"].tolist()
 
 
 def test_the_demo_comes_back_whole(tmp_path: Path):

@@ -9,7 +9,8 @@ import numpy as np
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHECKPOINTS = FIXTURES / "checkpoints"
-NAMES = sorted(path.stem for path in (FIXTURES / "golden").glob("*.npz"))
+GOLDENS = FIXTURES / "golden"
+NAMES = sorted(path.stem for path in GOLDENS.glob("*.npz"))
 # Of logits, relative to their scale, in float32.
 TOLERANCE = 1e-5
 
@@ -23,7 +24,7 @@ class Golden:
     tokens: list[int]
 
 
-def golden(name: str, directory: Path = FIXTURES / "golden") -> list[Golden]:
+def golden(name: str, directory: Path = GOLDENS) -> list[Golden]:
     with np.load(directory / f"{name}.npz") as archive:
         return [
             Golden(archive[f"prompt_{i}"].tolist(), archive[f"logits_{i}"], archive[f"tokens_{i}"].tolist())

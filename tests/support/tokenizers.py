@@ -11,10 +11,10 @@ from tests.support.golden import CHECKPOINTS
 NEW_TOKENS = 16
 
 
-def with_tokenizer(name: str, scratch: Path) -> Path:
+def with_tokenizer(name: str, scratch: Path, checkpoints: Path = CHECKPOINTS) -> Path:
     """A copy of the fixture with a tokenizer, and without a token that ends a text."""
     directory = scratch / name
-    shutil.copytree(CHECKPOINTS / name, directory)
+    shutil.copytree(checkpoints / name, directory)
     vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
     tokenizer = {
         "version": "1.0",

@@ -13,9 +13,9 @@ from tests.support.commands import ROOT
 
 sys.path.insert(0, str(ROOT / "demo"))
 
-from hf_checkpoint import prompt_logits, read_config
+from hf_checkpoint import greedy, prompt_logits, read_config
 
-__all__ = ["load_all", "prompt_logits"]
+__all__ = ["greedy", "load_all", "prompt_logits"]
 
 
 def load_all(directory: Path) -> Any:
