@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import mindspore as ms
@@ -21,8 +22,11 @@ from mf_qwen3_bridge.mindformers.network import build_inference_network
 from mf_qwen3_bridge.mindformers.patching.configs import normalise_model_config
 from mf_qwen3_bridge.mindformers.patching.hooks import fill_network, qwen3_network
 from mf_qwen3_bridge.model.rules import INFER
+from tests.support.commands import ROOT, run_command
+from tests.support.documents import commands
 from tests.support.golden import CHECKPOINTS, QUANTISED, QUANTISED_NAMES, TOLERANCE, golden
 from tests.support.networks import SMALL_CACHE, bits, empty_network, greedy_tokens, logits_error
+from tests.support.tokenizers import with_tokenizer
 
 EVERY = pytest.mark.parametrize("name", QUANTISED_NAMES)
 
@@ -149,3 +153,15 @@ def test_a_weight_byte_that_is_nan_stops_loading(tmp_path: Path):
     for use in (False, True):
         with pytest.raises(BridgeError, match=r"NaN or infinity: model\.layers\.0\.self_attn\.q_proj\.weight"):
             mf_qwen3_bridge.from_pretrained(directory, use_training_conversion=use)
+
+
+def test_the_command_of_the_page_that_needs_mindformers(tmp_path: Path):
+    """docs/quantised.md; the others are run by the unit tests."""
+    page = (ROOT / "docs" / "quantised.md").read_text(encoding="utf-8")
+    (command,) = (words for words in commands(page) if words[1] == "infer")
+    with_tokenizer("fp8_dense", tmp_path, QUANTISED).rename(tmp_path / "Qwen3-8B-FP8")
+    for more in ([], ["--use_training_conversion"]):
+        result = run_command([sys.executable, "-m", "mf_qwen3_bridge.cli", *command[1:], *more], tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "quantised   FP8 (E4M3), blocks of 16 x 16" in result.stdout
+        assert "-> t" in result.stdout

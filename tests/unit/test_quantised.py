@@ -25,6 +25,8 @@ from mf_qwen3_bridge.transfer.copying import Transfer
 from mf_qwen3_bridge.verify.comparison import compare
 from mf_qwen3_bridge.verify.statistics import measure
 from tests.support.checkpoints import MOE_SPEC, SPEC, contents, hf_config, random_tensors, read, write
+from tests.support.commands import ROOT
+from tests.support.documents import commands
 from tests.support.golden import QUANTISED, QUANTISED_NAMES, digests
 from tests.support.quantised import BF16, E4M3, compressed_config, fp8_config, quantise_model, write_model
 
@@ -507,3 +509,20 @@ def test_mutations_are_caught(tmp_path):
         report = compare(open_weights(directory), open_weights(tmp_path / "wrong"))
         assert list(report.different) == [name]
     assert expected[name].dtype == BF16 and stored[name].dtype == E4M3
+
+
+# ----------------------------------------------------------------------------------------------------------- documents
+
+PAGE = (ROOT / "docs" / "quantised.md").read_text(encoding="utf-8")
+
+
+def test_commands_of_the_page(tmp_path, monkeypatch):
+    """All but ``infer``, which needs MindFormers: tests/integration/test_quantised.py."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen3-8B-FP8").symlink_to(QUANTISED / "fp8_dense")
+    found = [words for words in commands(PAGE) if words[1] != "infer"]
+    assert len(found) == len(commands(PAGE)) - 1
+    for words in found:
+        assert words[0] == "mf-qwen3"
+        run_cli(*words[1:])
+    assert (tmp_path / "Qwen3-8B-bf16" / "model.safetensors").is_file()
