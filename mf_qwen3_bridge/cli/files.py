@@ -110,8 +110,7 @@ _export_options = _options(
     epilog=examples(
         "mf-qwen3 convert --model_dir Qwen3-8B --output_dir converted",
         "mf-qwen3 convert --model_dir Qwen3-30B-A3B --tp 2 --ep 8 --output_dir ranks",
-        "mf-qwen3 convert --model_dir Qwen3-8B --adapter lora --layout hf \\\n      --output_dir merged",
-        "mf-qwen3 convert --model_dir Qwen3-8B-FP8 --layout hf --output_dir bf16",
+        "mf-qwen3 convert --model_dir Qwen3-8B-FP8 --adapter lora --layout hf \\\n      --output_dir merged",
     ),
 )
 @click.option("--model_dir", type=DIRECTORY, metavar="DIR", required=True, help="Hugging Face directory.")

@@ -36,6 +36,7 @@ from tests.support.adapters import (
 from tests.support.checkpoints import MOE_SPEC, SPEC, contents, hf_config, random_tensors, write
 from tests.support.damage import unwrapped
 from tests.support.golden import TOLERANCE
+from tests.support.quantised import fp8_config, quantise_model, write_model
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -581,3 +582,29 @@ def test_a_file_that_is_no_safetensors(hf: Path, lora: Path):
     (lora / "adapter_model.safetensors").write_bytes(b"no")
     assert "is damaged" in refused(hf, lora)
     shutil.rmtree(lora)
+
+
+@pytest.mark.parametrize("spec", [SPEC, MOE_SPEC], ids=["dense", "moe"])
+@pytest.mark.parametrize("dtype", [None, "F32"])
+def test_an_adapter_of_a_quantised_base_adds_to_its_dequantised_weights(tmp_path: Path, spec, dtype):
+    """As PEFT adds it to the plain directory that transformers would load."""
+    hf = random_tensors(spec)
+    config = hf_config(spec, torch_dtype="bfloat16")
+    stored, _ = quantise_model(hf, fp8_config())
+    (tmp_path / "fp8").mkdir()
+    quantised = write_model(tmp_path / "fp8", stored, config | {"quantization_config": fp8_config()})
+    modules = ["q_proj", "o_proj"]
+    adapter = write_adapter(tmp_path / "adapter", matrices(hf, *modules), target_modules=modules)
+    plain = write(tmp_path / "plain", tensors_of(check(quantised), dtype=dtype), config)
+    for target in (HF, INFER, TRAIN):
+        merged = tensors_of(check(quantised, adapters=adapter), target, dtype)
+        expected = tensors_of(check(plain, adapters=adapter), target, dtype)
+        assert {name: array.tobytes() for name, array in merged.items()} == {
+            name: array.tobytes() for name, array in expected.items()
+        }
+    name = "model.layers.0.self_attn.q_proj.weight"
+    bare, merged = (
+        tensors_of(check(quantised), dtype=dtype),
+        tensors_of(check(quantised, adapters=adapter), dtype=dtype),
+    )
+    assert bare[name].tobytes() != merged[name].tobytes()
