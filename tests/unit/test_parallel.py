@@ -168,6 +168,33 @@ def test_nothing_is_read_that_a_rank_does_not_need(tmp_path, read, spec, paralle
     assert total >= sum(target.nbytes for target in open_source(directory).tensors.values())
 
 
+@pytest.mark.parametrize(
+    ("spec", "parallel"),
+    [
+        (SPEC, ParallelConfig(2)),
+        (replace(SPEC, ffn_hidden_size=12), ParallelConfig(4)),
+        (MOE_SPEC, ParallelConfig(2)),
+        (MOE_SPEC, ParallelConfig(2, 2)),
+        (MOE_SPEC, ParallelConfig(4, 4)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, ParallelConfig) else "",
+)
+def test_all_ranks_together_need_each_element_once_unless_several_hold_it(tmp_path, spec, parallel):
+    """So on one machine each byte has to come from the disk once: for no rank the whole of what is divided."""
+    directory = write(tmp_path, random_tensors(spec))
+    times = {name: np.zeros(tensor.shape, int) for name, tensor in open_source(directory).tensors.items()}
+    for number in range(parallel.world_size):
+        for target in plan_of(directory, spec, parallel, number).targets:
+            for copy in target.copies:
+                needed = copy.source_view.of(times[copy.source.name])
+                needed += 1
+    repeats = max(1, parallel.tensor_parallel // spec.num_query_groups)
+    for name, found in times.items():
+        is_held_by_all = "norm" in name or name.endswith("mlp.gate.weight")
+        heads = repeats if name.endswith(("k_proj.weight", "v_proj.weight")) else 1
+        assert (found == (parallel.world_size if is_held_by_all else heads)).all(), name
+
+
 @pytest.mark.parametrize("source", [TRAIN, INFER])
 @pytest.mark.parametrize("spec", [SPEC, MOE_SPEC], ids=["dense", "moe"])
 def test_a_mindformers_checkpoint_is_read_once(tmp_path, monkeypatch, read, source, spec):
