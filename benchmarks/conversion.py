@@ -5,44 +5,41 @@
 
 makes synthetic checkpoints of real shapes (random bfloat16), converts them to MindFormers' training layout and back by
 
-    cp        cp -r of the directory it reads, and sync
+    cp+sync   cp -r of the directory it reads, and sync
+    cp        the same without sync
     floor     each tensor read, transposed if it is an expert's, and written, by all cores; nothing is fused or split
     bridge    mf-qwen3 convert, mf-qwen3 export
     buffered  the same, written through the page cache
     upstream  MindFormers' reverse script (back only), from a checkout of its sources: --mindformers_source
 
-each in a process of its own, start-up included, in turns, the page cache warm and nothing left to write back. The
-memory is what the processes have for themselves alone (anonymous pages) at their peak.
+each in a process of its own, start-up included, in turns, the checkpoint in the page cache (warm) or not (cold) and
+nothing left to write back. The memory is what the processes have for themselves alone (anonymous pages) at their peak.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
-import statistics
-import subprocess
 import sys
-import threading
-import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from mf_qwen3_bridge.convert.file_writing import DIRECT_VARIABLE
-from mf_qwen3_bridge.errors import table
 from mf_qwen3_bridge.inputs.opening import open_source
 from mf_qwen3_bridge.transfer.safetensors import Reader, TensorInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.checkpoints import MODELS, make_checkpoint
+from benchmarks.checkpoints import MODELS, make_checkpoint, title
+from benchmarks.measuring import HEADERS, MIB, ROOT, Measured, markdown, new_parser, prepare_cache, report, run
 
-MIB = 1 << 20
 PIECE = 4 << 20
-PROGRAMS = ("cp", "floor", "bridge", "buffered", "upstream")
+PROGRAMS = ("cp+sync", "cp", "floor", "bridge", "buffered", "upstream")
 BRIDGE = [sys.executable, "-m", "mf_qwen3_bridge.cli"]
 
 
@@ -87,52 +84,11 @@ def _expert_shape(tensor: TensorInfo) -> tuple[int, int]:
     return tensor.shape[0], tensor.shape[1]
 
 
-def private_bytes(session: int) -> int:
-    """Anonymous memory of all processes of a session."""
-    total = 0
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getsid(int(process.name)) == session:
-                lines = (process / "status").read_text().splitlines()
-                total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-        except OSError:
-            continue  # it has ended
-    return total
-
-
-def measure(command: Sequence[object], log: Path, cwd: Path) -> tuple[float, int]:
-    """Runs a command: seconds, and peak private bytes."""
-    os.sync()
-    peak = 0
-    stopped = threading.Event()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(cwd), os.environ.get("PYTHONPATH", "")])}
-    with log.open("a") as stream:
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=stream, stderr=stream, cwd=cwd, start_new_session=True, env=environment
-        )
-
-        def watch() -> None:
-            nonlocal peak
-            while not stopped.wait(0.02):
-                peak = max(peak, private_bytes(process.pid))
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        code = process.wait()
-        seconds = time.perf_counter() - start
-    stopped.set()
-    watcher.join()
-    if code:
-        raise SystemExit(f"{command} failed, see {log}")
-    return seconds, peak
-
-
 def command_of(program: str, hf: Path, source: Path, output: Path) -> list[object]:
     """The command line of a program, from ``source`` (Hugging Face's or MindFormers') to ``output``."""
     is_export = source != hf
-    if program == "cp":
-        return ["sh", "-c", 'cp -r "$0" "$1" && sync', source, output]
+    if program in ("cp", "cp+sync"):
+        return ["sh", "-c", f'cp -r "$0" "$1" {"&& sync" if program == "cp+sync" else ""}', source, output]
     if program == "floor":
         return [sys.executable, Path(__file__).resolve(), "--floor", source, output]
     if program in ("bridge", "buffered"):
@@ -148,41 +104,47 @@ def command_of(program: str, hf: Path, source: Path, output: Path) -> list[objec
     return [*command, "--max_worker", len(os.sched_getaffinity(0))]
 
 
-def compare(arguments: argparse.Namespace) -> Iterator[list[str]]:
-    """A row of the table for each model, direction and program."""
-    log = arguments.work_dir / "conversion.log"
-    here = Path(__file__).resolve().parents[1]
+def trained_copy(hf: Path, log: Path) -> Path:
+    """The same weights in MindFormers' training layout, beside it; converted unless they are there already."""
+    trained = hf.with_name(f"{hf.name}-trained")
+    if not trained.is_dir():
+        run([*BRIDGE, "convert", "--model_dir", hf, "--output_dir", trained], log)
+    return trained
+
+
+def compare(arguments: Namespace) -> Iterator[list[str]]:
+    """A row of the table for each model, direction, state of the page cache and program."""
+    log, output = arguments.work_dir / "conversion.log", arguments.work_dir / "output-of-a-program"
     for model in arguments.models:
-        hf = arguments.work_dir / model.replace(", ", "-").replace(" ", "-")
-        make_checkpoint(hf, MODELS[model])
-        trained, output = hf.with_name(f"{hf.name}-trained"), arguments.work_dir / "output-of-a-program"
-        if not trained.is_dir():
-            measure([*BRIDGE, "convert", "--model_dir", hf, "--output_dir", trained], log, here)
-        for source in (hf, trained):
+        hf = make_checkpoint(arguments.work_dir, model)
+        trained = trained_copy(hf, log)
+        for source, cache in product((hf, trained), arguments.caches):
             programs = [program for program in arguments.programs if program != "upstream" or source == trained]
-            results: dict[str, list[tuple[float, int]]] = {program: [] for program in programs}
-            for file in source.glob("*.safetensors"):  # warms the page cache
-                subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
-            for _ in range(arguments.rounds):
-                for program in programs:
-                    shutil.rmtree(output, ignore_errors=True)
-                    cwd = arguments.mindformers_source if program == "upstream" else here
-                    command = command_of(program, hf, source, output)
-                    results[program].append(measure(command, log, cwd))
-                    print(model, source.name, program, f"{results[program][-1][0]:.2f} s", file=sys.stderr, flush=True)
+            results: dict[str, list[Measured]] = {program: [] for program in programs}
+            for _, program in product(range(arguments.rounds), programs):
+                shutil.rmtree(output, ignore_errors=True)
+                prepare_cache(cache, source)
+                cwd = arguments.mindformers_source if program == "upstream" else ROOT
+                results[program].append(run(command_of(program, hf, source, output), log, cwd))
+                report(model, source.name, cache, program, results[program][-1])
             shutil.rmtree(output, ignore_errors=True)
-            medians = {
-                program: statistics.median(seconds for seconds, _ in found) for program, found in results.items()
-            }
+            first = Measured.of(results[programs[0]]).seconds
             for program, found in results.items():
+                measured = Measured.of(found)
                 yield [
-                    f"{model} ({open_source(hf).nbytes / 1e9:.1f} GB)",
+                    title(model, hf),
                     "convert" if source == hf else "export",
+                    cache,
                     program,
-                    f"{medians[program]:.2f}",
-                    f"{medians[program] / medians[programs[0]]:.2f}",
-                    f"{max(peak for _, peak in found) / MIB:.0f}",
+                    *measured.cells(),
+                    f"{measured.seconds / first:.2f}",
+                    f"{measured.private_bytes / MIB:.0f}",
                 ]
+
+
+def headers(programs: Sequence[str]) -> list[str]:
+    """The titles of the table."""
+    return ["checkpoint", "direction", "cache", "program", *HEADERS, f"x {programs[0]}", "private MiB"]
 
 
 def main() -> None:
@@ -190,19 +152,13 @@ def main() -> None:
     if sys.argv[1:2] == ["--floor"]:
         floor(Path(sys.argv[2]), Path(sys.argv[3]))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="holds the checkpoints")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["Qwen3-0.6B", "Qwen3-30B-A3B, 4 layers"])
+    parser = new_parser(__doc__, MODELS, ["Qwen3-0.6B", "Qwen3-30B-A3B, 4 layers"], 5)
     parser.add_argument(
-        "--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS[:4]), help="the first is the yardstick"
+        "--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS[:-1]), help="the first is the yardstick"
     )
     parser.add_argument("--mindformers_source", type=Path, help="for the program 'upstream'; needs torch")
-    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    arguments.work_dir = arguments.work_dir.resolve()
-    arguments.work_dir.mkdir(parents=True, exist_ok=True)
-    headers = ("checkpoint", "direction", "program", "seconds", f"x {arguments.programs[0]}", "private MiB")
-    print(table(headers, compare(arguments)))
+    print(markdown(headers(arguments.programs), compare(arguments)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 
     python benchmarks/verifying.py --work_dir /tmp/benchmark
 
-makes synthetic checkpoints of real shapes (random bfloat16) and compares, the page cache warm, each in turn
+makes synthetic checkpoints of real shapes (random bfloat16) and compares, each in turn, the checkpoints in the page
+cache (warm) or not (cold),
 
     cmp           the files of a Hugging Face checkpoint with a copy of them
     same dialect  mf-qwen3 verify, the same two directories
@@ -14,65 +15,54 @@ each in a process of its own, start-up included.
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import statistics
-import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
-
-from mf_qwen3_bridge.errors import table
-from mf_qwen3_bridge.inputs.opening import open_source
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.checkpoints import MODELS, make_checkpoint
-from benchmarks.conversion import BRIDGE, MIB, measure
+from benchmarks.checkpoints import MODELS, make_checkpoint, title
+from benchmarks.conversion import BRIDGE, trained_copy
+from benchmarks.measuring import HEADERS, MIB, Measured, markdown, new_parser, prepare_cache, report, run
+
+TITLES = ("checkpoint", "cache", "program", *HEADERS, "x cmp", "private MiB")
 
 
-def compare(model: str, work_dir: Path, rounds: int) -> Iterator[list[str]]:
-    """A row of the table for each program."""
-    log, here = work_dir / "verifying.log", Path(__file__).resolve().parents[1]
-    hf = work_dir / model.replace(", ", "-").replace(" ", "-")
-    make_checkpoint(hf, MODELS[model])
-    copy, trained = hf.with_name(f"{hf.name}-copy"), hf.with_name(f"{hf.name}-trained")
-    if not copy.is_dir():
-        shutil.copytree(hf, copy)
-    if not trained.is_dir():
-        measure([*BRIDGE, "convert", "--model_dir", hf, "--output_dir", trained], log, here)
-    each_file = 'for file in "$0"/*.safetensors; do cmp "$file" "$1/$(basename "$file")" || exit 1; done'
-    programs: dict[str, tuple[list[object], Path]] = {
-        "cmp": (["sh", "-c", each_file, hf, copy], copy),
-        "same dialect": ([*BRIDGE, "verify", hf, copy], copy),
-        "training": ([*BRIDGE, "verify", hf, trained], trained),
-    }
-    results: dict[str, list[tuple[float, int]]] = {program: [] for program in programs}
-    for _ in range(rounds):
-        for program, (command, other) in programs.items():
-            for file in (*hf.glob("*.safetensors"), *other.glob("*.safetensors")):  # warms the page cache
-                subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
-            results[program].append(measure(command, log, here))
-            print(model, program, f"{results[program][-1][0]:.2f} s", file=sys.stderr, flush=True)
-    shutil.rmtree(copy)
-    medians = {program: statistics.median(seconds for seconds, _ in found) for program, found in results.items()}
-    size = f"{model} ({open_source(hf).nbytes / 1e9:.1f} GB)"
-    for program, found in results.items():
-        ratio, peak = medians[program] / medians["cmp"], max(peak for _, peak in found) / MIB
-        yield [size, program, f"{medians[program]:.2f}", f"{ratio:.2f}", f"{peak:.0f}"]
+def compare(arguments: Namespace) -> Iterator[list[str]]:
+    """A row of the table for each model, state of the page cache and program."""
+    log = arguments.work_dir / "verifying.log"
+    for model in arguments.models:
+        hf = make_checkpoint(arguments.work_dir, model)
+        trained, copy = trained_copy(hf, log), hf.with_name(f"{hf.name}-copy")
+        shutil.copytree(hf, copy, dirs_exist_ok=True)
+        each_file = 'for file in "$0"/*.safetensors; do cmp "$file" "$1/$(basename "$file")" || exit 1; done'
+        programs: dict[str, tuple[list[object], Path]] = {
+            "cmp": (["sh", "-c", each_file, hf, copy], copy),
+            "same dialect": ([*BRIDGE, "verify", hf, copy], copy),
+            "training": ([*BRIDGE, "verify", hf, trained], trained),
+        }
+        for cache in arguments.caches:
+            results: dict[str, list[Measured]] = {program: [] for program in programs}
+            for _, (program, (command, other)) in product(range(arguments.rounds), programs.items()):
+                prepare_cache(cache, hf, other)
+                results[program].append(run(command, log))
+                report(model, cache, program, results[program][-1])
+            first = Measured.of(results["cmp"]).seconds
+            for program, found in results.items():
+                measured = Measured.of(found)
+                ratio, private = f"{measured.seconds / first:.2f}", f"{measured.private_bytes / MIB:.0f}"
+                yield [title(model, hf), cache, program, *measured.cells(), ratio, private]
+        shutil.rmtree(copy)
 
 
 def main() -> None:
     """Compares the programs for each model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="holds the checkpoints")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["Qwen3-30B-A3B, 4 layers"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = new_parser(__doc__, MODELS, ["Qwen3-30B-A3B, 4 layers"], 5)
     arguments = parser.parse_args()
-    work_dir = arguments.work_dir.resolve()
-    work_dir.mkdir(parents=True, exist_ok=True)
-    rows = [row for model in arguments.models for row in compare(model, work_dir, arguments.rounds)]
-    print(table(("checkpoint", "program", "seconds", "x cmp", "private MiB"), rows))
+    print(markdown(TITLES, compare(arguments)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def script(name: str):
 
 
 sys.path.append(str(DOCS))  # where a script in docs/ finds what it shares with others
-DRAW, ROOMS_DRAWN, OVERVIEW = (script(f"draw_{name}") for name in ("layouts", "rooms", "overview"))
+DRAW, ROOMS_DRAWN, OVERVIEW, CHART = (
+    script(f"draw_{name}") for name in ("layouts", "rooms", "overview", "performance")
+)
 FIGURES = DRAW.figures()
 
 
@@ -93,7 +95,10 @@ def test_sessions_that_are_named_are_there():
 def test_the_pictures_are_what_the_rules_say():
     committed = {file.name: file.read_text(encoding="utf-8") for file in (DOCS / "pictures").glob("*.svg")}
     drawn = {f"{name}.svg": DRAW.svg(figure) for name, figure in FIGURES.items()}
-    assert committed == drawn | {script.PICTURE: script.svg() for script in (ROOMS_DRAWN, OVERVIEW)}
+    chart = CHART.svg(CHART.measured((DOCS / "performance.md").read_text(encoding="utf-8")))
+    assert committed == drawn | {script.PICTURE: script.svg() for script in (ROOMS_DRAWN, OVERVIEW)} | {
+        CHART.PICTURE: chart
+    }
 
 
 def test_the_picture_of_the_rooms_has_all_of_them_in_the_order_of_their_imports():
