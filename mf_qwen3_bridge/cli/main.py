@@ -69,11 +69,12 @@ def check(
     Exit code 0: they fit. 2: they don't; a table says what to change.
     """
     from mf_qwen3_bridge.inputs import preflight
+    from mf_qwen3_bridge.inputs.summary import summary
 
     model = preflight.check(
         model_dir, config, load_checkpoint, adapters=adapters, tensor_parallel=tp, expert_parallel=ep
     )
-    for line in preflight.summary(model):
+    for line in summary(model):
         click.echo(line)
 
 
@@ -118,6 +119,7 @@ def infer(
     On several cards, start it with msrun: the model is spread over all processes.
     """
     from mf_qwen3_bridge.inputs import preflight
+    from mf_qwen3_bridge.inputs.summary import summary
 
     generation = {name: value for name, value in generation.items() if value is not None}
     sampling = generation.keys() & {"temperature", "top_k", "top_p"}
@@ -132,7 +134,7 @@ def infer(
         expert_parallel=ep,
         num_processes=num_processes(),
     )
-    for line in preflight.summary(model):
+    for line in summary(model):
         click.echo(line)
 
     with silence_upstream():

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
-from mf_qwen3_bridge.inputs.adapters import adapter_paths, with_adapters
+from mf_qwen3_bridge.inputs.adapter_files import adapter_paths
+from mf_qwen3_bridge.inputs.adapters import with_adapters
 from mf_qwen3_bridge.inputs.disagreements import Shown, block_problems
 from mf_qwen3_bridge.inputs.mindformers_config import read_mindformers_config
 from mf_qwen3_bridge.inputs.opening import config_beside, open_source

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, first_names, fold_names
-from mf_qwen3_bridge.inputs.adapters import adapter_notes, adapter_paths, with_adapters
+from mf_qwen3_bridge.inputs.adapter_files import adapter_paths
+from mf_qwen3_bridge.inputs.adapters import adapter_notes, with_adapters
 from mf_qwen3_bridge.inputs.hf_config import config_notes, normalise, read_json
 from mf_qwen3_bridge.inputs.identify import dialect_of, numbers_of, spec_of
 from mf_qwen3_bridge.inputs.lora_runs import lora_config_file

@@ -9,7 +9,8 @@ from typing import Any
 
 from mf_qwen3_bridge.errors import BridgeError, Problem, refuse
 from mf_qwen3_bridge.inputs import mindformers_config
-from mf_qwen3_bridge.inputs.adapters import AdapterPath, adapter_notes, adapter_paths, with_adapters
+from mf_qwen3_bridge.inputs.adapter_files import AdapterPath, adapter_paths
+from mf_qwen3_bridge.inputs.adapters import adapter_notes, with_adapters
 from mf_qwen3_bridge.inputs.disagreements import (
     Sides,
     block_problems,
@@ -26,9 +27,8 @@ from mf_qwen3_bridge.inputs.quantised import dequantised
 from mf_qwen3_bridge.inputs.source import Source
 from mf_qwen3_bridge.model.layouts import TRAINING_DEFAULT, Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
-from mf_qwen3_bridge.model.rules import INFER, Dialect
+from mf_qwen3_bridge.model.rules import Dialect
 from mf_qwen3_bridge.model.spec import ModelSpec
-from mf_qwen3_bridge.transfer.progress import size_text
 
 # Of MindFormers' TransformerConfig and Qwen3Config (1.7 to 2.1).
 _DEFAULT_SIZES = {"seq_length": 4096, "num_blocks": 1024, "block_size": 32}
@@ -379,39 +379,3 @@ def _notes(source: Source, hf_dir: Path, yaml: MindFormersConfig) -> Iterator[st
         named = yaml.named_path(key)
         if named and named.resolve() != used.resolve():
             yield f"{yaml.origin} names {key} {named}; used is {used}"
-
-
-def summary(model: CheckedCheckpoint) -> Iterator[str]:
-    """What was found, line by line, for a person."""
-    spec, source = model.spec, model.source
-    tied = "tied" if spec.tie_word_embeddings else "untied"
-    kind, mlp = "Qwen3", f"ffn_hidden_size {spec.ffn_hidden_size}"
-    if spec.is_moe:
-        kind, mlp = "Qwen3-MoE", f"{spec.num_experts} experts of moe_ffn_hidden_size {spec.moe_ffn_hidden_size}"
-    stored = source.stored or source.tensors
-    dtypes = ", ".join(sorted({tensor.dtype for tensor in stored.values()}))
-    files = len(source.files)
-    yield (
-        f"model       {kind}, {spec.num_layers} layers, hidden_size {spec.hidden_size}, "
-        f"{spec.num_attention_heads} heads and {spec.num_query_groups} KV heads of {spec.head_dim}, "
-        f"{mlp}, vocab_size {spec.vocab_size}, {tied} embeddings"
-    )
-    yield (
-        f"checkpoint  {model.dialect}, {len(stored)} tensors, {size_text(sum(t.nbytes for t in stored.values()))} "
-        f"({dtypes}) in {files} {'file' if files == 1 else 'files'}"
-    )
-    yield from (f"adapter     {adapter.description}" for adapter in source.adapters)
-    if source.quantization:
-        yield f"quantised   {source.quantization}; dequantised when it is read, {size_text(source.nbytes)}"
-    count = len(source.tensors) - len(model.ignored)
-    yield f"plan        {count} tensors become {len(model.rules)} MindFormers parameters"
-    if model.parallel.world_size > 1:
-        share = model.plan(INFER, rank=model.parallel.rank(0)).source_nbytes
-        yield (
-            f"parallel    {model.parallel.world_size} processes (tensor parallel {model.parallel.tensor_parallel}, "
-            f"expert parallel {model.parallel.expert_parallel}), each holds {size_text(share)}"
-        )
-    yield from (f"note        {note}" for note in model.notes)
-    if model.ignored:
-        yield f"note        {len(model.ignored)} tensors are state of a training run and are left out"
-    yield "result      config and weights fit"

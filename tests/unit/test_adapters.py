@@ -16,11 +16,13 @@ from safetensors.numpy import load_file, save_file
 from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs import adapters as module
 from mf_qwen3_bridge.inputs import peft_config
-from mf_qwen3_bridge.inputs.adapters import AdapterPath, adapter_paths
+from mf_qwen3_bridge.inputs.adapter_files import AdapterPath, adapter_paths
 from mf_qwen3_bridge.inputs.opening import open_source
-from mf_qwen3_bridge.inputs.preflight import check, summary
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.summary import summary
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN
+from mf_qwen3_bridge.transfer.adapted import LowRank
 from mf_qwen3_bridge.verify.reference import forward
 from tests.support.adapters import (
     ADAPTERS,
@@ -132,14 +134,14 @@ def test_every_mutation_is_seen(tmp_path: Path, mutation: str):
 @pytest.mark.parametrize("rows", ["lora_A", "lora_B"])
 def test_a_mistake_in_the_code_is_seen(monkeypatch: pytest.MonkeyPatch, rows: str):
     """Rows of B one off, A from another column: what a slice would do that is cut in the wrong place."""
-    original = module.LowRank.delta
+    original = LowRank.delta
 
     def shifted(update, wanted, columns, read):
         if rows == "lora_B":
             return np.roll(original(update, wanted, columns, read), 1, axis=0)
         return np.roll(original(update, wanted, columns, read), 1, axis=1)
 
-    monkeypatch.setattr(module.LowRank, "delta", shifted)
+    monkeypatch.setattr(LowRank, "delta", shifted)
     assert error_of("dense_lora", ADAPTERS / "dense_lora") > 100 * TOLERANCE
 
 

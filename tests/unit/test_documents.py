@@ -262,3 +262,9 @@ def test_what_the_walk_throughs_add_works(tmp_path: Path, number: int):
         command = [sys.executable, "-c", code]
         result = subprocess.run(command, capture_output=True, text=True, cwd=directory, env=changed, check=False)
         assert (result.returncode == 0) == works, result.stderr[-3000:]
+
+
+def test_modules_are_short():
+    """A module has one job; what is longer than 400 lines has two."""
+    lengths = {file: len(file.read_text("utf-8").splitlines()) for file in (ROOT / "mf_qwen3_bridge").rglob("*.py")}
+    assert {file: length for file, length in lengths.items() if length > 400} == {}

@@ -10,8 +10,9 @@ import pytest
 
 import yaml
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.preflight import check, summary
+from mf_qwen3_bridge.inputs.preflight import check
 from mf_qwen3_bridge.inputs.source import LAYOUT_KEY
+from mf_qwen3_bridge.inputs.summary import summary
 from mf_qwen3_bridge.model.layouts import Layout
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import HF, INFER, TRAIN, Dialect

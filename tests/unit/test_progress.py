@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mf_qwen3_bridge.inputs.inspection import inspect, lines
-from mf_qwen3_bridge.inputs.preflight import check, summary
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.summary import summary
 from mf_qwen3_bridge.transfer.progress import progress_bar, size_text
 from tests.support.commands import ROOT
 

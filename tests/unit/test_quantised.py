@@ -18,7 +18,8 @@ from mf_qwen3_bridge.errors import BridgeError
 from mf_qwen3_bridge.inputs.identify import open_weights
 from mf_qwen3_bridge.inputs.inspection import inspect, lines
 from mf_qwen3_bridge.inputs.opening import open_source
-from mf_qwen3_bridge.inputs.preflight import check, check_against_config, summary
+from mf_qwen3_bridge.inputs.preflight import check, check_against_config
+from mf_qwen3_bridge.inputs.summary import summary
 from mf_qwen3_bridge.model.parallel import ParallelConfig
 from mf_qwen3_bridge.model.rules import HF, HF_STACKED, INFER, TRAIN
 from mf_qwen3_bridge.transfer.copying import Transfer

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mf_qwen3_bridge.errors import BridgeError
-from mf_qwen3_bridge.inputs.preflight import check, summary
+from mf_qwen3_bridge.inputs.preflight import check
+from mf_qwen3_bridge.inputs.summary import summary
 from mf_qwen3_bridge.model.released import RELEASED
 from tests.support.checkpoints import hf_config, write_headers
 
